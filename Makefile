@@ -1,0 +1,50 @@
+# Everything a developer or a new user runs. Needs python3 (3.11 to 3.13) and make; the rest is installed into .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+PACKAGES := proto client detector training server
+
+# Nothing here asks the network for models or data.
+export HF_HUB_OFFLINE := 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: demo test check format proto bench atlas clean help
+
+help:  ## what there is
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
+
+demo: $(INSTALLED)  ## the main job: a model answers, every token is scored, heatmaps are drawn
+	$(BIN)/lapwing demo
+
+test: $(INSTALLED)  ## all tests
+	$(BIN)/python -m pytest
+
+check: $(INSTALLED)  ## style, types, and whether the generated stubs are those of the .proto files
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python proto/generate.py --check
+
+format: $(INSTALLED)  ## put the code into the form that check asks for
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+proto: $(INSTALLED)  ## generate the stubs from the .proto files
+	$(BIN)/python proto/generate.py
+
+bench: $(INSTALLED)  ## measure what the README claims
+	$(BIN)/python benchmarks/capture_memory.py
+
+atlas: $(INSTALLED)  ## make the embedded model again from nothing, into ./lapwing-atlas
+	$(BIN)/lapwing demo --rebuild
+
+clean:  ## remove the environment and what the demo wrote
+	rm -rf $(VENV) lapwing-demo
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
+		{ echo "lapwing needs Python 3.11 to 3.13, $(PYTHON) is $$($(PYTHON) --version 2>&1); try: make PYTHON=python3.11"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@

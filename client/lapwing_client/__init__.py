@@ -1,0 +1,58 @@
+"""How to talk to a Lapwing server. Knows no models and no arrays: importing it loads neither torch nor numpy."""
+
+from lapwing_client.client import Client, GenerationStream
+from lapwing_client.errors import (
+    Cancelled,
+    DeadlineExceeded,
+    InvalidRequest,
+    LapwingError,
+    NotFound,
+    Overloaded,
+    PermissionDenied,
+    PreconditionFailed,
+    ServerError,
+    TooLarge,
+    Unavailable,
+    Unimplemented,
+)
+from lapwing_client.results import (
+    Detection,
+    GeneratedToken,
+    Generation,
+    HeadContribution,
+    Heatmap,
+    Limits,
+    Matrix,
+    ModelIdentity,
+    Probe,
+    ServerInfo,
+    Threshold,
+)
+
+__all__ = [
+    "Cancelled",
+    "Client",
+    "DeadlineExceeded",
+    "Detection",
+    "GeneratedToken",
+    "Generation",
+    "GenerationStream",
+    "HeadContribution",
+    "Heatmap",
+    "InvalidRequest",
+    "LapwingError",
+    "Limits",
+    "Matrix",
+    "ModelIdentity",
+    "NotFound",
+    "Overloaded",
+    "PermissionDenied",
+    "PreconditionFailed",
+    "Probe",
+    "ServerError",
+    "ServerInfo",
+    "Threshold",
+    "TooLarge",
+    "Unavailable",
+    "Unimplemented",
+]

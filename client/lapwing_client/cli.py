@@ -1,0 +1,118 @@
+"""The `lapwing` command: finds the verbs of every installed room and imports one only when it is called."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
+
+import typer
+
+from lapwing_client.errors import LapwingError
+
+GROUP = "lapwing.verbs"
+
+SUMMARIES = {
+    "demo": "Run the whole thing: a model that makes things up, caught in the act.",
+    "score": "Score responses with a running server.",
+    "serve": "Serve scores over gRPC.",
+    "heatmap": "Draw which attention heads a probe uses, and why.",
+    "generate": "Let a model answer questions, for training a probe.",
+    "label": "Label generated answers as right or made up.",
+    "extract": "Compute the attention features of labelled answers.",
+    "train": "Select heads, fit and calibrate a probe.",
+    "evaluate": "Measure a probe on held-out answers.",
+    "doctor": "Check an installation.",
+}
+"""One line for each verb, here so that the help need not import them. A verb that is not listed shows without one."""
+
+EXTRAS = {"lapwing_detector": "detector", "lapwing_server": "server", "lapwing_training": "training"}
+"""Which extra brings what a package needs; the client needs none."""
+
+FORWARD = {"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one verb.
+
+    Args:
+        arguments: without the command's own name; those of the process without it.
+
+    Returns:
+        0 well, 1 failed, 2 misused.
+    """
+    verbs = {entry.name: entry for entry in entry_points(group=GROUP)}
+    if not verbs:
+        print("lapwing is not installed, so it has no verbs; run: pip install -e .", file=sys.stderr)
+        return 1
+    return run(dispatcher(verbs), list(sys.argv[1:] if arguments is None else arguments), "lapwing")
+
+
+def dispatcher(verbs: dict[str, EntryPoint]) -> typer.Typer:
+    """The command that knows all verbs by name and summary only."""
+    app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+
+    @app.callback()
+    def lapwing() -> None:
+        """Tells, while a language model is still writing, how likely it is that what it writes is made up."""
+
+    for name in sorted(verbs, key=[*SUMMARIES, *verbs].index):
+        stub = app.command(name, help=SUMMARIES.get(name), add_help_option=False, context_settings=FORWARD)
+        stub(forwarder(verbs[name]))
+    return app
+
+
+def forwarder(entry: EntryPoint) -> Callable[[typer.Context], None]:
+    """A command that hands its arguments to the verb."""
+
+    def forward(context: typer.Context) -> None:
+        raise typer.Exit(call(entry, context.args))
+
+    return forward
+
+
+def call(entry: EntryPoint, arguments: list[str]) -> int:
+    """Imports the verb and runs it; returns the exit code."""
+    try:
+        verb: Callable[..., Any] = entry.load()
+        app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+        app.command()(verb)
+        return run(app, arguments, f"lapwing {entry.name}")
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        print(f"lapwing {entry.name}: {how_to_mend(entry, missing)}", file=sys.stderr)
+        return 1
+    except LapwingError as error:
+        print(f"lapwing {entry.name}: {error} ({error.who_acts})", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 1
+    except Exception as error:
+        if not speaks_for_itself(error):
+            raise
+        print(f"lapwing {entry.name}: {error}", file=sys.stderr)
+        return 1
+
+
+def run(app: typer.Typer, arguments: list[str], name: str) -> int:
+    """Runs a typer application without ending the process."""
+    try:
+        app(arguments, prog_name=name)
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    return 0
+
+
+def how_to_mend(entry: EntryPoint, missing: str) -> str:
+    """What to install so that the verb can be imported."""
+    extra = EXTRAS.get(entry.module.partition(".")[0])
+    if extra is None or missing.startswith("lapwing"):
+        return f"{missing or entry.module} is missing from this installation; install lapwing again"
+    return f"{missing} is not installed; pip install 'lapwing[{extra}]'"
+
+
+def speaks_for_itself(error: Exception) -> bool:
+    """Whether the text of the error, without its traceback, says what to do: the detector's errors do."""
+    module = sys.modules.get("lapwing_detector.errors")
+    return module is not None and isinstance(error, module.DetectorError)

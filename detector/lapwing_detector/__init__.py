@@ -1,0 +1,72 @@
+"""Lapwing's detector: from a language model's attention to the probability that its answer is made up.
+
+Names are imported when they are first used, so that `Probe` and the features need no torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lapwing_detector.capture import Captured, capture_attention
+    from lapwing_detector.detection import Detection, HeadContribution, Reason, State
+    from lapwing_detector.detector import Detector
+    from lapwing_detector.features import (
+        attention_eigenvalues,
+        attention_scores,
+        laplacian_eigenvalues,
+        sink_scores,
+    )
+    from lapwing_detector.head_map import HeadMap, plot_pair
+    from lapwing_detector.probe import Probe
+    from lapwing_detector.summary import AttentionSummary
+    from lapwing_detector.generation import GeneratedToken, Generation
+
+_HOMES = {
+    "AttentionSummary": "summary",
+    "Captured": "capture",
+    "Detection": "detection",
+    "Detector": "detector",
+    "GeneratedToken": "generation",
+    "Generation": "generation",
+    "HeadContribution": "detection",
+    "HeadMap": "head_map",
+    "Probe": "probe",
+    "Reason": "detection",
+    "State": "detection",
+    "attention_eigenvalues": "features",
+    "attention_scores": "features",
+    "capture_attention": "capture",
+    "laplacian_eigenvalues": "features",
+    "plot_pair": "head_map",
+    "sink_scores": "features",
+}
+
+__all__ = [
+    "AttentionSummary",
+    "Captured",
+    "Detection",
+    "Detector",
+    "GeneratedToken",
+    "Generation",
+    "HeadContribution",
+    "HeadMap",
+    "Probe",
+    "Reason",
+    "State",
+    "attention_eigenvalues",
+    "attention_scores",
+    "capture_attention",
+    "laplacian_eigenvalues",
+    "plot_pair",
+    "sink_scores",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'lapwing_detector' has no attribute {name!r}")
+    value = getattr(import_module(f"lapwing_detector.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value

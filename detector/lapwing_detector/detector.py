@@ -1,0 +1,207 @@
+"""A model, its tokenizer and a probe: scores answers that are given, and answers while they are written."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lapwing_detector import embedded
+from lapwing_detector.capture import capture_attention
+from lapwing_detector.detection import DEFAULT_FALSE_POSITIVE_RATE, Detection
+from lapwing_detector.errors import DetectorError, InvalidInput, TooLong
+from lapwing_detector.identity import ModelIdentity, identity_of
+from lapwing_detector.loading import context_length, load_model
+from lapwing_detector.probe import Probe
+from lapwing_detector.scoring import Stopwatch, detect
+from lapwing_detector.summary import AttentionSummary
+from lapwing_detector.tokens import Prompt, Response, TokenIds, build_ids
+from lapwing_detector.generation import GeneratedToken, Generation, Sampling, generate
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class Detector:
+    """Scores how likely the answers of one language model are made up.
+
+    Not safe for use by several threads at once; several `generate` iterators may take turns in one thread.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, probe: Probe) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.identity: ModelIdentity = identity_of(model, tokenizer)
+        self.max_tokens = context_length(model, tokenizer)
+        self.probe = probe
+        self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | Path | PreTrainedModel | None = None,
+        probe: str | Path | Probe | None = None,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        dtype: torch.dtype | None = None,
+        device: str | torch.device | None = None,
+    ) -> Detector:
+        """Loads a model with the probe that was fitted on it.
+
+        Args:
+            model: Hub id, directory, or a loaded model (then with `tokenizer`); the embedded Atlas without it.
+            probe: directory, Hub id, or a loaded probe; the embedded one for the embedded model.
+            tokenizer: of a loaded model.
+            dtype: of the weights; see `lapwing_detector.loading.load_model`.
+            device: such as `cuda`; the CPU without it.
+
+        Raises:
+            InvalidInput: the model can't be found, or one of two that belong together is missing.
+            ProbeMismatch: the probe was fitted on another model.
+            ProbeCorrupt: the probe directory is damaged.
+            UnsupportedModel: its attention can't be captured.
+        """
+        if probe is None and model is not None:
+            raise InvalidInput("probe", "a model of your own needs a probe fitted on it: lapwing train --help")
+        if model is None or isinstance(model, str | Path):
+            loaded, tokenizer = load_model(model, dtype=dtype, device=device)
+        elif tokenizer is None:
+            raise InvalidInput("tokenizer", "a loaded model needs its tokenizer; pass tokenizer=...")
+        else:
+            loaded = model
+        fitted = probe if isinstance(probe, Probe) else Probe.from_pretrained(probe or embedded.probe_path())
+        return cls(loaded, tokenizer, fitted)
+
+    @property
+    def probe(self) -> Probe:
+        """The probe that scores; setting another one takes effect with the next call, if it fits the model."""
+        return self._probe
+
+    @probe.setter
+    def probe(self, probe: Probe) -> None:
+        probe.require(self.identity)
+        if probe.identity.dtype != self.identity.dtype:
+            warnings.warn(
+                f"the probe {probe.name!r} was fitted in {probe.identity.dtype}, the model runs in "
+                f"{self.identity.dtype}: scores shift a little",
+                stacklevel=2,
+            )
+        self._probe = probe
+
+    def tokens(self, prompt: Prompt, response: Response | None = None) -> TokenIds:
+        """The ids that `score` reads for this prompt and response; see `build_ids`.
+
+        Raises:
+            InvalidInput: with the field that can't be used.
+            TooLong: more tokens than the model was made for.
+        """
+        ids = build_ids(self.tokenizer, prompt, response)
+        count = len(ids.prompt_ids) + len(ids.response_ids)
+        if count > self.max_tokens:
+            field = "prompt" if len(ids.prompt_ids) > self.max_tokens else "response"
+            raise TooLong(
+                field, f"{count} tokens with prompt and response, the model takes {self.max_tokens}; shorten it"
+            )
+        return ids
+
+    def score(
+        self, prompt: Prompt, response: Response, *, false_positive_rate: float = DEFAULT_FALSE_POSITIVE_RATE
+    ) -> Detection:
+        """How likely the response to the prompt is made up.
+
+        Args:
+            prompt: text, chat messages (`[{"role": ..., "content": ...}]`), or token ids.
+            response: text or token ids, without the end-of-sequence token.
+            false_positive_rate: operating point at which `flagged` is decided; one that the probe stores.
+
+        Returns:
+            A detection; UNSCORED when the text is too short for the probe or the attention is not finite.
+
+        Raises:
+            InvalidInput: with the field that can't be used; TooLong if it is the length.
+        """
+        [result] = self.score_batch([(prompt, response)], false_positive_rate=false_positive_rate)
+        if isinstance(result, DetectorError):
+            raise result
+        return result
+
+    def score_batch(
+        self,
+        items: Sequence[tuple[Prompt, Response]],
+        *,
+        false_positive_rate: float = DEFAULT_FALSE_POSITIVE_RATE,
+    ) -> list[Detection | DetectorError]:
+        """Scores several items in one padded forward; a bad item fails alone, in its place of the list."""
+        probe = self.probe
+        results: list[Detection | DetectorError | None] = [None] * len(items)
+        good: list[tuple[int, TokenIds, float]] = []
+        for index, (prompt, response) in enumerate(items):
+            clock = Stopwatch()
+            try:
+                with clock.stage("tokenise"):
+                    good.append((index, self.tokens(prompt, response), 0.0))
+                good[-1] = (index, good[-1][1], clock.seconds["tokenise"])
+            except DetectorError as error:
+                results[index] = error
+        clock = Stopwatch()
+        with clock.stage("forward"):
+            summaries = self.summaries([ids.all for _, ids, _ in good])
+        for (index, ids, tokenise), summary in zip(good, summaries, strict=True):
+            seconds = {"tokenise": tokenise, "forward": clock.seconds["forward"]}
+            results[index] = detect(probe, summary, ids, false_positive_rate, seconds)
+        return [result for result in results if result is not None]
+
+    def summaries(self, sequences: Sequence[Sequence[int]]) -> list[AttentionSummary]:
+        """Attention of token id sequences, read in one forward padded on the right."""
+        if not sequences:
+            return []
+        longest = max(len(sequence) for sequence in sequences)
+        filler = self.tokenizer.pad_token_id or 0
+        rows = [[*sequence, *[filler] * (longest - len(sequence))] for sequence in sequences]
+        visible = [[1] * len(sequence) + [0] * (longest - len(sequence)) for sequence in sequences]
+        with capture_attention(self.model) as captured, torch.inference_mode():
+            self.forward(self._tensor(rows), attention_mask=self._tensor(visible), use_cache=False)
+            return captured.summaries()
+
+    def generate(
+        self,
+        prompt: Prompt,
+        *,
+        max_new_tokens: int = 64,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+        false_positive_rate: float = DEFAULT_FALSE_POSITIVE_RATE,
+    ) -> Iterator[GeneratedToken | Generation]:
+        """Writes an answer and scores it after every token.
+
+        Args:
+            prompt: text, chat messages, or token ids.
+            max_new_tokens: at most so many; fewer where the model's context ends.
+            temperature: 0 always takes the likeliest token.
+            top_p: smallest share of probability from which a token is drawn, in (0, 1].
+            seed: makes sampling repeatable.
+            false_positive_rate: operating point of the last detection.
+
+        Yields:
+            A `GeneratedToken` for each token, with the score of all up to it; last the `Generation`.
+            Leaving the iterator ends the generation.
+
+        Raises:
+            InvalidInput: with the field that can't be used.
+        """
+        sampling = Sampling(max_new_tokens, temperature, top_p, seed)
+        return generate(self, self.tokens(prompt), sampling, false_positive_rate)
+
+    def forward(self, input_ids: torch.Tensor, **inputs: Any) -> Any:
+        """The model's forward, without the logits that nobody reads where the model can leave them out."""
+        if self._keeps_logits:
+            inputs["logits_to_keep"] = 1
+        return self.model(input_ids=input_ids, **inputs)
+
+    def _tensor(self, rows: list[list[int]]) -> torch.Tensor:
+        return torch.tensor(rows, dtype=torch.long, device=self.model.device)

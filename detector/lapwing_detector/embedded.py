@@ -1,0 +1,17 @@
+"""Where the embedded default lies: the Atlas model and its probe, inside the package."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+ATLAS = Path(__file__).parent / "atlas"
+
+
+def model_path() -> Path:
+    """Directory of the embedded model, as transformers loads it."""
+    return ATLAS / "model"
+
+
+def probe_path() -> Path:
+    """Directory of the embedded probe."""
+    return ATLAS / "probe"

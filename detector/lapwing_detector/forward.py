@@ -1,0 +1,193 @@
+"""One forward of the model while it is running: which rows and columns of the map each attention call computes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lapwing_detector.errors import CaptureError
+from lapwing_detector.layers import AttentionLayer
+
+HARMLESS = frozenset(
+    {
+        "cache_position",
+        "num_items_in_batch",
+        "output_attentions",
+        "output_hidden_states",
+        "output_router_logits",
+        "position_ids",
+        "return_dict",
+        "sliding_window",
+        "use_cache",
+    }
+)
+"""Arguments of attention functions that change nothing here: the mask holds the window, the rest is for others."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the rows of one attention call lie."""
+
+    first: int
+    """Column of the first row's own token."""
+
+    columns: int
+    """Columns in use: a static cache has more, a sliding one starts behind the first token."""
+
+    mask: Tensor | None
+    """(batch or 1, heads or 1, rows, columns) bool; None: every row sees all columns up to its own."""
+
+    counted: Tensor
+    """(batch, rows) bool."""
+
+
+@dataclass
+class Forward:
+    """An open forward; every layer must report to it exactly once."""
+
+    past: int
+    """Tokens before this forward."""
+
+    batch: int | None
+    """Sequences, when there were forwards before."""
+
+    finished: Tensor | None
+    """(batch,) bool, see Sequences."""
+
+    rows: int | None = None
+    reported: set[int] = field(default_factory=set)
+    visible: Tensor | None = None
+    """(batch, rows) bool: no padding."""
+
+    _seen: list[tuple[Tensor | None, int]] = field(default_factory=list)
+    """Masks that were checked, with their number of keys: the layers share them."""
+
+    @property
+    def tokens(self) -> int:
+        """Length of the sequences with the tokens of this forward."""
+        return self.past + (self.rows or 0)
+
+    @property
+    def counted(self) -> Tensor:
+        """(batch, rows) bool: no padding, and not of a finished sequence."""
+        assert self.visible is not None
+        if self.finished is None:
+            return self.visible
+        return self.visible & ~self.finished[:, None].to(self.visible.device)
+
+    def report(self, layer: AttentionLayer, query: Tensor, key: Tensor, mask: Tensor | None) -> Place:
+        """A layer computes attention.
+
+        Raises:
+            CaptureError: twice, of another shape than the others, not causal, or with a mask that can't be read.
+        """
+        if layer.index in self.reported:
+            raise CaptureError(f"{layer.name} computed attention twice in one forward; its map has one row per token")
+        self.reported.add(layer.index)
+        batch, _, rows, _ = query.shape
+        self._agree(layer, batch, rows)
+        keys = key.shape[2]
+        columns = min(keys, self.tokens)
+        first = self.past - (self.tokens - columns)
+        if first < 0:
+            raise CaptureError(f"{layer.name} has {rows} queries, but only {keys} keys")
+        self._check(layer, mask, batch, rows, keys, first)
+        return Place(first, columns, None if mask is None else mask[..., :columns], self.counted)
+
+    def _agree(self, layer: AttentionLayer, batch: int, rows: int) -> None:
+        if (self.batch or batch, self.rows or rows) != (batch, rows):
+            raise CaptureError(
+                f"{layer.name} has {batch} sequences of {rows} new tokens, {self.batch} of {self.rows or rows} were "
+                "expected; the batch must stay as it started"
+            )
+        self.batch, self.rows = batch, rows
+
+    def _check(self, layer: AttentionLayer, mask: Tensor | None, batch: int, rows: int, keys: int, first: int) -> None:
+        if any(mask is known and keys == size for known, size in self._seen):
+            return
+        self._seen.append((mask, keys))
+        if mask is None:
+            visible = self._all_visible(layer, batch, rows)
+        else:
+            _require_readable(layer, mask, rows, keys)
+            _require_causal(layer, mask, first)
+            own = mask.diagonal(offset=first, dim1=-2, dim2=-1).any(dim=1)  # (batch or 1, rows)
+            visible = own.expand(batch, rows)
+        if self.visible is None:
+            self.visible = visible
+        elif not torch.equal(self.visible, visible.to(self.visible.device)):
+            raise CaptureError(f"{layer.name} has padding in other places than the layers before it")
+
+    def _all_visible(self, layer: AttentionLayer, batch: int, rows: int) -> Tensor:
+        if rows > 1 and self.past > 0:
+            raise CaptureError(
+                f"{layer.name} has {rows} queries behind {self.past} tokens and no mask: it is not known which keys "
+                "each of them sees"
+            )
+        device = next(layer.module.parameters()).device
+        return torch.ones(batch, rows, dtype=torch.bool, device=device)
+
+
+def require_plain(layer: AttentionLayer, dropout: float, is_causal: bool | None, others: Mapping[str, Any]) -> None:
+    """The call must be causal attention without anything that is not known here.
+
+    Raises:
+        CaptureError: it is not; names the argument.
+    """
+    module: nn.Module = layer.module
+    config = module.config
+    causal = (is_causal, getattr(module, "is_causal", None), getattr(config, "is_causal", None))
+    if any(flag is not None and not flag for flag in causal):
+        raise CaptureError(f"{layer.name} is not causal, so its map is not triangular and has other eigenvalues")
+    if dropout:
+        raise CaptureError(f"{layer.name} drops out attention ({dropout}); call model.eval() first")
+    if others.get("output_attentions"):
+        raise CaptureError("output_attentions=True, but the maps do not exist while they are summed up; leave it out")
+    for name, value in others.items():
+        if value is not None and name not in HARMLESS:
+            raise CaptureError(
+                f"{layer.name} gives its attention {name}={type(value).__name__}, which is not known here and could "
+                "change it; leave it out, or use another model family"
+            )
+
+
+def require_unpacked(inputs: Mapping[str, Any]) -> None:
+    """Every row of the batch must be one sequence.
+
+    Raises:
+        CaptureError: position ids jump without a mask, so several sequences are packed into one row.
+    """
+    positions = inputs.get("position_ids")
+    if positions is None or inputs.get("attention_mask") is not None or positions.shape[-1] < 2:
+        return
+    if bool((torch.diff(positions, dim=-1) != 1).any()):
+        raise CaptureError(
+            "position_ids jump within a row and there is no attention_mask: several sequences packed into one; "
+            "give each its own row, with padding"
+        )
+
+
+def _require_readable(layer: AttentionLayer, mask: Tensor, rows: int, keys: int) -> None:
+    if mask.dtype != torch.bool:
+        raise CaptureError(
+            f"{layer.name} has a mask of {str(mask.dtype).removeprefix('torch.')}, whose numbers could be any bias; "
+            "give a bool mask, True where a row sees a column"
+        )
+    if mask.ndim != 4 or tuple(mask.shape[-2:]) != (rows, keys):
+        raise CaptureError(
+            f"{layer.name} has a mask of shape {tuple(mask.shape)}; (batch, 1, {rows}, {keys}) was expected"
+        )
+
+
+def _require_causal(layer: AttentionLayer, mask: Tensor, first: int) -> None:
+    block = 256  # rows at a time: a copy of the whole mask would be large
+    for start in range(0, mask.shape[-2], block):
+        later = mask[..., start : start + block, :].triu(first + start + 1)
+        if bool(later.any()):
+            raise CaptureError(
+                f"the mask of {layer.name} lets a token see later ones; only causal attention has a triangular map"
+            )

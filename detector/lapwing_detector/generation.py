@@ -1,0 +1,187 @@
+"""Writing an answer token by token, each with the score of all that stands so far."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
+
+from lapwing_detector.capture import capture_attention
+from lapwing_detector.detection import Detection
+from lapwing_detector.errors import InvalidInput, TooLong
+from lapwing_detector.scoring import Stopwatch, detect
+from lapwing_detector.tokens import TokenIds
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from lapwing_detector.detector import Detector
+
+
+@dataclass(frozen=True)
+class GeneratedToken:
+    """One token of the answer and the running score."""
+
+    index: int
+    """Place in the answer, from 0."""
+
+    token_id: int
+    text: str
+    """What this token adds to the text; empty while a character is incomplete."""
+
+    log_probability: float
+    """Natural logarithm, of the model's own distribution (temperature 1)."""
+
+    probability: float | None
+    """Running probability that the answer so far is made up; None while it is too short to score."""
+
+    logit: float | None
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A finished answer."""
+
+    text: str
+    prompt_ids: tuple[int, ...]
+    token_ids: tuple[int, ...]
+    """Of the answer, without the end-of-sequence token."""
+
+    finish_reason: str
+    """`stop`: the model ended by itself; `length`: it reached the limit."""
+
+    detection: Detection
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen."""
+
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    seed: int | None
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise InvalidInput("max_new_tokens", f"is {self.max_new_tokens}; it must be at least 1")
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise InvalidInput("temperature", f"is {self.temperature}; it must be finite and at least 0")
+        if not 0 < self.top_p <= 1:
+            raise InvalidInput("top_p", f"is {self.top_p}; it must lie in (0, 1]")
+        if self.seed is not None and not 0 <= self.seed < 1 << 63:
+            raise InvalidInput("seed", f"is {self.seed}; it must lie in [0, 2^63)")
+
+
+class Chooser:
+    """Takes the likeliest token, or draws one."""
+
+    def __init__(self, sampling: Sampling) -> None:
+        self.greedy = sampling.temperature == 0
+        self.warpers = LogitsProcessorList()
+        if not self.greedy:
+            self.warpers.append(TemperatureLogitsWarper(float(sampling.temperature)))
+            self.warpers.append(TopPLogitsWarper(float(sampling.top_p)))
+        self.random = torch.Generator()
+        if sampling.seed is None:
+            self.random.seed()
+        else:
+            self.random.manual_seed(sampling.seed)
+
+    def choose(self, logits: torch.Tensor) -> tuple[int, float]:
+        """A token and its log-probability at temperature 1, from the logits of one position, (1, vocabulary)."""
+        logits = logits.float()
+        if self.greedy:
+            token = int(logits.argmax(-1))
+        else:
+            read = torch.empty(1, 0, dtype=torch.long)
+            chances = self.warpers(read, logits).softmax(-1)  # type: ignore[arg-type]
+            token = int(torch.multinomial(chances, 1, generator=self.random))
+        return token, float(logits.log_softmax(-1)[0, token])
+
+
+class TextStream:
+    """Text of a growing list of tokens, piece by piece, whole characters only."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+        self.ids: list[int] = []
+        self.start = 0
+        """First token of the stretch that is decoded: decoding from a boundary gives the spaces that merges need."""
+
+        self.given = 0
+        """Tokens whose text has been given out."""
+
+    def push(self, token_id: int) -> str:
+        """The text that the token completes; empty while a character of several tokens is open."""
+        self.ids.append(token_id)
+        before = self._decode(self.ids[self.start : self.given])
+        now = self._decode(self.ids[self.start :])
+        if now.endswith("\N{REPLACEMENT CHARACTER}"):
+            return ""
+        self.start, self.given = self.given, len(self.ids)
+        return now[len(before) :]
+
+    def _decode(self, ids: list[int]) -> str:
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+
+
+def generate(
+    detector: Detector, prompt: TokenIds, sampling: Sampling, false_positive_rate: float
+) -> Iterator[GeneratedToken | Generation]:
+    """See `Detector.generate`. Checks the prompt at once; the model runs as the iterator is advanced."""
+    room = detector.max_tokens - len(prompt.prompt_ids)
+    if room < 1:
+        raise TooLong("prompt", f"has {len(prompt.prompt_ids)} tokens, which leaves no room of {detector.max_tokens}")
+    return _steps(detector, prompt, sampling, min(room, sampling.max_new_tokens), false_positive_rate)
+
+
+def _steps(
+    detector: Detector, prompt: TokenIds, sampling: Sampling, limit: int, false_positive_rate: float
+) -> Iterator[GeneratedToken | Generation]:
+    probe, clock = detector.probe, Stopwatch()
+    captured = capture_attention(detector.model)
+    chooser, stream = Chooser(sampling), TextStream(detector.tokenizer)
+    stops = stop_tokens(detector)
+    cache: Any = None
+
+    def step(ids: tuple[int, ...]) -> torch.Tensor:
+        nonlocal cache
+        # The capture is left between the steps, so that others may use the model.
+        with clock.stage("forward"), captured.resume(), torch.inference_mode():
+            inputs = torch.tensor([ids], dtype=torch.long, device=detector.model.device)
+            output = detector.forward(inputs, past_key_values=cache, use_cache=True)
+        cache = output.past_key_values
+        logits: torch.Tensor = output.logits[:, -1].cpu()  # (1, vocabulary)
+        return logits
+
+    logits = step(prompt.prompt_ids)
+    written: list[int] = []
+    reason = "length"
+    while len(written) < limit:
+        token, log_probability = chooser.choose(logits)
+        if token in stops:
+            reason = "stop"
+            break
+        # The row of a token exists only once it has been fed, so it is fed before it is scored and given out.
+        logits = step((token,))
+        written.append(token)
+        running = detect(probe, captured.summaries()[0], prompt.followed_by(written), false_positive_rate, {})
+        yield GeneratedToken(
+            len(written) - 1, token, stream.push(token), log_probability, running.probability, running.logit
+        )
+    ids = prompt.followed_by(written)
+    detection = detect(probe, captured.summaries()[0], ids, false_positive_rate, clock.seconds)
+    text = str(detector.tokenizer.decode(written, skip_special_tokens=True))
+    yield Generation(text, ids.prompt_ids, ids.response_ids, reason, detection)
+
+
+def stop_tokens(detector: Detector) -> frozenset[int]:
+    """The tokens that end an answer: of the model's generation settings and of its tokenizer."""
+    settings = getattr(detector.model.generation_config, "eos_token_id", None)
+    listed = settings if isinstance(settings, list) else [settings]
+    return frozenset(int(token) for token in (*listed, detector.tokenizer.eos_token_id) if token is not None)

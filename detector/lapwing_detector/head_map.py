@@ -1,0 +1,162 @@
+"""One number per layer and head, and what it means. Computing is elsewhere; this holds and draws."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lapwing_detector.features import FEATURES
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How one statistic is coloured and named."""
+
+    label: str
+    colours: str
+    low: float | None
+    high: float | None
+    """Limits of the colour scale; None: symmetric about zero, from the values."""
+
+
+STATISTICS: dict[str, Scale] = {
+    "P_VALUE": Scale("p-value", "viridis", 0.0, 1.0),
+    "Q_VALUE": Scale("q-value (Benjamini-Hochberg)", "viridis", 0.0, 1.0),
+    "AUROC": Scale("AUROC", "RdBu_r", 0.0, 1.0),
+    "EFFECT_SIZE": Scale("rank-biserial effect size", "RdBu_r", -1.0, 1.0),
+    "WEIGHT": Scale("norm of the probe's weights", "magma", 0.0, None),
+    "SELECTED": Scale("read by the probe", "Greys", 0.0, 1.0),
+}
+"""Statistics by their name on the wire and in a probe's tensors."""
+
+
+@dataclass(frozen=True)
+class HeadMap:
+    """One statistic of one feature for every head."""
+
+    values: NDArray[np.float32]
+    """(layers, heads)."""
+
+    feature: str
+    """Feature id, such as `laplacian_eigenvalues.v1`."""
+
+    statistic: str
+    """One of `STATISTICS`. A low P_VALUE marks a head that separates the classes."""
+
+    layers: tuple[int, ...]
+    """Index in the model of each row."""
+
+    def __post_init__(self) -> None:
+        if self.statistic not in STATISTICS:
+            raise ValueError(f"statistic is {self.statistic!r}; known are {', '.join(STATISTICS)}")
+        if self.values.ndim != 2 or self.values.shape[0] != len(self.layers):
+            raise ValueError(f"values {self.values.shape} must be (layers, heads) with {len(self.layers)} layers")
+
+    @property
+    def title(self) -> str:
+        """The feature's name as people know it."""
+        feature = FEATURES.get(self.feature)
+        return feature.title if feature else self.feature
+
+    def share_below(self, level: float) -> float:
+        """Share of the heads whose value is below the level, in [0, 1]."""
+        return float((self.values < level).mean())
+
+    def plot(self, ax: Axes | None = None, title: str | None = None, colour_bar: bool = True) -> Axes:
+        """Draws the map: x = head index, y = layer index.
+
+        Args:
+            ax: axes to draw on; a figure of its own without one (no pyplot, nothing global).
+            title: heading; the feature's name without one.
+            colour_bar: whether a colour scale is drawn beside it.
+
+        Returns:
+            The axes; `ax.figure` is the figure.
+        """
+        if ax is None:
+            ax = new_figure(self.values.shape, columns=1).subplots()
+        scale = STATISTICS[self.statistic]
+        low, high = scale.low, scale.high
+        if high is None:
+            high = float(np.abs(self.values).max()) or 1.0
+        image = ax.imshow(self.values, cmap=scale.colours, vmin=low, vmax=high, aspect="auto", interpolation="nearest")
+        ax.set_title(escaped(self.title if title is None else title), parse_math=False, fontsize=10)
+        ax.set_xlabel("head index")
+        ax.set_ylabel("layer index")
+        label_ticks(ax, self.layers, self.values.shape[1])
+        if colour_bar:
+            ax.figure.colorbar(image, ax=ax, label=scale.label)
+        return ax
+
+    def render(self, format: str = "png", title: str | None = None) -> bytes:
+        """The drawn map as the bytes of a `png` or `svg` file; the same map gives the same bytes."""
+        return figure_bytes(self.plot(title=title).get_figure(root=True), format)
+
+
+def plot_pair(left: HeadMap, right: HeadMap, titles: tuple[str, str] | None = None) -> Figure:
+    """Two maps of one statistic side by side, with one colour scale between them.
+
+    Args:
+        left: drawn on the left, by custom AttnScore.
+        right: drawn on the right, by custom the Laplacian eigenvalues; same statistic and shape.
+        titles: headings; the features' names, with the shares of low values for p- and q-values, without.
+
+    Raises:
+        ValueError: the statistics differ, so that one colour scale would lie.
+    """
+    if left.statistic != right.statistic or left.values.shape != right.values.shape:
+        raise ValueError(
+            f"a pair shares statistic and shape; these are {left.statistic} {left.values.shape} "
+            f"and {right.statistic} {right.values.shape}"
+        )
+    figure = new_figure(left.values.shape, columns=2)
+    axes = figure.subplots(1, 2, sharey=True)
+    for ax, head_map, title in zip(axes, (left, right), titles or (None, None), strict=True):
+        head_map.plot(ax, title=title, colour_bar=False)
+    axes[1].set_ylabel("")
+    figure.colorbar(axes[1].images[0], ax=list(axes), label=STATISTICS[left.statistic].label)
+    return figure
+
+
+def new_figure(shape: tuple[int, ...], columns: int) -> Figure:
+    """An empty figure sized for maps of this shape, bound to no window and no global state."""
+    from matplotlib.figure import Figure
+
+    layers, heads = shape
+    width = min(7.0, 2.6 + 0.22 * heads)
+    height = min(8.0, 1.9 + 0.22 * layers)
+    return Figure(figsize=(columns * width + 0.8, height), dpi=120, layout="constrained")
+
+
+def figure_bytes(figure: Any, format: str) -> bytes:
+    """A figure as the bytes of a `png` or `svg` file, without date and with fixed ids."""
+    from matplotlib import rc_context
+
+    if format not in ("png", "svg"):
+        raise ValueError(f"format is {format!r}; known are png and svg")
+    buffer = io.BytesIO()
+    with rc_context({"svg.hashsalt": "lapwing"}):
+        figure.savefig(buffer, format=format, metadata={"Date": None} if format == "svg" else {"Software": None})
+    return buffer.getvalue()
+
+
+def label_ticks(ax: Axes, layers: tuple[int, ...], heads: int) -> None:
+    """Whole-numbered ticks, at most sixteen a side, labelled with the layers' indices in the model."""
+    rows = range(0, len(layers), -(-len(layers) // 16))
+    columns = range(0, heads, -(-heads // 16))
+    ax.set_yticks(list(rows), [str(layers[row]) for row in rows])
+    ax.set_xticks(list(columns), [str(column) for column in columns])
+
+
+def escaped(text: str, limit: int = 120) -> str:
+    """Text from elsewhere made safe to draw: control characters and surrogates as escapes, cut to the limit."""
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text)
+    return shown if len(shown) <= limit else shown[: limit - 1] + "…"

@@ -1,0 +1,303 @@
+"""A fitted linear probe: from features to a calibrated probability, and whose share is what. Knows no torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lapwing_detector.errors import ProbeMismatch, TooShort
+from lapwing_detector.features import FEATURES
+from lapwing_detector.head_map import STATISTICS, HeadMap
+from lapwing_detector.identity import ModelIdentity
+from lapwing_detector.summary import AttentionSummary
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """From logit to probability by Platt's sigmoid: sigmoid(slope * logit + intercept)."""
+
+    slope: float
+    intercept: float
+
+    def probability(self, logit: float) -> float:
+        """In [0, 1]."""
+        z = self.slope * logit + self.intercept
+        return 1.0 / (1.0 + math.exp(-z)) if z >= 0 else math.exp(z) / (1.0 + math.exp(z))
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """One operating point: flag when the logit is strictly above."""
+
+    false_positive_rate: float
+    """The promised rate, such as .05."""
+
+    logit: float
+    realised_rate: float | None
+    """Rate among the held-out negatives; None where there were none."""
+
+    negatives: int
+    """How many negatives set the threshold."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """Whose share of a logit is what; both arrays sum to logit - bias."""
+
+    tokens: NDArray[np.float32]
+    """(tokens,)."""
+
+    heads: NDArray[np.float32]
+    """(layers, heads), zero for heads that were not selected."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A fitted linear probe. Nothing about it can be refitted."""
+
+    name: str
+    """Matches `^[a-z0-9][a-z0-9-]{0,62}$`."""
+
+    features: tuple[str, ...]
+    """Feature ids, in their order along the width of `weights`."""
+
+    k: int
+    """How many values of a ranked feature."""
+
+    layers: tuple[int, ...]
+    """Index in the model of each layer of `weights`."""
+
+    weights: NDArray[np.float32]
+    """(layers, heads, width) in the order of `features`; zero for heads that were not selected."""
+
+    bias: float
+    selected: NDArray[np.bool_]
+    """(layers, heads)."""
+
+    calibration: Calibration
+    thresholds: tuple[Threshold, ...]
+    """Ascending by false-positive rate; rates for which there was too little data are absent."""
+
+    identity: ModelIdentity
+    """The model it was fitted on, and the only one that it scores."""
+
+    statistics: Mapping[str, NDArray[np.float32]] = field(default_factory=dict, repr=False)
+    """`feature id/STATISTIC` -> (layers, heads): what the heatmaps show, from training rows only."""
+
+    metrics: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    """How good it is, as the training wrote it (JSON values)."""
+
+    training: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    """What it was fitted on and how (JSON values)."""
+
+    def __post_init__(self) -> None:
+        unknown = [feature for feature in self.features if feature not in FEATURES]
+        if unknown:
+            raise ValueError(f"feature {unknown[0]!r} is not known; known are {', '.join(FEATURES)}")
+        expected = (len(self.layers), self.selected.shape[-1], self.width)
+        if self.weights.shape != expected or self.selected.shape != expected[:2]:
+            raise ValueError(
+                f"weights {self.weights.shape} and selected {self.selected.shape} must be {expected} and {expected[:2]}"
+            )
+        if not (np.isfinite(self.weights).all() and math.isfinite(self.bias)):
+            raise ValueError("weights and bias must be finite")
+        if np.any(self.weights[~self.selected]):
+            raise ValueError("a head that was not selected has a weight")
+
+    @property
+    def width(self) -> int:
+        """Numbers per head over all features."""
+        return sum(FEATURES[feature].width(self.k) for feature in self.features)
+
+    @property
+    def needed_tokens(self) -> int:
+        """Least number of tokens of a sequence that it can score."""
+        return max(FEATURES[feature].needed(self.k) for feature in self.features)
+
+    @cached_property
+    def revision(self) -> str:
+        """Digest of everything that changes a score, a threshold or the model; 12 hexadecimal digits."""
+        described = {
+            "name": self.name,
+            "features": self.features,
+            "k": self.k,
+            "layers": self.layers,
+            "bias": self.bias,
+            "calibration": [self.calibration.slope, self.calibration.intercept],
+            "thresholds": [[point.false_positive_rate, point.logit] for point in self.thresholds],
+            "identity": self.identity.digest,
+        }
+        digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
+        digest.update(np.ascontiguousarray(self.weights, dtype="<f4").tobytes())
+        return digest.hexdigest()[:12]
+
+    def logit(self, features: NDArray[np.float32]) -> Any:
+        """The linear score.
+
+        Args:
+            features: (..., layers, heads, width) in the order of `features`.
+
+        Returns:
+            A float for one item, an array (...) for several.
+        """
+        scores = np.tensordot(features.astype(np.float64), self.weights.astype(np.float64), axes=3) + self.bias
+        return float(scores) if scores.ndim == 0 else scores
+
+    def probability(self, features: NDArray[np.float32]) -> Any:
+        """Calibrated probability of hallucination, in [0, 1]; shapes as for `logit`."""
+        logits = self.logit(features)
+        if isinstance(logits, float):
+            return self.calibration.probability(logits)
+        return np.vectorize(self.calibration.probability, otypes=[np.float64])(logits)
+
+    def features_of(self, summary: AttentionSummary) -> NDArray[np.float32]:
+        """(layers, heads, width): what `logit` takes.
+
+        Raises:
+            TooShort: the sequence has too few tokens for one of the features.
+            ProbeMismatch: the summary has other layers or heads than the probe.
+        """
+        self._require_shape(summary)
+        return np.concatenate([FEATURES[feature].compute(summary, self.k) for feature in self.features], axis=-1)
+
+    def score(self, summary: AttentionSummary) -> tuple[float, Share]:
+        """The logit of one sequence, from the selected heads only, and the exact share of every token and head.
+
+        Every ranked value belongs to one token and the probe is linear, so the shares are no estimate.
+
+        Raises:
+            TooShort: the sequence has too few tokens for one of the features.
+            ProbeMismatch: the summary has other layers or heads than the probe.
+        """
+        self._require_shape(summary)
+        if summary.token_count < self.needed_tokens:
+            raise TooShort(summary.token_count, self.needed_tokens)
+        read = AttentionSummary(summary.diagonal[self.selected][None], summary.received[self.selected][None], (0,))
+        tokens = np.zeros(summary.token_count)
+        per_head = np.zeros(int(self.selected.sum()))
+        weights, start = self.weights[self.selected].astype(np.float64), 0  # (read, width)
+        for feature in (FEATURES[id] for id in self.features):
+            width = feature.width(self.k)
+            values = feature.token_values(read)[0].astype(np.float64)  # (read, tokens)
+            part = weights[:, start : start + width]
+            if feature.ranked:
+                ranked = np.argsort(-values, axis=-1, kind="stable")[:, :width]  # (read, k): token of each rank
+                shares = np.take_along_axis(values, ranked, axis=-1) * part
+                np.add.at(tokens, ranked, shares)
+            else:
+                shares = values * part / summary.token_count
+                tokens += shares.sum(axis=0)
+            per_head += shares.sum(axis=1)
+            start += width
+        heads = np.zeros(self.selected.shape, np.float32)
+        heads[self.selected] = per_head
+        return float(per_head.sum()) + self.bias, Share(tokens.astype(np.float32), heads)
+
+    def flagged_at(self, logit: float) -> tuple[float, ...]:
+        """The false-positive rates of all operating points that this logit passes, strictest first."""
+        return tuple(point.false_positive_rate for point in self.thresholds if logit > point.logit)
+
+    def threshold(self, false_positive_rate: float) -> Threshold | None:
+        """The stored operating point with this rate; None where there was too little data for it."""
+        for point in self.thresholds:
+            if math.isclose(point.false_positive_rate, false_positive_rate):
+                return point
+        return None
+
+    def head_map(self, feature: str, statistic: str) -> HeadMap:
+        """One statistic of one feature for every head.
+
+        Raises:
+            ValueError: the probe has no such feature or statistic; the message lists those it has.
+        """
+        if statistic not in STATISTICS:
+            raise ValueError(f"statistic {statistic!r} is not known; known are {', '.join(STATISTICS)}")
+        if feature not in self.mapped_features:
+            raise ValueError(f"feature {feature!r} is not in this probe; it has {', '.join(self.mapped_features)}")
+        stored = self.statistics.get(f"{feature}/{statistic}")
+        if stored is not None:
+            return HeadMap(stored, feature, statistic, self.layers)
+        if statistic == "SELECTED":
+            read = self.selected if feature in self.features else np.zeros_like(self.selected)
+            return HeadMap(read.astype(np.float32), feature, statistic, self.layers)
+        if statistic == "WEIGHT":
+            return HeadMap(self._weight_norms(feature), feature, statistic, self.layers)
+        raise ValueError(f"{statistic} of {feature} was not stored with this probe; fit it again: lapwing train")
+
+    @property
+    def mapped_features(self) -> tuple[str, ...]:
+        """Features of which the probe has heatmaps: those that it reads, and those tested beside them."""
+        tested = (key.partition("/")[0] for key in self.statistics)
+        return tuple(dict.fromkeys((*self.features, *sorted(tested))))
+
+    def require(self, identity: ModelIdentity) -> None:
+        """Refuses a model that the probe was not fitted on.
+
+        Raises:
+            ProbeMismatch: names what differs, both values and the command that fits a probe for this model.
+        """
+        different = self.identity.differences(identity)
+        if different:
+            what, mine, theirs = different[0]
+            raise ProbeMismatch(
+                f"the probe {self.name!r} was fitted on {self.identity.name} with {what} {mine[:12]}, "
+                f"the model {identity.name} brings {theirs[:12]}; fit one for it: "
+                f"lapwing extract --model {identity.name} and lapwing train"
+            )
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path) -> Probe:
+        """Loads and verifies a probe directory, or one from the Hugging Face Hub by its id.
+
+        Raises:
+            ProbeCorrupt: a file is missing, changed, too large or holds what it should not.
+        """
+        from lapwing_detector.probe_files import load
+
+        return load(source)
+
+    def save_pretrained(
+        self, directory: str | Path, *, files: Mapping[str, bytes] | None = None, card: str | None = None
+    ) -> Path:
+        """Writes the probe directory whole or not at all, replacing a probe that was there.
+
+        Args:
+            directory: where; must not exist, or be a probe directory.
+            files: further files by name, such as `predictions.jsonl`.
+            card: text of README.md; one is made from the probe without it.
+
+        Returns:
+            The directory.
+        """
+        from lapwing_detector.probe_files import save
+
+        return save(self, Path(directory), files or {}, card)
+
+    def push_to_hub(self, repo_id: str, *, private: bool = False) -> str:
+        """Uploads the probe directory to the Hugging Face Hub; returns the address of the commit."""
+        from lapwing_detector.probe_files import push
+
+        return push(self, repo_id, private)
+
+    def _require_shape(self, summary: AttentionSummary) -> None:
+        if summary.layers != self.layers or summary.diagonal.shape[1] != self.weights.shape[1]:
+            raise ProbeMismatch(
+                f"the probe {self.name!r} reads layers {self.layers} of {self.weights.shape[1]} heads, "
+                f"the attention has layers {summary.layers} of {summary.diagonal.shape[1]}"
+            )
+
+    def _weight_norms(self, feature: str) -> NDArray[np.float32]:
+        if feature not in self.features:
+            return np.zeros(self.selected.shape, np.float32)
+        start = sum(FEATURES[id].width(self.k) for id in self.features[: self.features.index(feature)])
+        part = self.weights[..., start : start + FEATURES[feature].width(self.k)]
+        return np.asarray(np.linalg.norm(part, axis=-1), dtype=np.float32)

@@ -1,0 +1,252 @@
+"""Probe directories: safetensors and JSON with the SHA-256 of every file; nothing in them is ever executed."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lapwing_detector.errors import ProbeCorrupt
+from lapwing_detector.identity import ModelIdentity, sha256
+from lapwing_detector.pictures import card_pictures
+from lapwing_detector.probe import Calibration, Probe, Threshold
+
+SCHEMA_VERSION = 1
+TENSORS, MANIFEST, CARD = "probe.safetensors", "manifest.json", "README.md"
+NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
+FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+MAX_MANIFEST = 4 << 20
+MAX_TENSORS = 256 << 20
+MAX_OTHER = 256 << 20
+"""Bytes; larger files are refused before they are read."""
+
+
+def save(probe: Probe, directory: Path, files: Mapping[str, bytes], card: str | None) -> Path:
+    """See `Probe.save_pretrained`."""
+    if not NAME.fullmatch(probe.name):
+        raise ValueError(f"the probe's name {probe.name!r} must match {NAME.pattern}")
+    if directory.exists() and any(directory.iterdir()) and not (directory / MANIFEST).exists():
+        raise FileExistsError(f"{directory} exists and is no probe directory; give another path or remove it")
+    content = {**card_pictures(probe), **files}
+    content[TENSORS] = _tensor_bytes(probe)
+    content[CARD] = (card if card is not None else model_card(probe)).encode()
+    manifest = _manifest(probe) | {"files": {name: sha256(data) for name, data in sorted(content.items())}}
+    content[MANIFEST] = (json.dumps(manifest, indent=1, sort_keys=True, allow_nan=False) + "\n").encode()
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
+    try:
+        partial.chmod(0o755)
+        for name, data in content.items():
+            _write(partial / name, data)
+        _sync(partial)
+        _replace(partial, directory)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return directory
+
+
+def load(source: str | Path) -> Probe:
+    """See `Probe.from_pretrained`."""
+    directory = Path(source)
+    if not directory.is_dir():
+        directory = _download(str(source))
+    manifest = _read_manifest(directory)
+    for name, digest in manifest["files"].items():
+        if sha256(read(directory, name)) != digest:
+            raise ProbeCorrupt(f"{directory / name} is not the file that was saved (sha256 differs); fetch it again")
+    probe = _assemble(directory, manifest)
+    if probe.revision != manifest["revision"]:
+        raise ProbeCorrupt(
+            f"{directory} says revision {manifest['revision']}, its content is {probe.revision}; fetch it again"
+        )
+    return probe
+
+
+def read(directory: Path, name: str) -> bytes:
+    """One file of a probe directory, its size capped before it is read.
+
+    Raises:
+        ProbeCorrupt: the name leads out of the directory, the file is missing, no plain file, or too large.
+    """
+    path = directory / name
+    cap = {TENSORS: MAX_TENSORS, MANIFEST: MAX_MANIFEST}.get(name, MAX_OTHER)
+    if not FILE_NAME.fullmatch(name):
+        raise ProbeCorrupt(f"{directory} lists a file named {name!r}, which is no plain name")
+    if not path.is_file() or not path.resolve().is_relative_to(directory.resolve()):
+        raise ProbeCorrupt(f"{path} is missing or leads out of its directory; fetch the probe again")
+    if path.stat().st_size > cap:
+        raise ProbeCorrupt(f"{path} has {path.stat().st_size} bytes; at most {cap} are read")
+    return path.read_bytes()
+
+
+def push(probe: Probe, repo_id: str, private: bool) -> str:
+    """See `Probe.push_to_hub`."""
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    api.create_repo(repo_id, private=private, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        directory = save(probe, Path(folder) / probe.name, {}, None)
+        return str(api.upload_folder(repo_id=repo_id, folder_path=directory).commit_url)
+
+
+def model_card(probe: Probe) -> str:
+    """A short README.md for a probe that was saved without one."""
+    pictures = "\n".join(f"![{name}]({name})" for name in card_pictures(probe))
+    return (
+        f"# {probe.name}\n\nA Lapwing probe (revision {probe.revision}) for {probe.identity.name}: "
+        f"{int(probe.selected.sum())} of {probe.selected.size} heads, features {', '.join(probe.features)}, "
+        f"k = {probe.k}.\n\n{pictures}\n"
+    )
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of the libraries that shape a probe, as far as they are installed."""
+    versions = {}
+    for name in ("lapwing", "torch", "transformers", "numpy", "scikit-learn", "scipy", "safetensors"):
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def _manifest(probe: Probe) -> dict[str, Any]:
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "name": probe.name,
+        "revision": probe.revision,
+        "features": list(probe.features),
+        "k": probe.k,
+        "token_span": "prompt and response, without the end-of-sequence token",
+        "tensor_order": "layers, heads, width; width is the features in their order, ranked values descending",
+        "layers": list(probe.layers),
+        "heads": int(probe.selected.shape[1]),
+        "bias": probe.bias,
+        "calibration": {"method": "platt", "slope": probe.calibration.slope, "intercept": probe.calibration.intercept},
+        "thresholds": [vars(point) for point in probe.thresholds],
+        "identity": probe.identity.to_dict(),
+        "metrics": dict(probe.metrics),
+        "training": dict(probe.training),
+        "libraries": library_versions(),
+    }
+
+
+def _tensor_bytes(probe: Probe) -> bytes:
+    from safetensors.numpy import save as to_bytes
+
+    tensors: dict[str, NDArray[Any]] = {
+        "weights": probe.weights.astype("<f4"),
+        "selected": probe.selected.astype(np.uint8),
+    }
+    tensors |= {f"statistics/{key}": value.astype("<f4") for key, value in probe.statistics.items()}
+    return bytes(to_bytes({name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}))
+
+
+def _read_manifest(directory: Path) -> dict[str, Any]:
+    try:
+        manifest = json.loads(read(directory, MANIFEST))
+        version = manifest["schema_version"]
+        files = manifest["files"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ProbeCorrupt(f"{directory / MANIFEST} is no manifest of a probe: {error!r}") from error
+    if version != SCHEMA_VERSION:
+        raise ProbeCorrupt(f"{directory} has schema version {version!r}, known is {SCHEMA_VERSION}; update lapwing")
+    if not isinstance(files, dict) or TENSORS not in files:
+        raise ProbeCorrupt(f"{directory / MANIFEST} must list {TENSORS} with its sha256")
+    return dict(manifest)
+
+
+def _assemble(directory: Path, manifest: Mapping[str, Any]) -> Probe:
+    from safetensors import SafetensorError
+    from safetensors.numpy import load as from_bytes
+
+    try:
+        tensors = from_bytes(read(directory, TENSORS))
+        shape = (len(manifest["layers"]), int(manifest["heads"]))
+        statistics = {name.removeprefix("statistics/"): tensors.pop(name) for name in sorted(tensors) if "/" in name}
+        _check_tensors(tensors, statistics, shape)
+        return Probe(
+            name=str(manifest["name"]),
+            features=tuple(manifest["features"]),
+            k=int(manifest["k"]),
+            layers=tuple(int(layer) for layer in manifest["layers"]),
+            weights=tensors["weights"],
+            bias=float(manifest["bias"]),
+            selected=tensors["selected"].astype(bool),
+            calibration=_calibration(manifest["calibration"]),
+            thresholds=tuple(Threshold(**point) for point in manifest["thresholds"]),
+            identity=ModelIdentity.from_dict(manifest["identity"]),
+            statistics=statistics,
+            metrics=manifest["metrics"],
+            training=manifest["training"],
+        )
+    except (ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        raise ProbeCorrupt(f"{directory} does not hold a whole probe: {error}") from error
+
+
+def _calibration(described: Mapping[str, Any]) -> Calibration:
+    if described["method"] != "platt":
+        raise ValueError(f"calibration is {described['method']!r}, known is 'platt'")
+    return Calibration(float(described["slope"]), float(described["intercept"]))
+
+
+def _check_tensors(
+    tensors: Mapping[str, NDArray[Any]], statistics: Mapping[str, NDArray[Any]], shape: tuple[int, int]
+) -> None:
+    if set(tensors) != {"weights", "selected"}:
+        raise ValueError(f"tensors are {sorted(tensors)}, expected weights and selected")
+    for name, tensor in statistics.items():
+        if tensor.shape != shape or tensor.dtype != np.float32 or not np.isfinite(tensor).all():
+            raise ValueError(f"statistics/{name} must be finite float32 {shape}, is {tensor.dtype} {tensor.shape}")
+    if tensors["weights"].dtype != np.float32 or tensors["selected"].dtype != np.uint8:
+        raise ValueError("weights must be float32 and selected uint8")
+
+
+def _download(repo_id: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(repo_id, allow_patterns=["*.safetensors", "*.json", "*.md", "*.png", "*.jsonl"]))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise ProbeCorrupt(
+            f"{repo_id!r} is neither a probe directory nor a repository of the Hugging Face Hub that can be reached "
+            f"({type(error).__name__}); give the path that lapwing train wrote"
+        ) from error
+
+
+def _replace(partial: Path, directory: Path) -> None:
+    if directory.exists():
+        old = Path(tempfile.mkdtemp(prefix=f".{directory.name}.old.", dir=directory.parent))
+        os.replace(directory, old)
+        os.replace(partial, directory)
+        shutil.rmtree(old)
+    else:
+        os.replace(partial, directory)
+    _sync(directory.parent)
+
+
+def _write(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,75 @@
+"""From the captured attention of one sequence to a detection."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+
+from lapwing_detector.detection import Detection, HeadContribution, Reason, State
+from lapwing_detector.probe import Probe, Share
+from lapwing_detector.summary import AttentionSummary
+from lapwing_detector.tokens import TokenIds
+
+
+class Stopwatch:
+    """Wall seconds by stage."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Adds the time inside to the stage."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+def detect(
+    probe: Probe, summary: AttentionSummary, ids: TokenIds, false_positive_rate: float, seconds: dict[str, float]
+) -> Detection:
+    """What the probe says of one captured sequence."""
+    clock = Stopwatch()
+    logit, share, reason, message = None, None, None, ""
+    with clock.stage("probe"):
+        if summary.token_count < probe.needed_tokens:
+            reason = Reason.TOO_SHORT
+            message = f"{summary.token_count} tokens; the probe needs {probe.needed_tokens}"
+        elif not (np.isfinite(summary.diagonal).all() and np.isfinite(summary.received).all()):
+            reason, message = Reason.NON_FINITE, "the model's attention holds NaN or infinities"
+        else:
+            logit, share = probe.score(summary)
+    point = probe.threshold(false_positive_rate)
+    return Detection(
+        state=State.UNSCORED if logit is None else State.SCORED,
+        reason=reason,
+        message=message,
+        probability=None if logit is None else probe.calibration.probability(logit),
+        logit=logit,
+        bias=probe.bias,
+        flagged=None if logit is None or point is None else logit > point.logit,
+        false_positive_rate=false_positive_rate,
+        flagged_at=() if logit is None else probe.flagged_at(logit),
+        probe_name=probe.name,
+        probe_revision=probe.revision,
+        prompt_tokens=len(ids.prompt_ids),
+        response_tokens=len(ids.response_ids),
+        token_ids=ids.all,
+        token_contributions=np.empty(0, np.float32) if share is None else share.tokens,
+        head_contributions=() if share is None else strongest(probe, share),
+        seconds=seconds | clock.seconds,
+    )
+
+
+def strongest(probe: Probe, share: Share) -> tuple[HeadContribution, ...]:
+    """The selected heads with their shares, the strongest first."""
+    heads = [
+        HeadContribution(probe.layers[row], int(head), float(share.heads[row, head]))
+        for row, head in np.argwhere(probe.selected)
+    ]
+    return tuple(sorted(heads, key=lambda head: -abs(head.contribution)))

@@ -1,0 +1,1 @@
+"""The wire of Lapwing, by version; it knows nothing else."""

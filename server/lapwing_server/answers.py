@@ -1,0 +1,174 @@
+"""What the detector says, as messages of the wire."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+from google.protobuf import struct_pb2
+from lapwing.v1 import detection_pb2, detector_pb2, model_pb2, probes_pb2, tensor_pb2
+from lapwing_detector.detection import Detection, State
+from lapwing_detector.head_map import STATISTICS
+from lapwing_detector.identity import ModelIdentity
+from lapwing_detector.probe import Probe
+from numpy.typing import NDArray
+
+from lapwing_server.limits import Limits
+from lapwing_server.shelf import Shelved
+
+if TYPE_CHECKING:
+    from lapwing_detector import GeneratedToken, Generation
+
+STRONGEST_HEADS = 32
+"""Heads of one detection; all of a large model would be thousands of messages."""
+
+
+def tensor(values: NDArray[np.float32]) -> tensor_pb2.Tensor:
+    """An array as packed little-endian float32."""
+    data = np.ascontiguousarray(values, dtype="<f4").tobytes()
+    return tensor_pb2.Tensor(dtype=tensor_pb2.DATA_TYPE_FLOAT32, shape=values.shape, data=data)
+
+
+def detection_message(detection: Detection, queued: float | None = None) -> detection_pb2.Detection:
+    """A detection; `queued` is how many seconds it waited for the worker."""
+    scored = detection.state is State.SCORED
+    seconds = dict(detection.seconds) if queued is None else {"queue": queued, **detection.seconds}
+    message = detection_pb2.Detection(
+        state=f"DETECTION_STATE_{detection.state.value}",
+        reason=f"UNSCORED_REASON_{detection.reason.value if detection.reason else 'UNSPECIFIED'}",
+        message=detection.message,
+        probability=detection.probability if scored else None,
+        logit=detection.logit if scored else None,
+        bias=detection.bias,
+        false_positive_rate=detection.false_positive_rate,
+        flagged_at=detection.flagged_at,
+        probe_name=detection.probe_name,
+        probe_revision=detection.probe_revision,
+        prompt_tokens=detection.prompt_tokens,
+        response_tokens=detection.response_tokens,
+        token_ids=detection.token_ids,
+        token_contributions=tensor(detection.token_contributions),
+        strongest_heads=[
+            detection_pb2.HeadContribution(layer=one.layer, head=one.head, contribution=one.contribution)
+            for one in detection.head_contributions[:STRONGEST_HEADS]
+        ],
+        stage_seconds=seconds,
+    )
+    if scored and detection.flagged is not None:
+        message.flagged = detection.flagged
+    return message
+
+
+def event_message(event: GeneratedToken | Generation) -> detector_pb2.GenerateResponse:
+    """One event of a generation. Their classes need torch, so the two are told apart by what they have."""
+    is_token = hasattr(event, "token_id")
+    return token_event(cast("GeneratedToken", event)) if is_token else generation_event(cast("Generation", event))
+
+
+def token_event(token: GeneratedToken) -> detector_pb2.GenerateResponse:
+    """One written token."""
+    return detector_pb2.GenerateResponse(
+        token=detector_pb2.GeneratedToken(
+            index=token.index,
+            token_id=token.token_id,
+            text=token.text,
+            log_probability=token.log_probability,
+            probability=token.probability,
+            logit=token.logit,
+        )
+    )
+
+
+def generation_event(generation: Generation) -> detector_pb2.GenerateResponse:
+    """The finished response."""
+    return detector_pb2.GenerateResponse(
+        generation=detector_pb2.Generation(
+            text=generation.text,
+            prompt_token_ids=generation.prompt_ids,
+            token_ids=generation.token_ids,
+            finish_reason=f"FINISH_REASON_{generation.finish_reason.upper()}",
+            detection=detection_message(generation.detection),
+        )
+    )
+
+
+def identity_message(identity: ModelIdentity) -> model_pb2.ModelIdentity:
+    """A model's identity, without the sample of its weights, of which the digest is enough."""
+    names = [field.name for field in model_pb2.ModelIdentity.DESCRIPTOR.fields]
+    return model_pb2.ModelIdentity(**{name: getattr(identity, name) for name in names})
+
+
+def limits_message(limits: Limits) -> detector_pb2.Limits:
+    """What the server takes."""
+    return detector_pb2.Limits(
+        max_request_bytes=limits.request_bytes,
+        max_batch_items=limits.batch_items,
+        max_new_tokens=limits.new_tokens,
+        max_generate_streams=limits.generate_streams,
+        max_heatmap_pixels=limits.heatmap_pixels,
+    )
+
+
+def probe_message(entry: Shelved, active: Probe) -> probes_pb2.Probe:
+    """A probe, or why it was rejected."""
+    probe = entry.probe
+    if probe is None:
+        return probes_pb2.Probe(name=entry.name, state=probes_pb2.PROBE_STATE_REJECTED, state_message=entry.reason)
+    is_active = probe is active
+    return probes_pb2.Probe(
+        name=probe.name,
+        revision=probe.revision,
+        state=probes_pb2.PROBE_STATE_ACTIVE if is_active else probes_pb2.PROBE_STATE_LOADED,
+        features=probe.features,
+        k=probe.k,
+        layers=probe.layers,
+        heads=probe.selected.shape[1],
+        width=probe.width,
+        needed_tokens=probe.needed_tokens,
+        selected_heads=[
+            probes_pb2.Head(layer=probe.layers[row], head=int(head)) for row, head in np.argwhere(probe.selected)
+        ],
+        calibration=probes_pb2.Calibration(slope=probe.calibration.slope, intercept=probe.calibration.intercept),
+        thresholds=[
+            probes_pb2.Threshold(
+                false_positive_rate=point.false_positive_rate,
+                logit=point.logit,
+                realised_rate=point.realised_rate,
+                negatives=point.negatives,
+            )
+            for point in probe.thresholds
+        ],
+        metrics=struct(probe.metrics),
+        training=struct(probe.training),
+        model=identity_message(probe.identity),
+        heatmaps=[
+            probes_pb2.HeatmapName(feature=feature, statistic=f"STATISTIC_{statistic}")
+            for feature in probe.mapped_features
+            for statistic in statistics_of(probe, feature)
+        ],
+    )
+
+
+def statistics_of(probe: Probe, feature: str) -> list[str]:
+    """Names of the statistics that the probe can show of a feature; two are made of the weights and always there."""
+    always = ("WEIGHT", "SELECTED")
+    return [name for name in STATISTICS if name in always or f"{feature}/{name}" in probe.statistics]
+
+
+def struct(values: Mapping[str, Any]) -> struct_pb2.Struct:
+    """JSON values as a message; numbers that JSON has no word for become text."""
+    message = struct_pb2.Struct()
+    message.update(json.loads(json.dumps(speakable(values), default=str)))
+    return message
+
+
+def speakable(value: Any) -> Any:
+    """The same with NaN and infinities as text."""
+    if isinstance(value, Mapping):
+        return {str(key): speakable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [speakable(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,161 @@
+"""The rpcs of lapwing.v1.Probes: read, call, translate."""
+
+from __future__ import annotations
+
+import re
+from functools import partial
+
+from grpc import StatusCode
+from lapwing.v1 import probes_pb2, probes_pb2_grpc
+from lapwing_detector.head_map import STATISTICS
+from lapwing_detector.probe import Probe
+
+from lapwing_server import answers
+from lapwing_server.context import Context
+from lapwing_server.detector_service import unimplemented
+from lapwing_server.readiness import Readiness
+from lapwing_server.refusal import Refusal, invalid
+from lapwing_server.shelf import Shelf, Shelved
+from lapwing_server.worker import Worker
+
+DEFAULT_PAGE = 50
+PAGE_TOKEN = re.compile(r"after:(?P<name>[^\x00-\x1f]{1,255})")
+FORMATS = {probes_pb2.IMAGE_FORMAT_PNG: "png", probes_pb2.IMAGE_FORMAT_SVG: "svg"}
+
+
+class ProbesService(probes_pb2_grpc.ProbesServicer):
+    """Shows the probes of the shelf; pictures are drawn in a worker of their own, so that no token waits for one."""
+
+    def __init__(self, readiness: Readiness, artist: Worker) -> None:
+        self._readiness = readiness
+        self._artist = artist
+
+    async def ListProbes(  # noqa: N802
+        self, request: probes_pb2.ListProbesRequest, context: Context
+    ) -> probes_pb2.ListProbesResponse:
+        """A page of probes; a token names the last one of its page, so that a reload in between is harmless."""
+        shelf = self._readiness.loaded.shelf
+        size = page_size(request.page_size, self._readiness.limits.page_size)
+        after = last_of_page(request.page_token)
+        rest = [entry for entry in shelf.entries if entry.name > after]
+        page = rest[:size]
+        return probes_pb2.ListProbesResponse(
+            probes=[answers.probe_message(entry, shelf.active) for entry in page],
+            next_page_token=f"after:{page[-1].name}" if len(rest) > size else "",
+            total_size=len(shelf.entries),
+        )
+
+    async def GetProbe(  # noqa: N802
+        self, request: probes_pb2.GetProbeRequest, context: Context
+    ) -> probes_pb2.GetProbeResponse:
+        """One probe."""
+        shelf = self._readiness.loaded.shelf
+        return probes_pb2.GetProbeResponse(probe=answers.probe_message(find(shelf, request.name, "name"), shelf.active))
+
+    async def GetHeatmap(  # noqa: N802
+        self, request: probes_pb2.GetHeatmapRequest, context: Context
+    ) -> probes_pb2.GetHeatmapResponse:
+        """One number of every layer and head, and a picture of it when asked for."""
+        probe = sound(find(self._readiness.loaded.shelf, request.probe, "probe"))
+        feature, statistic = read_map(request, probe)
+        head_map = probe.head_map(feature, statistic)
+        most = self._readiness.limits.heatmap_pixels
+        if head_map.values.size > most:
+            raise invalid("probe", f"has {head_map.values.size} heads, a heatmap at most {most} pixels", "TOO_LARGE")
+        response = probes_pb2.GetHeatmapResponse(
+            probe_name=probe.name,
+            probe_revision=probe.revision,
+            feature=feature,
+            statistic=request.statistic,
+            values=answers.tensor(head_map.values),
+            layers=head_map.layers,
+            column_label="head index",
+            row_label="layer index",
+            value_label=STATISTICS[statistic].label,
+            image_format=request.image_format,
+        )
+        if request.image_format:
+            response.image = await self._artist.run(partial(head_map.render, FORMATS[request.image_format]))
+        return response
+
+    async def ActivateProbe(  # noqa: N802
+        self, request: probes_pb2.ActivateProbeRequest, context: Context
+    ) -> probes_pb2.ActivateProbeResponse:
+        """Not there yet."""
+        raise unimplemented("ActivateProbe", "restart the server with: lapwing serve --probes DIR --probe NAME")
+
+    async def ReloadProbes(  # noqa: N802
+        self, request: probes_pb2.ReloadProbesRequest, context: Context
+    ) -> probes_pb2.ReloadProbesResponse:
+        """Not there yet."""
+        raise unimplemented("ReloadProbes", "restart the server")
+
+
+def find(shelf: Shelf, name: str, field: str) -> Shelved:
+    """The probe of this name, the active one for none.
+
+    Raises:
+        Refusal: there is no such probe.
+    """
+    entry = shelf.find(name)
+    if entry is None:
+        known = ", ".join(shelf.names[:20])
+        raise Refusal(
+            StatusCode.NOT_FOUND, "UNKNOWN_PROBE", f"{field}: no probe {name[:63]!r}; known are {known}", field=field
+        )
+    return entry
+
+
+def sound(entry: Shelved) -> Probe:
+    """The probe itself.
+
+    Raises:
+        Refusal: it was rejected when it was loaded.
+    """
+    if entry.probe is None:
+        raise Refusal(
+            StatusCode.FAILED_PRECONDITION, "PROBE_REJECTED", f"probe {entry.name} was rejected: {entry.reason}"
+        )
+    return entry.probe
+
+
+def read_map(request: probes_pb2.GetHeatmapRequest, probe: Probe) -> tuple[str, str]:
+    """Feature and statistic.
+
+    Raises:
+        Refusal: the probe does not have them, or there is no such format.
+    """
+    feature = request.feature or probe.features[0]
+    if feature not in probe.mapped_features:
+        known = ", ".join(probe.mapped_features)
+        raise invalid("feature", f"{feature[:63]!r} is not in probe {probe.name}; known are {known}", "UNKNOWN_FEATURE")
+    known_statistics = answers.statistics_of(probe, feature)
+    statistic = probes_pb2.Statistic.keys()[request.statistic] if request.statistic in range(1, 7) else ""
+    name = statistic.removeprefix("STATISTIC_")
+    if name not in known_statistics:
+        said = name or f"number {request.statistic}"
+        raise invalid(
+            "statistic",
+            f"{said} of {feature} is not in probe {probe.name}; known are {', '.join(known_statistics)}",
+            "UNKNOWN_STATISTIC",
+        )
+    if request.image_format and request.image_format not in FORMATS:
+        raise invalid("image_format", f"number {request.image_format} is not known; known are PNG, SVG")
+    return feature, name
+
+
+def page_size(asked: int, most: int) -> int:
+    """How many probes to answer with."""
+    if asked < 0:
+        raise invalid("page_size", f"is {asked}; give 0 (for {DEFAULT_PAGE}) to {most}")
+    return min(asked or DEFAULT_PAGE, most)
+
+
+def last_of_page(token: str) -> str:
+    """Name of the last probe of the page before; empty for the first page."""
+    if not token:
+        return ""
+    found = PAGE_TOKEN.fullmatch(token)
+    if found is None:
+        raise invalid("page_token", "is not one that ListProbes gave; leave it empty for the first page")
+    return found["name"]

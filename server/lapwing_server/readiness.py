@@ -1,0 +1,61 @@
+"""How far the server is, and what it has by then."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from grpc import StatusCode
+
+from lapwing_server.engine import Loaded
+from lapwing_server.limits import Limits
+from lapwing_server.refusal import Refusal
+
+
+class Phase(StrEnum):
+    """The phases of a server's life."""
+
+    LOADING = "LOADING"
+    SERVING = "SERVING"
+    FAILED = "FAILED"
+    STOPPING = "STOPPING"
+
+
+@dataclass
+class Readiness:
+    """What the servicers share; changed only on the event loop."""
+
+    limits: Limits = field(default_factory=Limits)
+    phase: Phase = Phase.LOADING
+    message: str = "model and probe are being loaded"
+    """Why it is not serving; empty when it is."""
+
+    _loaded: Loaded | None = None
+
+    def succeed(self, loaded: Loaded) -> None:
+        """Model and probe are there and warm."""
+        self._loaded, self.phase, self.message = loaded, Phase.SERVING, ""
+
+    def fail(self, message: str) -> None:
+        """Model or probe could not be loaded."""
+        self.phase, self.message = Phase.FAILED, message
+
+    def stop(self) -> None:
+        """The server goes; what runs may finish."""
+        self.phase, self.message = Phase.STOPPING, "the server is shutting down"
+
+    @property
+    def loaded_or_none(self) -> Loaded | None:
+        """What is loaded; None before and after a failure."""
+        return self._loaded
+
+    @property
+    def loaded(self) -> Loaded:
+        """What is loaded.
+
+        Raises:
+            Refusal: nothing is, so far or at all.
+        """
+        if self._loaded is None:
+            raise Refusal(StatusCode.UNAVAILABLE, f"SERVER_{self.phase.value}", f"not serving: {self.message}")
+        return self._loaded

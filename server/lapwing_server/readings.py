@@ -1,0 +1,121 @@
+"""What a request says, checked field by field; every refusal names its field."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from typing import TypedDict
+
+from lapwing.v1 import detection_pb2, detector_pb2
+from lapwing_detector.detection import DEFAULT_FALSE_POSITIVE_RATE
+
+from lapwing_server.engine import Prompt, Response
+from lapwing_server.limits import Limits
+from lapwing_server.refusal import invalid
+
+HOTTEST = 100.0
+"""Largest temperature; far above it every token is as likely as any other."""
+
+
+class Sampling(TypedDict):
+    """How to generate, in the words of the detector."""
+
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    seed: int | None
+    false_positive_rate: float
+
+
+def read_prompt(prompt: detection_pb2.Prompt, path: str = "prompt") -> Prompt:
+    """The prompt in the one form in which it was given.
+
+    Raises:
+        Refusal: none or several forms are set, or the one is empty.
+    """
+    given = [name for name in ("messages", "token_ids") if getattr(prompt, name)]
+    given += ["text"] if prompt.HasField("text") else []
+    one_of(path, given, "text, messages, token_ids")
+    if given == ["messages"]:
+        return read_messages(prompt, path)
+    if given == ["token_ids"]:
+        return list(prompt.token_ids)
+    return not_empty(prompt.text, f"{path}.text")
+
+
+def read_response(response: detection_pb2.Response, path: str = "response") -> Response:
+    """The response in the one form in which it was given; raises like `read_prompt`."""
+    given = ["token_ids"] if response.token_ids else []
+    given += ["text"] if response.HasField("text") else []
+    one_of(path, given, "text, token_ids")
+    return list(response.token_ids) if response.token_ids else not_empty(response.text, f"{path}.text")
+
+
+def read_messages(prompt: detection_pb2.Prompt, path: str) -> list[dict[str, str]]:
+    """The turns of a conversation, as chat templates take them."""
+    for i, message in enumerate(prompt.messages):
+        not_empty(message.role, f"{path}.messages[{i}].role")
+    return [{"role": message.role, "content": message.content} for message in prompt.messages]
+
+
+def read_sampling(request: detector_pb2.GenerateRequest, limits: Limits) -> Sampling:
+    """How to generate.
+
+    Raises:
+        Refusal: a number is out of its range or not a number.
+    """
+    new_tokens = request.max_new_tokens if request.HasField("max_new_tokens") else min(64, limits.new_tokens)
+    top_p = request.top_p if request.HasField("top_p") else 1.0
+    if not 1 <= new_tokens <= limits.new_tokens:
+        raise invalid("max_new_tokens", f"is {new_tokens}; give 1 to {limits.new_tokens}")
+    if not 0.0 <= request.temperature <= HOTTEST:  # also refuses NaN
+        raise invalid("temperature", f"is {request.temperature}; give 0 (the likeliest token) to {HOTTEST:g}")
+    if not 0.0 < top_p <= 1.0:
+        raise invalid("top_p", f"is {top_p}; give more than 0 and at most 1")
+    if request.seed < 0:
+        raise invalid("seed", f"is {request.seed}; give 0 or more")
+    return Sampling(
+        max_new_tokens=new_tokens,
+        temperature=request.temperature,
+        top_p=top_p,
+        seed=request.seed if request.HasField("seed") else None,
+        false_positive_rate=read_rate(request),
+    )
+
+
+def read_rate(
+    request: detector_pb2.ScoreRequest | detector_pb2.ScoreBatchRequest | detector_pb2.GenerateRequest,
+) -> float:
+    """The operating point asked for.
+
+    Raises:
+        Refusal: it is not between 0 and 1.
+    """
+    if not request.HasField("false_positive_rate"):
+        return DEFAULT_FALSE_POSITIVE_RATE
+    rate = request.false_positive_rate
+    if not (math.isfinite(rate) and 0.0 < rate < 1.0):
+        raise invalid("false_positive_rate", f"is {rate}; give a share between 0 and 1, such as 0.05")
+    return rate
+
+
+def one_of(path: str, given: list[str], known: str) -> None:
+    """Refuses what is set not at all or twice."""
+    if not given:
+        raise invalid(path, f"is empty; give one of {known}")
+    if len(given) > 1:
+        raise invalid(path, f"has {' and '.join(given)}; give exactly one of {known}")
+
+
+def not_empty(text: str, path: str) -> str:
+    """The text; refuses an empty one."""
+    if not text:
+        raise invalid(path, "is empty; there is nothing to score")
+    return text
+
+
+def fingerprint(content: Prompt | Response) -> str:
+    """All that a log says of a prompt or response: how long it is, and a short hash to find it again."""
+    data = content.encode() if isinstance(content, str) else json.dumps(content).encode()
+    return f"{len(content)}:{hashlib.sha256(data).hexdigest()[:8]}"

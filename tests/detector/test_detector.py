@@ -1,0 +1,248 @@
+"""The detector on the embedded model: what it says alone, in a batch, and while writing is one and the same."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from lapwing_detector.detection import Detection, Reason, State
+from lapwing_detector.detector import Detector
+from lapwing_detector.embedded import model_path
+from lapwing_detector.errors import InvalidInput, ProbeMismatch, TooLong, UnsupportedModel
+from lapwing_detector.generation import GeneratedToken, Generation, Sampling, TextStream
+from lapwing_detector.identity import identity_of
+from lapwing_detector.loading import load_model
+from tests.detector.probes import random_probe
+
+QUESTION = "Question: which country is the city of Lyon in? Answer:"
+
+
+@pytest.fixture(scope="module")
+def detector() -> Detector:
+    model, tokenizer = load_model(None)
+    probe = random_probe(layers=6, heads=8, k=10, identity=identity_of(model, tokenizer))
+    return Detector.from_pretrained(model, probe, tokenizer=tokenizer)
+
+
+def last(detector: Detector, prompt, **options) -> tuple[list[GeneratedToken], Generation]:
+    *tokens, generation = detector.generate(prompt, **options)
+    assert all(isinstance(token, GeneratedToken) for token in tokens)
+    assert isinstance(generation, Generation)
+    return tokens, generation
+
+
+def test_a_detection_accounts_for_itself(detector):
+    detection = detector.score(QUESTION, "France", false_positive_rate=0.1)
+    assert detection.state is State.SCORED
+    assert detection.probability == detector.probe.calibration.probability(detection.logit)
+    assert detection.flagged == (detection.logit > 0.5)
+    assert detection.token_contributions.sum() == pytest.approx(detection.logit - detection.bias, abs=1e-5)
+    contributions = [head.contribution for head in detection.head_contributions]
+    assert sum(contributions) == pytest.approx(detection.logit - detection.bias, abs=1e-5)
+    assert contributions == sorted(contributions, key=lambda share: -abs(share))
+    assert len(contributions) == detector.probe.selected.sum()
+    assert len(detection.token_ids) == detection.prompt_tokens + detection.response_tokens
+    assert detection.probe_revision == detector.probe.revision
+    assert set(detection.seconds) == {"tokenise", "forward", "probe"}
+
+
+def test_text_messages_and_ids_of_the_same_words_score_the_same(detector):
+    by_text = detector.score(QUESTION, "France")
+    question = QUESTION.removeprefix("Question: ").removesuffix(" Answer:")
+    by_chat = detector.score([{"role": "user", "content": question}], "France")
+    ids = detector.tokens(QUESTION, "France")
+    by_ids = detector.score(ids.prompt_ids, ids.response_ids)
+    assert by_text.token_ids == by_chat.token_ids == by_ids.token_ids
+    assert by_text.logit == by_chat.logit == by_ids.logit
+    assert detector.score(QUESTION, "Peru").logit != by_text.logit
+
+
+def test_each_item_of_a_batch_is_scored_as_alone_and_a_bad_one_fails_alone(detector):
+    items = [(QUESTION, "France"), ("", ""), (QUESTION, "a much longer answer than the other ones have"), ([1], [2])]
+    first, bad, second, short = detector.score_batch(items)
+    assert isinstance(bad, InvalidInput)
+    assert bad.field == "prompt"
+    # Padding changes the order of float32 sums only.
+    assert first.logit == pytest.approx(detector.score(*items[0]).logit, abs=1e-5)
+    assert second.logit == pytest.approx(detector.score(*items[2]).logit, abs=1e-5)
+    assert (short.state, short.reason) == (State.UNSCORED, Reason.TOO_SHORT)
+    assert detector.score_batch([]) == []
+
+
+def test_too_short_is_said_and_never_reads_as_a_score(detector):
+    detection = detector.score([1, 2, 3], [4])
+    assert (detection.state, detection.reason) == (State.UNSCORED, Reason.TOO_SHORT)
+    assert detection.probability is detection.logit is detection.flagged is None
+    assert "4 tokens; the probe needs 10" in detection.message
+    assert detection.flagged_at == ()
+
+
+def test_attention_that_is_not_finite_is_said(detector):
+    broken = copy.deepcopy(detector.model)
+    with torch.no_grad():
+        broken.model.layers[0].self_attn.q_proj.weight.fill_(float("nan"))
+    probe = random_probe(layers=6, heads=8, k=10, identity=identity_of(broken, detector.tokenizer))
+    detection = Detector(broken, detector.tokenizer, probe).score(QUESTION, "France")
+    assert (detection.state, detection.reason) == (State.UNSCORED, Reason.NON_FINITE)
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.5, "seed": 3}, {"temperature": 1.0, "top_p": 0.5, "seed": 1}])
+def test_every_running_score_is_the_score_of_that_prefix_read_at_once(detector, options):
+    tokens, generation = last(detector, QUESTION, max_new_tokens=12, **options)
+    ids = detector.tokens(QUESTION).prompt_ids
+    for token in tokens:
+        prefix = generation.token_ids[: token.index + 1]
+        assert prefix[-1] == token.token_id
+        # Step by step and at once sum in another order; 1e-4 is what float32 allows for it.
+        assert token.logit == pytest.approx(detector.score(ids, prefix).logit, abs=1e-4)
+    assert generation.detection.logit == pytest.approx(detector.score(ids, generation.token_ids).logit, abs=1e-4)
+    assert generation.detection.token_ids == ids + generation.token_ids
+    assert "".join(token.text for token in tokens) == generation.text
+
+
+def test_the_running_score_moves(detector):
+    tokens, _ = last(detector, "Question: which time zone is the city of Paris in? Answer:")
+    assert len({token.logit for token in tokens}) == len(tokens) > 1
+
+
+def test_greedy_writing_is_that_of_transformers(detector):
+    _, generation = last(detector, QUESTION, max_new_tokens=12)
+    ids = torch.tensor([detector.tokens(QUESTION).prompt_ids])
+    theirs = detector.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)
+    theirs = [token for token in theirs[0, ids.shape[1] :].tolist() if token != detector.tokenizer.eos_token_id]
+    assert list(generation.token_ids) == theirs
+
+
+def test_a_seed_repeats_and_another_seed_does_not(detector):
+    texts = [last(detector, QUESTION, temperature=3.0, seed=seed, max_new_tokens=8)[1].text for seed in (5, 5, 6)]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_log_probabilities_are_those_of_the_model_whatever_the_temperature(detector):
+    tokens, generation = last(detector, QUESTION, temperature=2.0, seed=1, max_new_tokens=4)
+    ids = torch.tensor([(*generation.prompt_ids, *generation.token_ids)])
+    logits = detector.model(ids).logits[0].log_softmax(-1)
+    at = len(generation.prompt_ids) - 1
+    for token in tokens:
+        assert token.log_probability == pytest.approx(logits[at + token.index, token.token_id].item(), abs=1e-4)
+
+
+def test_generations_take_turns_with_each_other_and_with_scores(detector):
+    alone = [last(detector, QUESTION, temperature=1.0, seed=seed, max_new_tokens=6)[1] for seed in (1, 2)]
+    running = [iter(detector.generate(QUESTION, temperature=1.0, seed=seed, max_new_tokens=6)) for seed in (1, 2)]
+    between = detector.score(QUESTION, "France").logit
+    results: list = [None, None]
+    while any(not isinstance(result, Generation) for result in results):
+        for index, generation in enumerate(running):
+            results[index] = next(generation, results[index])
+        assert detector.score(QUESTION, "France").logit == between
+    for mine, theirs in zip(results, alone, strict=True):
+        assert (mine.token_ids, mine.detection.logit) == (theirs.token_ids, theirs.detection.logit)
+
+
+def test_leaving_the_iterator_leaves_the_model_as_it_was(detector):
+    before = detector.model.config._attn_implementation
+    generation = detector.generate(QUESTION)
+    next(generation)
+    assert detector.model.config._attn_implementation == before
+    generation.close()
+    assert detector.model.config._attn_implementation == before
+
+
+def test_the_end_is_named(detector):
+    assert last(detector, QUESTION, max_new_tokens=1)[1].finish_reason == "length"
+    assert last(detector, QUESTION, max_new_tokens=40)[1].finish_reason == "stop"
+
+
+@pytest.mark.parametrize(
+    ("options", "field"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens"),
+        ({"temperature": -1.0}, "temperature"),
+        ({"temperature": float("nan")}, "temperature"),
+        ({"top_p": 0.0}, "top_p"),
+        ({"top_p": 1.1}, "top_p"),
+        ({"seed": -1}, "seed"),
+    ],
+)
+def test_sampling_that_makes_no_sense_is_refused_before_anything_runs(detector, options, field):
+    with pytest.raises(InvalidInput) as caught:
+        detector.generate(QUESTION, **options)
+    assert caught.value.field == field
+
+
+def test_more_than_the_context_is_refused_by_field(detector):
+    with pytest.raises(TooLong) as caught:
+        detector.score([5] * 10, [6] * 247)
+    assert caught.value.field == "response"
+    assert "257 tokens" in str(caught.value)
+    assert detector.score([5] * 10, [6] * 246).state is State.SCORED
+    with pytest.raises(TooLong) as caught:
+        detector.generate([5] * 256)
+    assert caught.value.field == "prompt"
+
+
+def test_a_generation_ends_where_the_context_ends(detector):
+    tokens, generation = last(detector, [1, *[5] * 250], temperature=2.0, seed=0, max_new_tokens=50)
+    assert len(generation.prompt_ids) + len(tokens) <= 256
+
+
+def test_characters_of_several_tokens_come_whole(detector):
+    text = " Zürich 東京 🐦 end"
+    ids = detector.tokenizer(text, add_special_tokens=False).input_ids
+    stream = TextStream(detector.tokenizer)
+    pieces = [stream.push(token) for token in ids]
+    assert "".join(pieces) == detector.tokenizer.decode(ids)
+    assert "" in pieces  # the first bytes of a character give nothing yet
+    assert not any("\N{REPLACEMENT CHARACTER}" in piece for piece in pieces)
+
+
+def test_a_foreign_model_is_refused(detector):
+    other = AutoModelForCausalLM.from_pretrained(model_path(), dtype=torch.float32)
+    with torch.no_grad():
+        other.model.embed_tokens.weight.add_(1e-3)
+    with pytest.raises(ProbeMismatch, match="weights"):
+        Detector(other, detector.tokenizer, detector.probe)
+
+
+def test_another_dtype_warns_and_scores(detector):
+    model = AutoModelForCausalLM.from_pretrained(model_path(), dtype=torch.bfloat16)
+    with pytest.warns(UserWarning, match="fitted in float32, the model runs in bfloat16"):
+        other = Detector(model, detector.tokenizer, detector.probe)
+    assert isinstance(other.score(QUESTION, "France"), Detection)
+
+
+def test_the_embedded_model_runs_in_float32_though_it_is_stored_in_float16():
+    model, _ = load_model(None)
+    assert model.dtype == torch.float32
+    assert not model.training
+
+
+def test_a_model_without_a_probe_or_a_tokenizer_says_what_is_missing(detector):
+    with pytest.raises(InvalidInput, match="lapwing train"):
+        Detector.from_pretrained(detector.model)
+    with pytest.raises(InvalidInput, match="tokenizer"):
+        Detector.from_pretrained(detector.model, detector.probe)
+
+
+def test_models_that_are_none_or_bring_code_are_refused(tmp_path):
+    with pytest.raises(InvalidInput, match="can't be loaded"):
+        load_model(tmp_path)
+    (tmp_path / "config.json").write_text('{"auto_map": {"AutoModel": "evil.py"}}')
+    with pytest.raises(UnsupportedModel, match="auto_map"):
+        load_model(tmp_path)
+
+
+def test_sampling_takes_only_the_likeliest_tokens_under_top_p():
+    from lapwing_detector.generation import Chooser
+
+    chooser = Chooser(Sampling(1, 1.0, 0.5, 0))
+    logits = torch.tensor([[0.6, 0.3, 0.1]]).log()
+    assert {chooser.choose(logits)[0] for _ in range(50)} == {0}
+    chooser = Chooser(Sampling(1, 1.0, 1.0, 0))
+    drawn = np.bincount([chooser.choose(logits)[0] for _ in range(400)], minlength=3) / 400
+    assert drawn == pytest.approx([0.6, 0.3, 0.1], abs=0.1)  # four standard errors

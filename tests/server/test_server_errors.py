@@ -1,0 +1,293 @@
+"""What a client is told when something goes wrong; grpc.aio's own manners beside ours as the control."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import logging
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import grpc
+import pytest
+from google.rpc import error_details_pb2, status_pb2
+from lapwing.v1 import detector_pb2, detector_pb2_grpc, probes_pb2
+from lapwing_detector import errors
+from lapwing_server.refusal import DOMAIN, TRANSLATION, Refusal, invalid, refusal_of, request_field
+from lapwing_server.server import SERVICES
+from service_fakes import WAIT, FakeEngine, Running
+
+SECRET = "the key is in /root/secret"
+GARBAGE = b"\xff\xff\xff"
+
+METHODS = [
+    method
+    for file in (detector_pb2.DESCRIPTOR, probes_pb2.DESCRIPTOR)
+    for service in file.services_by_name.values()
+    for method in service.methods
+]
+
+
+def path_of(method: Any) -> str:
+    return f"/{method.containing_service.full_name}/{method.name}"
+
+
+def send_raw(channel: grpc.Channel, path: str, data: bytes, requests: bool = False, responses: bool = False) -> grpc.RpcError:
+    """The error that these bytes are answered with."""
+    kind = f"{'stream' if requests else 'unary'}_{'stream' if responses else 'unary'}"
+    call = getattr(channel, kind)(path)
+    with pytest.raises(grpc.RpcError) as caught:
+        answer = call(iter([data]) if requests else data, timeout=WAIT)
+        if responses:
+            list(answer)
+    return caught.value
+
+
+def info_of(error: Any) -> tuple[error_details_pb2.ErrorInfo, status_pb2.Status]:
+    status = status_pb2.Status.FromString(dict(error.trailing_metadata())["grpc-status-details-bin"])
+    info = error_details_pb2.ErrorInfo()
+    assert status.details[0].Unpack(info)
+    assert info.domain == DOMAIN
+    return info, status
+
+
+@contextmanager
+def bare_server() -> Iterator[grpc.Channel]:
+    """grpc.aio without our guard: the control."""
+
+    class Service(detector_pb2_grpc.DetectorServicer):
+        async def Score(self, request: Any, context: Any) -> Any:
+            raise RuntimeError(SECRET)
+
+    async def start() -> tuple[Any, int]:
+        server = grpc.aio.server()
+        detector_pb2_grpc.add_DetectorServicer_to_server(Service(), server)
+        port = server.add_insecure_port("127.0.0.1:0")
+        await server.start()
+        return server, port
+
+    logging.getLogger("grpc._cython.cygrpc").setLevel(logging.CRITICAL)
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    server, port = asyncio.run_coroutine_threadsafe(start(), loop).result(WAIT)
+    try:
+        with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+            yield channel
+    finally:
+        asyncio.run_coroutine_threadsafe(server.stop(None), loop).result(WAIT)
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join(WAIT)
+        loop.close()
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Running]:
+    with Running() as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def channel(server: Running) -> Iterator[grpc.Channel]:
+    with grpc.insecure_channel(server.target) as channel:
+        yield channel
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
+def test_malformed_bytes_are_the_callers_fault(channel: grpc.Channel, method: Any) -> None:
+    error = send_raw(channel, path_of(method), GARBAGE, method.client_streaming, method.server_streaming)
+    if method.name == "ScoreAttention":  # it is refused before its messages are looked at
+        assert error.code() is grpc.StatusCode.UNIMPLEMENTED
+        return
+    assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert info_of(error)[0].reason == "MALFORMED"
+
+
+def test_malformed_bytes_to_health_and_reflection_are_the_callers_fault(channel: grpc.Channel) -> None:
+    check = send_raw(channel, "/grpc.health.v1.Health/Check", GARBAGE)
+    watch = send_raw(channel, "/grpc.health.v1.Health/Watch", GARBAGE, responses=True)
+    path = "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
+    reflect = send_raw(channel, path, GARBAGE, requests=True, responses=True)
+    for error in (check, watch, reflect):
+        assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
+def test_control_malformed_bytes_without_the_guard() -> None:
+    with bare_server() as channel:
+        error = send_raw(channel, "/lapwing.v1.Detector/Score", GARBAGE)
+    assert error.code() is grpc.StatusCode.UNKNOWN
+
+
+def good_score() -> bytes:
+    request = detector_pb2.ScoreRequest(prompt={"text": "hello"}, response={"text": "world"})
+    return request.SerializeToString()
+
+
+def test_an_exception_becomes_an_id_that_the_log_knows(caplog: pytest.LogCaptureFixture) -> None:
+    def fail() -> None:
+        raise RuntimeError(SECRET)
+
+    with Running(FakeEngine(before=fail)) as server, grpc.insecure_channel(server.target) as channel:
+        error = send_raw(channel, "/lapwing.v1.Detector/Score", good_score())
+    info, status = info_of(error)
+    assert error.code() is grpc.StatusCode.INTERNAL
+    assert info.reason == "INTERNAL"
+    error_id = info.metadata["error_id"]
+    assert error_id in error.details()
+    assert SECRET not in str(error) + str(status)
+    [entry] = [record for record in caplog.records if error_id in record.getMessage()]
+    assert "RuntimeError" in entry.getMessage()
+    assert "in fail" in entry.getMessage(), "the way through the code is logged"
+    assert SECRET not in caplog.text, "the text of an error may quote a prompt"
+
+
+def test_the_text_of_an_exception_is_logged_when_asked_for(caplog: pytest.LogCaptureFixture) -> None:
+    def fail() -> None:
+        raise RuntimeError(SECRET)
+
+    caplog.set_level(logging.DEBUG, "lapwing.server")
+    with Running(FakeEngine(before=fail)) as server, grpc.insecure_channel(server.target) as channel:
+        send_raw(channel, "/lapwing.v1.Detector/Score", good_score())
+    assert SECRET in caplog.text
+
+
+def test_control_an_exception_without_the_guard_leaks() -> None:
+    with bare_server() as channel:
+        error = send_raw(channel, "/lapwing.v1.Detector/Score", good_score())
+    assert error.code() is grpc.StatusCode.UNKNOWN
+    assert SECRET in error.details()
+
+
+def test_an_exception_in_a_stream_becomes_an_id() -> None:
+    steps = iter([None, None])
+
+    def fail() -> None:
+        if next(steps, "over") == "over":
+            raise RuntimeError(SECRET)
+
+    request = detector_pb2.GenerateRequest(prompt={"text": "hello"})
+    with Running(FakeEngine(before=fail)) as server, grpc.insecure_channel(server.target) as channel:
+        answers = detector_pb2_grpc.DetectorStub(channel).Generate(request)
+        assert [next(answers).token.index for _ in range(2)] == [0, 1]
+        with pytest.raises(grpc.RpcError) as caught:
+            next(answers)
+    assert caught.value.code() is grpc.StatusCode.INTERNAL
+    assert SECRET not in str(caught.value)
+
+
+def test_an_unknown_method_is_unimplemented(channel: grpc.Channel) -> None:
+    assert send_raw(channel, "/lapwing.v1.Detector/Nope", b"").code() is grpc.StatusCode.UNIMPLEMENTED
+
+
+def test_no_handler_is_a_plain_function(server: Running) -> None:
+    """gRPC would run it in a thread pool that all calls share."""
+    for service in SERVICES:
+        for method in [method for method in METHODS if method.containing_service.full_name == service]:
+            handler = server.server.guard._handlers.get(path_of(method))
+            if handler is None:
+                continue
+            kind = f"{'stream' if method.client_streaming else 'unary'}_{'stream' if method.server_streaming else 'unary'}"
+            behavior = getattr(handler, kind)
+            assert inspect.iscoroutinefunction(behavior) or inspect.isasyncgenfunction(behavior)
+
+
+def test_control_a_plain_function_is_not_wrapped(server: Running) -> None:
+    handler = grpc.unary_unary_rpc_method_handler(lambda request, context: request)
+    with pytest.raises(TypeError, match="/x is a plain function"):
+        server.server.guard._guarded(handler, "/x")
+
+
+def family(root: type[errors.DetectorError]) -> set[type[errors.DetectorError]]:
+    """The class and all below it."""
+    return {root}.union(*(family(child) for child in root.__subclasses__() if child.__module__ == errors.__name__))
+
+
+def test_the_translation_is_total() -> None:
+    assert set(TRANSLATION) == family(errors.DetectorError)
+    assert len({reason for _, reason in TRANSLATION.values()}) == len(TRANSLATION), "each has a reason of its own"
+
+
+MADE: dict[type[errors.DetectorError], errors.DetectorError] = {
+    errors.InvalidInput: errors.InvalidInput("prompt_ids[3]", "is 9"),
+    errors.TooLong: errors.TooLong("response", "has 9 tokens"),
+    errors.TooShort: errors.TooShort(2, 10),
+}
+
+
+@pytest.mark.parametrize("kind", sorted(TRANSLATION, key=lambda kind: kind.__name__))
+def test_every_error_of_the_detector_arrives(kind: type[errors.DetectorError]) -> None:
+    raised = MADE.get(kind) or kind(SECRET)
+
+    def fail() -> None:
+        raise raised
+
+    with Running(FakeEngine(before=fail)) as server, grpc.insecure_channel(server.target) as channel:
+        error = send_raw(channel, "/lapwing.v1.Detector/Score", good_score())
+    code, reason = TRANSLATION[kind]
+    assert error.code() is code
+    info, status = info_of(error)
+    assert info.reason == reason
+    assert SECRET not in str(error) + str(status)
+    assert bool(info.metadata["error_id"]) == (code is not grpc.StatusCode.INVALID_ARGUMENT)
+
+
+def test_an_error_that_is_not_in_the_table_goes_by_its_ancestor() -> None:
+    class StillTooLong(errors.TooLong):
+        pass
+
+    assert refusal_of(StillTooLong("prompt", "is long"), "id").reason == "TOO_LONG"
+
+
+@pytest.mark.parametrize(
+    ("argument", "field"),
+    [
+        ("prompt", "prompt"),
+        ("prompt_ids[3]", "prompt.token_ids[3]"),
+        ("response_ids[0]", "response.token_ids[0]"),
+        ("messages[1].role", "prompt.messages[1].role"),
+        ("temperature", "temperature"),
+    ],
+)
+def test_arguments_of_the_detector_become_fields_of_the_request(argument: str, field: str) -> None:
+    assert request_field(argument) == field
+
+
+def test_a_refusal_of_an_item_names_the_item() -> None:
+    assert invalid("prompt.text", "is empty").under("items[4]").field == "items[4].prompt.text"
+    assert Refusal(grpc.StatusCode.INTERNAL, "INTERNAL", "x", error_id="id").under("items[4]").error_id == "id"
+
+
+@pytest.mark.parametrize("character", ["x", "ü", "鳥", "🐦", "\ud800"])
+def test_details_stay_small_whatever_the_message(character: str) -> None:
+    refusal = Refusal(
+        grpc.StatusCode.INVALID_ARGUMENT,
+        "INVALID_INPUT",
+        character * 100_000,
+        field=character * 100_000,
+        error_id="0123456789ab",
+        retry_after=1.5,
+    )
+    [(_, details), _] = refusal.trailers()
+    assert 1000 < len(details) < 4096
+    assert refusal.message.endswith("…")
+
+
+def test_a_long_message_reaches_the_client_whole() -> None:
+    def fail() -> None:
+        raise errors.InvalidInput("prompt", "鳥" * 100_000)
+
+    with Running(FakeEngine(before=fail)) as server, grpc.insecure_channel(server.target) as channel:
+        error = send_raw(channel, "/lapwing.v1.Detector/Score", good_score())
+    assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert info_of(error)[1].message == error.details()
+
+
+def test_trying_again_later_is_said_in_both_languages() -> None:
+    refusal = Refusal(grpc.StatusCode.RESOURCE_EXHAUSTED, "TOO_MANY_STREAMS", "x", retry_after=1.5)
+    trailers = dict(refusal.trailers())
+    assert trailers["grpc-retry-pushback-ms"] == "1500"
+    retry = error_details_pb2.RetryInfo()
+    assert refusal.status().details[1].Unpack(retry)
+    assert retry.retry_delay.ToNanoseconds() == 1_500_000_000

@@ -1,0 +1,381 @@
+"""From the first breath to the last: ports, readiness, health, a failed load, draining."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from lapwing.v1 import detector_pb2, detector_pb2_grpc
+from lapwing_detector.errors import CaptureError, ProbeCorrupt
+from lapwing_server.cli import is_loopback
+from lapwing_server.engine import Loaded, loader, warm_up
+from service_fakes import WAIT, FakeEngine, Gate, Running, a_probe, a_shelf
+
+HERE = Path(__file__).parent
+NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+SERVING = health_pb2.HealthCheckResponse.SERVING
+UNKNOWN = health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
+NAMES = ["", "lapwing.v1.Detector", "lapwing.v1.Probes"]
+
+SCORE = detector_pb2.ScoreRequest(prompt={"text": "hello"}, response={"text": "world"})
+
+
+def check(target: str, service: str = "") -> int:
+    with grpc.insecure_channel(target) as channel:
+        request = health_pb2.HealthCheckRequest(service=service)
+        return int(health_pb2_grpc.HealthStub(channel).Check(request, timeout=WAIT).status)
+
+
+def info_of(target: str) -> detector_pb2.GetServerInfoResponse:
+    with grpc.insecure_channel(target) as channel:
+        stub = detector_pb2_grpc.DetectorStub(channel)
+        return stub.GetServerInfo(detector_pb2.GetServerInfoRequest(), timeout=WAIT)
+
+
+def score_error(target: str) -> grpc.RpcError:
+    with grpc.insecure_channel(target) as channel, pytest.raises(grpc.RpcError) as caught:
+        detector_pb2_grpc.DetectorStub(channel).Score(SCORE, timeout=WAIT)
+    return caught.value
+
+
+# Ports.
+
+
+def test_a_port_belongs_to_one_server() -> None:
+    with Running() as server, pytest.raises(OSError, match=f"port {server.port} of 127.0.0.1 can't be had"):
+        second_on(server)
+
+
+def test_control_by_default_two_servers_share_a_port() -> None:
+    async def both() -> list[int]:
+        servers = [grpc.aio.server(), grpc.aio.server()]
+        port = servers[0].add_insecure_port("127.0.0.1:0")
+        ports = [port, servers[1].add_insecure_port(f"127.0.0.1:{port}")]
+        for server in servers:
+            await server.stop(None)
+        return ports
+
+    first, second = asyncio.run(both())
+    assert first == second, "and each would get a part of the calls"
+
+
+def second_on(server: Running) -> None:
+    from lapwing_server.server import Server, Settings
+
+    async def start() -> None:
+        second = Server(lambda: Loaded(FakeEngine(), a_shelf()), Settings(port=server.port))
+        try:
+            await second.start()
+        finally:
+            await second.stop()
+
+    asyncio.run(start())
+
+
+def test_a_port_is_free_again_after_the_server() -> None:
+    with Running() as server:
+        port = server.port
+    from lapwing_server.server import Server, Settings
+
+    async def start() -> int:
+        again = Server(lambda: Loaded(FakeEngine(), a_shelf()), Settings(port=port))
+        started = await again.start()
+        await again.stop()
+        return started
+
+    assert asyncio.run(start()) == port
+
+
+# Readiness.
+
+
+def test_not_serving_until_model_and_probe_are_loaded() -> None:
+    gate = Gate()
+
+    def load() -> Loaded:
+        gate()
+        return Loaded(FakeEngine(), a_shelf())
+
+    with Running(load=load, ready=False) as server:
+        assert gate.reached.wait(WAIT)
+        assert [check(server.target, name) for name in NAMES] == [NOT_SERVING] * 3
+        info = info_of(server.target)
+        assert info.state == detector_pb2.SERVER_STATE_LOADING
+        assert not info.HasField("model")
+        error = score_error(server.target)
+        assert error.code() is grpc.StatusCode.UNAVAILABLE
+        assert "being loaded" in error.details()
+        gate.open()
+        server.call(server.server.loaded())
+        assert [check(server.target, name) for name in NAMES] == [SERVING] * 3
+        assert info_of(server.target).state == detector_pb2.SERVER_STATE_SERVING
+
+
+def test_control_the_usual_health_servicer_says_serving_at_once() -> None:
+    from grpc_health.v1.health import aio
+
+    response = asyncio.run(aio.HealthServicer().Check(health_pb2.HealthCheckRequest(), None))
+    assert response.status == SERVING
+
+
+def test_a_failed_load_leaves_the_server_alive_and_says_why() -> None:
+    def load() -> Loaded:
+        raise ProbeCorrupt("the probe is torn; fetch it again")
+
+    with Running(load=load) as server:
+        assert check(server.target) == NOT_SERVING
+        info = info_of(server.target)
+        assert info.state == detector_pb2.SERVER_STATE_FAILED
+        assert info.message == "the probe is torn; fetch it again"
+        error = score_error(server.target)
+        assert error.code() is grpc.StatusCode.UNAVAILABLE
+        assert "the probe is torn" in error.details()
+
+
+def test_the_text_of_an_unforeseen_failure_stays_in_the_log() -> None:
+    def load() -> Loaded:
+        raise RuntimeError("the key is in /root/secret")
+
+    with Running(load=load) as server:
+        message = info_of(server.target).message
+    assert "RuntimeError" in message
+    assert "secret" not in message
+
+
+def test_loading_loads_the_probe_makes_the_engine_and_warms_it_up(tmp_path: Path) -> None:
+    a_probe("alpha", metrics={}).save_pretrained(tmp_path / "alpha")
+    made: list[Any] = []
+
+    def make(model: str | None, probe: Any) -> FakeEngine:
+        made.extend([model, probe.name])
+        return FakeEngine(probe=probe)
+
+    loaded = loader("some-model", tmp_path, None, make)()
+    assert made == ["some-model", "alpha"]
+    assert loaded.shelf.active.name == "alpha"
+    assert loaded.engine.forwards == 1, "the first client does not pay for the first forward"  # type: ignore[attr-defined]
+
+
+def test_a_model_whose_attention_is_not_finite_never_serves() -> None:
+    import dataclasses
+
+    from lapwing_detector.detection import Reason, State
+
+    class Broken(FakeEngine):
+        def score(self, *args: Any, **kwargs: Any) -> Any:
+            found = super().score(*args, **kwargs)
+            return dataclasses.replace(found, state=State.UNSCORED, reason=Reason.NON_FINITE)
+
+    with pytest.raises(CaptureError, match="the attention of fake-model is not finite"):
+        warm_up(Broken())
+    warm_up(FakeEngine())
+
+
+# Health.
+
+
+def test_an_unknown_service_is_not_found() -> None:
+    with Running() as server, pytest.raises(grpc.RpcError) as caught:
+        check(server.target, "nope")
+    assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+
+
+def watch(target: str, service: str = "") -> Iterator[Any]:
+    channel = grpc.insecure_channel(target)
+    return health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(service=service), timeout=WAIT)
+
+
+def test_a_watcher_sees_every_change_and_the_end() -> None:
+    gate = Gate()
+
+    def load() -> Loaded:
+        gate()
+        return Loaded(FakeEngine(), a_shelf())
+
+    with Running(load=load, ready=False) as server:
+        seen = watch(server.target)
+        assert next(seen).status == NOT_SERVING
+        gate.open()
+        assert next(seen).status == SERVING
+        server.close()
+        assert [response.status for response in seen] == [NOT_SERVING], "and then the watch ends well"
+
+
+def test_a_watcher_that_leaves_does_not_silence_the_others() -> None:
+    with Running() as server:
+        leaver, stayer, stranger = watch(server.target), watch(server.target), watch(server.target, "nope")
+        assert [next(one).status for one in (leaver, stayer, stranger)] == [SERVING, SERVING, UNKNOWN]
+        leaver.cancel()  # type: ignore[attr-defined]
+        server.close()
+        assert next(stayer).status == NOT_SERVING
+        assert list(stranger) == []
+
+
+def test_reflection_lists_the_services() -> None:
+    with Running() as server, grpc.insecure_channel(server.target) as channel:
+        stub = reflection_pb2_grpc.ServerReflectionStub(channel)
+        [reply] = stub.ServerReflectionInfo(iter([reflection_pb2.ServerReflectionRequest(list_services="")]))
+        names = {service.name for service in reply.list_services_response.service}
+    assert {"lapwing.v1.Detector", "lapwing.v1.Probes", "grpc.health.v1.Health"} <= names
+
+
+def test_an_open_reflection_stream_does_not_keep_the_server() -> None:
+    with Running(grace=60.0) as server, grpc.insecure_channel(server.target) as channel:
+        never = threading.Event()
+        stub = reflection_pb2_grpc.ServerReflectionStub(channel)
+        stream = stub.ServerReflectionInfo(iter(lambda: never.wait(WAIT), True))
+        server.close()  # fails after WAIT, which is less than the grace
+        never.set()
+        with pytest.raises(grpc.RpcError):
+            list(stream)
+
+
+# The end.
+
+
+def test_calls_in_flight_finish_before_the_end() -> None:
+    gate = Gate()
+    with Running(FakeEngine(before=gate)) as server, grpc.insecure_channel(server.target) as channel:
+        score = detector_pb2_grpc.DetectorStub(channel).Score.future(SCORE)
+        assert gate.reached.wait(WAIT)
+        stopping = server.begin(server.server.stop())
+        for status in watch_until_closed(server.target):
+            assert status == NOT_SERVING
+        assert not stopping.done()
+        gate.open()
+        assert score.result(WAIT).detection.probability
+        stopping.result(WAIT)
+
+
+def watch_until_closed(target: str) -> list[int]:
+    """What a late watcher is told; nothing when the server takes no new connection any more."""
+    try:
+        return [response.status for response in watch(target)]
+    except grpc.RpcError as error:
+        assert error.code() is grpc.StatusCode.UNAVAILABLE
+        return []
+
+
+def test_the_grace_is_bounded() -> None:
+    gate = Gate()
+    with Running(FakeEngine(before=gate), grace=0.05) as server, grpc.insecure_channel(server.target) as channel:
+        score = detector_pb2_grpc.DetectorStub(channel).Score.future(SCORE)
+        assert gate.reached.wait(WAIT)
+        server.close()
+        with pytest.raises(grpc.RpcError):
+            score.result(WAIT)
+        gate.open()
+
+
+PROGRAM = """
+import asyncio, sys
+from lapwing_server.engine import Loaded
+from lapwing_server.server import Settings, serve
+from service_fakes import FakeEngine, a_shelf
+
+def before():
+    print("computing", flush=True)
+    sys.stdin.readline()
+
+engine = FakeEngine(before=before)
+asyncio.run(serve(lambda: Loaded(engine, a_shelf()), Settings(port=0), lambda address: print(address, flush=True)))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_drains_and_the_process_ends_with_0(number: signal.Signals) -> None:
+    path = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
+    process = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": path},
+    )
+    assert process.stdout is not None
+    assert process.stdin is not None
+    try:
+        target = process.stdout.readline().strip()
+        health = watch(target)
+        while next(health).status != SERVING:
+            pass
+        with grpc.insecure_channel(target) as channel:
+            score = detector_pb2_grpc.DetectorStub(channel).Score.future(SCORE, timeout=WAIT)
+            assert process.stdout.readline() == "computing\n"
+            process.send_signal(number)
+            assert next(health).status == NOT_SERVING
+            assert not score.done(), "watchers hear of the end before the last answer"
+            process.stdin.write("\n")
+            process.stdin.flush()
+            assert score.result(WAIT).detection.probability
+        assert process.wait(WAIT) == 0
+    finally:
+        process.kill()
+        process.communicate()
+
+
+# The command.
+
+
+def serve_command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "lapwing_client", "serve", *arguments]
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", "example.org"])
+def test_an_address_that_others_reach_is_refused(host: str) -> None:
+    done = subprocess.run(serve_command("--host", host, "--port", "0"), capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert host in done.stderr
+    assert "--insecure" in done.stderr
+    assert done.stdout == ""
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.8.8.8", "::1", "localhost"])
+def test_loopback(host: str) -> None:
+    assert is_loopback(host)
+    assert not is_loopback(f"{host}.example.org")
+
+
+def test_a_taken_port_ends_the_command_with_1() -> None:
+    with Running() as server:
+        command = serve_command("--port", str(server.port))
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "perhaps another server has it; give another --port" in done.stderr
+
+
+@pytest.mark.parametrize("more", [[], ["--host", "0.0.0.0", "--insecure"]])
+def test_the_command_says_where_it_listens_even_when_there_is_no_probe(tmp_path: Path, more: list[str]) -> None:
+    process = subprocess.Popen(
+        serve_command("--port", "0", "--probes", str(tmp_path), *more),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    try:
+        line = process.stdout.readline()
+        assert line.startswith(f"listening on {'0.0.0.0' if more else '127.0.0.1'}:")
+        target = f"127.0.0.1:{line.strip().rsplit(':', 1)[1]}"
+        info = info_of(target)
+        while info.state == detector_pb2.SERVER_STATE_LOADING:
+            info = info_of(target)
+        assert info.state == detector_pb2.SERVER_STATE_FAILED
+        assert "holds no sound probe" in info.message
+        assert check(target) == NOT_SERVING
+        process.terminate()
+        assert process.wait(WAIT) == 0
+    finally:
+        process.kill()
+        process.communicate()

@@ -1,0 +1,269 @@
+"""ListProbes, GetProbe, GetHeatmap, and the shelf that they show."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import grpc
+import numpy as np
+import pytest
+from google.protobuf import json_format
+from google.rpc import error_details_pb2, status_pb2
+from lapwing.v1 import probes_pb2, probes_pb2_grpc
+from lapwing_detector.errors import ProbeCorrupt
+from lapwing_server.limits import Limits
+from lapwing_server.shelf import shelve
+from service_fakes import ATTENTION_SCORE, LAPLACIAN, WAIT, FakeEngine, Gate, Running, a_probe, a_shelf
+
+NAMES = [f"probe-{i:03d}" for i in range(7)]
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Running]:
+    shelf = a_shelf(*NAMES, rejected=("a-broken-one",))
+    assert shelf.active is not None
+    with Running(FakeEngine(probe=shelf.active), shelf=shelf) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def stub(server: Running) -> Iterator[Any]:
+    with grpc.insecure_channel(server.target) as channel:
+        yield probes_pb2_grpc.ProbesStub(channel)
+
+
+def refused(call: Any, message: Any) -> tuple[grpc.StatusCode, str, str, str]:
+    """Code, reason, field and message."""
+    with pytest.raises(grpc.RpcError) as caught:
+        call(message)
+    status = status_pb2.Status.FromString(dict(caught.value.trailing_metadata())["grpc-status-details-bin"])
+    info, bad = error_details_pb2.ErrorInfo(), error_details_pb2.BadRequest()
+    assert status.details[0].Unpack(info)
+    for detail in status.details[1:]:
+        detail.Unpack(bad)
+    field = bad.field_violations[0].field if bad.field_violations else ""
+    return caught.value.code(), info.reason, field, status.message
+
+
+def test_a_probe_says_all_about_itself(stub: Any) -> None:
+    shown, probe = stub.GetProbe(probes_pb2.GetProbeRequest(name="probe-002")).probe, a_probe("probe-002")
+    assert (shown.name, shown.revision) == (probe.name, probe.revision)
+    assert shown.state == probes_pb2.PROBE_STATE_LOADED
+    assert (list(shown.features), shown.k, shown.width, shown.needed_tokens) == ([LAPLACIAN], 3, 3, 3)
+    assert (list(shown.layers), shown.heads) == ([1, 2], 3)
+    assert [(head.layer, head.head) for head in shown.selected_heads] == [(1, 1), (1, 2), (2, 0), (2, 1), (2, 2)]
+    assert (shown.calibration.slope, shown.calibration.intercept) == (1.5, 0.1)
+    assert [point.false_positive_rate for point in shown.thresholds] == [0.01, 0.05, 0.1]
+    assert not shown.thresholds[0].HasField("realised_rate")
+    assert shown.thresholds[1].realised_rate == 0.04
+    assert shown.model.name == "fake-model"
+
+
+def test_metrics_come_through_and_what_json_has_no_word_for_is_text(stub: Any) -> None:
+    shown = stub.GetProbe(probes_pb2.GetProbeRequest()).probe
+    assert json_format.MessageToDict(shown.metrics) == {"auroc": 0.75, "interval": [0.7, 0.8], "spread": "nan"}
+
+
+def test_without_a_name_the_active_probe_answers(stub: Any) -> None:
+    shown = stub.GetProbe(probes_pb2.GetProbeRequest()).probe
+    assert (shown.name, shown.state) == ("probe-000", probes_pb2.PROBE_STATE_ACTIVE)
+
+
+def test_a_rejected_probe_says_why(stub: Any) -> None:
+    shown = stub.GetProbe(probes_pb2.GetProbeRequest(name="a-broken-one")).probe
+    assert shown.state == probes_pb2.PROBE_STATE_REJECTED
+    assert shown.state_message == "its sha256 differs"
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 8, 9, 0])
+def test_the_pages_are_the_whole_list(stub: Any, size: int) -> None:
+    names: list[str] = []
+    token, pages = "", 0
+    while True:
+        page = stub.ListProbes(probes_pb2.ListProbesRequest(page_size=size, page_token=token))
+        assert page.total_size == 8
+        assert len(page.probes) <= (size or 50)
+        names += [probe.name for probe in page.probes]
+        pages, token = pages + 1, page.next_page_token
+        if not token:
+            break
+    assert names == ["a-broken-one", *NAMES]
+    assert pages == -(-8 // size) if size else pages == 1
+
+
+def test_wrong_pages_name_their_field(stub: Any) -> None:
+    for field, message in (
+        ("page_size", probes_pb2.ListProbesRequest(page_size=-1)),
+        ("page_token", probes_pb2.ListProbesRequest(page_token="2")),
+    ):
+        assert refused(stub.ListProbes, message)[:3] == (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_INPUT", field)
+
+
+@pytest.mark.parametrize("call", ["GetProbe", "GetHeatmap"])
+def test_an_unknown_probe_is_not_found_and_the_known_are_listed(stub: Any, call: str) -> None:
+    field = "name" if call == "GetProbe" else "probe"
+    code, reason, _, message = refused(getattr(stub, call), getattr(probes_pb2, f"{call}Request")(**{field: "nope"}))
+    assert (code, reason) == (grpc.StatusCode.NOT_FOUND, "UNKNOWN_PROBE")
+    assert "'nope'" in message
+    assert "probe-003" in message
+
+
+@pytest.mark.parametrize("feature", [LAPLACIAN, ATTENTION_SCORE])
+@pytest.mark.parametrize("statistic", ["P_VALUE", "Q_VALUE", "AUROC", "WEIGHT", "SELECTED"])
+def test_a_heatmap_is_the_matrix_of_the_probe(stub: Any, feature: str, statistic: str) -> None:
+    message = probes_pb2.GetHeatmapRequest(feature=feature, statistic=f"STATISTIC_{statistic}")
+    shown = stub.GetHeatmap(message)
+    values = np.frombuffer(shown.values.data, "<f4").reshape(tuple(shown.values.shape))
+    np.testing.assert_array_equal(values, a_probe("probe-000").head_map(feature, statistic).values)
+    assert (shown.probe_name, shown.feature) == ("probe-000", feature)
+    assert list(shown.layers) == [1, 2]
+    assert (shown.column_label, shown.row_label) == ("head index", "layer index")
+    assert shown.image == b""
+    if statistic == "P_VALUE":
+        assert shown.value_label == "p-value"
+
+
+def test_every_heatmap_that_a_probe_lists_can_be_had(stub: Any) -> None:
+    listed = stub.GetProbe(probes_pb2.GetProbeRequest()).probe.heatmaps
+    assert len(listed) == 10
+    for name in listed:
+        stub.GetHeatmap(probes_pb2.GetHeatmapRequest(feature=name.feature, statistic=name.statistic))
+
+
+def test_pictures(stub: Any) -> None:
+    message = probes_pb2.GetHeatmapRequest(statistic="STATISTIC_P_VALUE", image_format="IMAGE_FORMAT_PNG")
+    shown = stub.GetHeatmap(message)
+    assert shown.image.startswith(b"\x89PNG\r\n\x1a\n")
+    assert shown.values.data, "the numbers come, too"
+    message.image_format = probes_pb2.IMAGE_FORMAT_SVG
+    assert ElementTree.fromstring(stub.GetHeatmap(message).image).tag.endswith("svg")
+
+
+def test_pictures_are_drawn_by_a_thread_of_their_own(server: Running, stub: Any) -> None:
+    gate = Gate()
+    held = server.server.worker.post(gate)
+    message = probes_pb2.GetHeatmapRequest(statistic="STATISTIC_P_VALUE", image_format="IMAGE_FORMAT_PNG")
+    assert stub.GetHeatmap(message).image, "while the model's worker is busy"
+    assert not held.done()
+    gate.open()
+    held.result(WAIT)
+
+
+def test_a_picture_of_a_large_model_has_fewer_pixels_than_the_limit() -> None:
+    picture = a_probe(layers=160, heads=128).head_map(LAPLACIAN, "P_VALUE").render("png")
+    width, height = struct.unpack(">II", picture[16:24])
+    assert width * height < Limits().heatmap_pixels
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason", "field", "words"),
+    [
+        ({"feature": "nope.v1", "statistic": 1}, "UNKNOWN_FEATURE", "feature", (LAPLACIAN, ATTENTION_SCORE)),
+        ({}, "UNKNOWN_STATISTIC", "statistic", ("P_VALUE", "SELECTED")),
+        ({"statistic": 99}, "UNKNOWN_STATISTIC", "statistic", ("number 99",)),
+        ({"statistic": 4}, "UNKNOWN_STATISTIC", "statistic", ("EFFECT_SIZE",)),
+        ({"statistic": 1, "image_format": 9}, "INVALID_INPUT", "image_format", ("PNG, SVG",)),
+    ],
+)
+def test_wrong_heatmaps_name_their_field_and_what_is_known(
+    stub: Any, fields: dict[str, Any], reason: str, field: str, words: tuple[str, ...]
+) -> None:
+    answer = refused(stub.GetHeatmap, probes_pb2.GetHeatmapRequest(**fields))
+    assert answer[:3] == (grpc.StatusCode.INVALID_ARGUMENT, reason, field)
+    assert all(word in answer[3] for word in words)
+
+
+def test_a_rejected_probe_has_no_heatmap(stub: Any) -> None:
+    answer = refused(stub.GetHeatmap, probes_pb2.GetHeatmapRequest(probe="a-broken-one", statistic=1))
+    assert answer[:2] == (grpc.StatusCode.FAILED_PRECONDITION, "PROBE_REJECTED")
+    assert "its sha256 differs" in answer[3]
+
+
+def test_a_map_larger_than_the_limit_is_refused() -> None:
+    with Running(limits=Limits(heatmap_pixels=5)) as server, grpc.insecure_channel(server.target) as channel:
+        stub = probes_pb2_grpc.ProbesStub(channel)
+        answer = refused(stub.GetHeatmap, probes_pb2.GetHeatmapRequest(statistic=1))
+    assert answer[:2] == (grpc.StatusCode.INVALID_ARGUMENT, "TOO_LARGE")
+
+
+@pytest.mark.parametrize("call", ["ActivateProbe", "ReloadProbes"])
+def test_what_is_not_there_yet_says_so(stub: Any, call: str) -> None:
+    code, reason, _, message = refused(getattr(stub, call), getattr(probes_pb2, f"{call}Request")())
+    assert (code, reason) == (grpc.StatusCode.UNIMPLEMENTED, "NOT_IMPLEMENTED")
+    assert f"{call} is not implemented" in message
+
+
+# The shelf.
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with two sound probes."""
+    root = tmp_path_factory.mktemp("probes")
+    for name in ("alpha", "beta"):
+        a_probe(name, metrics={}).save_pretrained(root / name)
+    return root
+
+
+def test_a_directory_of_probes(saved: Path) -> None:
+    shelf = shelve(saved)
+    assert shelf.names == ["alpha", "beta"]
+    assert shelf.active.name == "alpha"
+    assert shelve(saved, "beta").active.name == "beta"
+
+
+def test_one_probe_directory(saved: Path) -> None:
+    shelf = shelve(saved / "beta")
+    assert shelf.names == ["beta"]
+    assert shelf.active.revision == a_probe("beta").revision
+
+
+def test_a_corrupt_probe_is_skipped_with_its_reason(saved: Path, tmp_path: Path) -> None:
+    root = tmp_path / "probes"
+    shutil.copytree(saved, root)
+    tensors = root / "alpha" / "probe.safetensors"
+    data = bytearray(tensors.read_bytes())
+    data[-1] ^= 1
+    tensors.write_bytes(data)
+    shelf = shelve(root)
+    broken = shelf.find("alpha")
+    assert broken is not None
+    assert broken.probe is None
+    assert "sha256 differs" in broken.reason
+    assert shelf.active.name == "beta"
+
+
+def test_a_shelf_without_a_sound_probe_says_what_it_found(saved: Path, tmp_path: Path) -> None:
+    with pytest.raises(ProbeCorrupt, match="holds no sound probe, only .*lapwing train"):
+        shelve(tmp_path)
+    with pytest.raises(ProbeCorrupt, match="no sound probe named 'gamma', only \\['alpha', 'beta'\\]"):
+        shelve(saved, "gamma")
+    (tmp_path / "half").mkdir()
+    with pytest.raises(ProbeCorrupt, match="half: .*manifest"):
+        shelve(tmp_path)
+
+
+def test_two_probes_of_one_name_are_not_mixed_up(saved: Path, tmp_path: Path) -> None:
+    root = tmp_path / "probes"
+    shutil.copytree(saved, root)
+    shutil.copytree(saved / "alpha", root / "copy")
+    shelf = shelve(root)
+    assert shelf.names == ["alpha", "beta", "copy"]
+    copy = shelf.find("copy")
+    assert copy is not None
+    assert "a probe of the name alpha was loaded before" in copy.reason
+
+
+def test_links_that_lead_out_and_hidden_folders_are_left_alone(saved: Path, tmp_path: Path) -> None:
+    root = tmp_path / "probes"
+    root.mkdir()
+    shutil.copytree(saved / "alpha", root / "alpha")
+    shutil.copytree(saved / "beta", root / ".beta-half-written")
+    os.symlink(saved / "beta", root / "beta")
+    assert shelve(root).names == ["alpha"]

@@ -1,0 +1,222 @@
+"""Score, ScoreBatch and GetServerInfo: the engine's answer comes through, and wrong input names its field."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+from google.rpc import error_details_pb2, status_pb2
+from lapwing.v1 import detection_pb2, detector_pb2, detector_pb2_grpc, tensor_pb2
+from lapwing_server.limits import Limits
+from service_fakes import FakeEngine, Running, a_probe
+
+Prompt, Response = detection_pb2.Prompt, detection_pb2.Response
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Running]:
+    with Running() as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def stub(server: Running) -> Iterator[Any]:
+    with grpc.insecure_channel(server.target) as channel:
+        yield detector_pb2_grpc.DetectorStub(channel)
+
+
+def request(prompt: Any = None, response: Any = None, **more: Any) -> detector_pb2.ScoreRequest:
+    return detector_pb2.ScoreRequest(
+        prompt=prompt or Prompt(text="hello"), response=response or Response(text="world"), **more
+    )
+
+
+def refused(call: Any, message: Any) -> tuple[grpc.StatusCode, str, str]:
+    """Code, reason and field of the error."""
+    with pytest.raises(grpc.RpcError) as caught:
+        answer = call(message)
+        list(answer) if hasattr(answer, "__iter__") else None
+    details = dict(caught.value.trailing_metadata())["grpc-status-details-bin"]
+    status = status_pb2.Status.FromString(details)
+    assert status.code == caught.value.code().value[0]
+    assert status.message == caught.value.details()
+    info, bad = error_details_pb2.ErrorInfo(), error_details_pb2.BadRequest()
+    assert status.details[0].Unpack(info)
+    assert info.domain == "lapwing"
+    if len(status.details) > 1:
+        assert status.details[1].Unpack(bad)
+    return caught.value.code(), info.reason, bad.field_violations[0].field if bad.field_violations else ""
+
+
+def test_score_is_the_score_of_the_engine(stub: Any) -> None:
+    detection = stub.Score(request()).detection
+    expected = FakeEngine().score("hello", "world", false_positive_rate=0.05)
+    assert detection.state == detection_pb2.DETECTION_STATE_SCORED
+    assert detection.probability == expected.probability
+    assert detection.logit == expected.logit
+    assert list(detection.token_ids) == list(expected.token_ids)
+    assert (detection.prompt_tokens, detection.response_tokens) == (5, 5)
+    assert (detection.probe_name, detection.probe_revision) == ("fake-probe", a_probe().revision)
+    assert [(head.layer, head.head, head.contribution) for head in detection.strongest_heads] == [
+        (2, 1, 0.5),
+        (1, 2, -0.25),
+    ]
+
+
+def test_the_shares_of_the_tokens_add_up_to_the_logit(stub: Any) -> None:
+    detection = stub.Score(request()).detection
+    shares = detection.token_contributions
+    assert shares.dtype == tensor_pb2.DATA_TYPE_FLOAT32
+    assert list(shares.shape) == [10]
+    total = np.frombuffer(shares.data, "<f4").sum() + detection.bias
+    assert total == pytest.approx(detection.logit, abs=1e-6)  # float32 sums of ten numbers
+
+
+def test_timing_names_the_stages(stub: Any) -> None:
+    seconds = stub.Score(request()).detection.stage_seconds
+    assert set(seconds) == {"queue", "tokenise", "forward", "probe"}
+    assert all(value >= 0 for value in seconds.values())
+
+
+@pytest.mark.parametrize(
+    ("prompt", "response", "ids"),
+    [
+        (Prompt(text="ab"), Response(text="cd"), b"abcd"),
+        (Prompt(token_ids=b"ab"), Response(token_ids=b"cd"), b"abcd"),
+        (Prompt(text="ab"), Response(token_ids=b"cd"), b"abcd"),
+        (Prompt(token_ids=b"ab"), Response(text="cd"), b"abcd"),
+        (Prompt(messages=[{"role": "user", "content": "ab"}]), Response(text="cd"), b"<user>abcd"),
+    ],
+)
+def test_every_form_of_input_reaches_the_engine(stub: Any, prompt: Any, response: Any, ids: bytes) -> None:
+    assert bytes(stub.Score(request(prompt, response)).detection.token_ids) == ids
+
+
+def test_too_short_for_the_probe_is_no_error_and_no_score(stub: Any) -> None:
+    detection = stub.Score(request(Prompt(text="a"), Response(text="b"))).detection
+    assert detection.state == detection_pb2.DETECTION_STATE_UNSCORED
+    assert detection.reason == detection_pb2.UNSCORED_REASON_TOO_SHORT
+    assert "2 tokens" in detection.message
+    for field in ("probability", "logit", "flagged"):
+        assert not detection.HasField(field), "an absent score must not read as 0 or false"
+
+
+def test_flagged_goes_by_the_operating_point(stub: Any) -> None:
+    message = request(Prompt(text="{{{{"), Response(text="zzzzzzzzzzzzzzzz"))
+    logit = stub.Score(message).detection.logit
+    assert 0.0 < logit < 0.5, "between two thresholds of the fake probe"
+    flags = {}
+    for rate in (0.05, 0.1):
+        message.false_positive_rate = rate
+        detection = stub.Score(message).detection
+        assert detection.false_positive_rate == rate
+        assert list(detection.flagged_at) == [0.1]
+        flags[rate] = detection.flagged
+    assert flags == {0.05: False, 0.1: True}
+
+
+def test_a_rate_that_the_probe_does_not_store_leaves_flagged_open(stub: Any) -> None:
+    detection = stub.Score(request(false_positive_rate=0.03)).detection
+    assert detection.HasField("probability")
+    assert not detection.HasField("flagged")
+
+
+WRONG = [
+    (detector_pb2.ScoreRequest(response=Response(text="x")), "prompt"),
+    (detector_pb2.ScoreRequest(prompt=Prompt(text="x")), "response"),
+    (detector_pb2.ScoreRequest(), "prompt"),
+    (request(Prompt(text="")), "prompt.text"),
+    (request(None, Response(text="")), "response.text"),
+    (request(Prompt(text="a", token_ids=[1])), "prompt"),
+    (request(Prompt(text="", token_ids=[1])), "prompt"),
+    (request(Prompt(messages=[{"role": "user", "content": "x"}], token_ids=[1])), "prompt"),
+    (request(None, Response(text="a", token_ids=[1])), "response"),
+    (request(Prompt(messages=[{"role": "user"}, {"content": "x"}])), "prompt.messages[1].role"),
+    (request(None, Response(token_ids=[1, 2, 3, 256])), "response.token_ids[3]"),
+    (request(Prompt(token_ids=[1, -1]), Response(token_ids=[1])), "prompt.token_ids[1]"),
+    (request(false_positive_rate=0.0), "false_positive_rate"),
+    (request(false_positive_rate=1.0), "false_positive_rate"),
+    (request(false_positive_rate=math.nan), "false_positive_rate"),
+]
+
+
+@pytest.mark.parametrize(("message", "field"), WRONG, ids=[f"{i}-{field}" for i, (_, field) in enumerate(WRONG)])
+def test_wrong_input_names_its_field(stub: Any, message: Any, field: str) -> None:
+    assert refused(stub.Score, message) == (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_INPUT", field)
+
+
+def test_too_long_for_the_model_says_how_long(stub: Any) -> None:
+    message = request(None, Response(text="x" * 400))
+    assert refused(stub.Score, message) == (grpc.StatusCode.INVALID_ARGUMENT, "TOO_LONG", "response")
+    with pytest.raises(grpc.RpcError, match="405 tokens, the model takes 400"):
+        stub.Score(message)
+
+
+def test_nine_megabytes_are_refused_unread(server: Running, stub: Any) -> None:
+    before = server.engine.forwards
+    with pytest.raises(grpc.RpcError) as caught:
+        stub.Score(request(Prompt(text="x" * 9_000_000)))
+    assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert server.engine.forwards == before
+
+
+def test_a_batch_answers_in_order_and_a_bad_item_fails_alone(stub: Any) -> None:
+    items = [
+        detector_pb2.ScoreItem(prompt=Prompt(text="hello"), response=Response(text="world")),
+        detector_pb2.ScoreItem(response=Response(text="world")),
+        detector_pb2.ScoreItem(prompt=Prompt(text="hello"), response=Response(token_ids=[1, 999])),
+        detector_pb2.ScoreItem(prompt=Prompt(text="a"), response=Response(text="b")),
+        detector_pb2.ScoreItem(prompt=Prompt(text="hallo"), response=Response(text="world")),
+    ]
+    results = stub.ScoreBatch(detector_pb2.ScoreBatchRequest(items=items)).results
+    assert [result.WhichOneof("result") for result in results] == ["detection", "error", "error", "detection", "detection"]
+    assert results[0].detection.logit == stub.Score(request()).detection.logit
+    assert results[3].detection.state == detection_pb2.DETECTION_STATE_UNSCORED
+    assert results[4].detection.logit != results[0].detection.logit
+    fields = []
+    for result in results[1:3]:
+        bad = error_details_pb2.BadRequest()
+        assert result.error.code == grpc.StatusCode.INVALID_ARGUMENT.value[0]
+        assert result.error.details[1].Unpack(bad)
+        fields.append(bad.field_violations[0].field)
+    assert fields == ["items[1].prompt", "items[2].response.token_ids[1]"]
+
+
+@pytest.mark.parametrize("count", [0, 65])
+def test_the_number_of_items_is_bounded(stub: Any, count: int) -> None:
+    item = detector_pb2.ScoreItem(prompt=Prompt(text="a"), response=Response(text="b"))
+    message = detector_pb2.ScoreBatchRequest(items=[item] * count)
+    assert refused(stub.ScoreBatch, message) == (grpc.StatusCode.INVALID_ARGUMENT, "BATCH_SIZE", "items")
+
+
+def test_a_batch_may_be_full(stub: Any) -> None:
+    item = detector_pb2.ScoreItem(prompt=Prompt(text="hello"), response=Response(text="b"))
+    assert len(stub.ScoreBatch(detector_pb2.ScoreBatchRequest(items=[item] * 64)).results) == 64
+
+
+def test_server_info(stub: Any) -> None:
+    info = stub.GetServerInfo(detector_pb2.GetServerInfoRequest())
+    assert info.state == detector_pb2.SERVER_STATE_SERVING
+    assert info.message == ""
+    assert (info.model.identity.name, info.model.max_tokens) == ("fake-model", 400)
+    assert (info.probe_name, info.probe_revision) == ("fake-probe", a_probe().revision)
+    assert info.limits.max_request_bytes == 8 * 2**20
+    assert info.limits.max_batch_items == Limits().batch_items == 64
+    assert info.limits.max_heatmap_pixels == 4_000_000
+    assert info.library_versions["python"].startswith("3.")
+
+
+def test_what_is_not_there_yet_says_so(stub: Any) -> None:
+    with pytest.raises(grpc.RpcError) as caught:
+        stub.ScoreAttention(iter([detector_pb2.ScoreAttentionRequest()]))
+    assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
+    assert "ScoreAttention is not implemented in this version; send the token ids to Score" in caught.value.details()
+
+
+def test_only_the_worker_computes(server: Running, stub: Any) -> None:
+    stub.Score(request())
+    assert server.engine.threads == {"lapwing-worker"}

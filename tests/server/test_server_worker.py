@@ -1,0 +1,157 @@
+"""The worker and the stream alone, without gRPC."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import threading
+import weakref
+from collections.abc import Iterator
+
+import pytest
+from lapwing_server.stream import Stream
+from lapwing_server.worker import Worker
+from service_fakes import WAIT, Gate
+
+
+@pytest.fixture
+def worker() -> Iterator[Worker]:
+    worker = Worker("test-worker")
+    yield worker
+    worker.close()
+
+
+def test_results_and_errors_come_back(worker: Worker) -> None:
+    async def main() -> None:
+        assert await worker.run(lambda: 3) == 3
+        with pytest.raises(KeyError, match="x"):
+            await worker.run(lambda: {}["x"])  # type: ignore[misc]
+        assert await worker.run(lambda: threading.current_thread().name) == "test-worker"
+
+    asyncio.run(main())
+
+
+def test_order_is_kept(worker: Worker) -> None:
+    done: list[int] = []
+    futures = [worker.post(lambda i=i: done.append(i)) for i in range(50)]  # type: ignore[misc]
+    futures[-1].result(WAIT)
+    assert done == list(range(50))
+
+
+def test_what_is_cancelled_before_its_turn_never_runs(worker: Worker) -> None:
+    gate, ran = Gate(), []
+
+    async def main() -> None:
+        first = asyncio.create_task(worker.run(gate))
+        second = asyncio.create_task(worker.run(lambda: ran.append(2)))
+        third = asyncio.create_task(worker.run(lambda: ran.append(3)))
+        await asyncio.to_thread(gate.reached.wait, WAIT)
+        assert worker.waiting == 2
+        second.cancel()
+        await asyncio.sleep(0)
+        gate.open()
+        await first
+        await third
+
+    asyncio.run(main())
+    assert ran == [3]
+
+
+def test_the_worker_survives_a_cancel_of_what_it_runs(worker: Worker) -> None:
+    gate = Gate()
+
+    async def main() -> int:
+        task = asyncio.create_task(worker.run(gate))
+        await asyncio.to_thread(gate.reached.wait, WAIT)
+        task.cancel()
+        gate.open()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        return await worker.run(lambda: 7)
+
+    assert asyncio.run(main()) == 7
+
+
+def test_nothing_of_a_request_is_kept(worker: Worker) -> None:
+    class Request:
+        pass
+
+    request = Request()
+    alive = weakref.ref(request)
+    worker.post(lambda request=request: None).result(WAIT)  # type: ignore[misc]
+    del request
+    worker.post(lambda: None).result(WAIT)
+    gc.collect()
+    assert alive() is None
+
+
+class Numbers:
+    """Counts up, and knows whether it was closed."""
+
+    def __init__(self) -> None:
+        self.made: list[int] = []
+        self.closed = 0
+
+    def __call__(self) -> Iterator[int]:
+        try:
+            for number in range(1, 6):
+                self.made.append(number)
+                yield number
+        finally:
+            self.closed += 1
+
+
+def test_a_stream_gives_every_event(worker: Worker) -> None:
+    numbers = Numbers()
+
+    async def main() -> list[int]:
+        return [number async for number in Stream(worker, numbers)]
+
+    assert asyncio.run(main()) == [1, 2, 3, 4, 5]
+    assert numbers.closed == 1
+
+
+def test_a_stopped_stream_begins_no_step_and_closes_its_iterator(worker: Worker) -> None:
+    numbers = Numbers()
+
+    async def main() -> list[int]:
+        stream, seen = Stream(worker, numbers), []
+        async for number in stream:
+            seen.append(number)
+            if number == 2:
+                stream.stop()
+                stream.stop()
+        return seen
+
+    assert asyncio.run(main()) == [1, 2]
+    worker.post(lambda: None).result(WAIT)
+    assert numbers.made == [1, 2]
+    assert numbers.closed == 1
+
+
+def test_a_stream_that_was_stopped_before_it_began_never_begins(worker: Worker) -> None:
+    numbers = Numbers()
+
+    async def main() -> list[int]:
+        stream = Stream(worker, numbers)
+        stream.stop()
+        return [number async for number in stream]
+
+    assert asyncio.run(main()) == []
+    assert numbers.made == []
+
+
+def test_an_error_of_a_step_ends_the_stream(worker: Worker) -> None:
+    def events() -> Iterator[int]:
+        yield 1
+        raise ValueError("two")
+
+    async def main() -> None:
+        stream = Stream(worker, events)
+        seen = []
+        with pytest.raises(ValueError, match="two"):
+            async for number in stream:
+                seen.append(number)
+        assert seen == [1]
+
+    asyncio.run(main())

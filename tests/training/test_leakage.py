@@ -1,0 +1,78 @@
+"""On pure noise an honest pipeline finds nothing; one that looks at its test rows finds something."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from lapwing_training import metrics
+from lapwing_training.fit import LapwingRecipe, PaperRecipe, Recipe, out_of_fold_logits
+from lapwing_training.selection import rank_heads
+from lapwing_training.splits import split_by_group
+from lapwing_training.table import Table
+from sklearn.metrics import roc_auc_score
+from training_fakes import LAPLACIAN, make_table
+
+HONEST = LapwingRecipe((LAPLACIAN,), 2)
+
+
+def noise(seed: int) -> Table:
+    return make_table(rows=200, layers=16, heads=16, k=2, seed=seed)
+
+
+def leaky(table: Table) -> Recipe:
+    """Heads selected on all rows, tested ones included: the mistake that the folds are there to prevent."""
+    heads = rank_heads(table.scalars((LAPLACIAN,), 2), table.labels, table.groups).heads[:8]
+    return replace(HONEST, heads=heads, strength=0.1)
+
+
+def mean_out_of_fold(select_outside: bool, seeds: range = range(8)) -> float:
+    found = []
+    for seed in seeds:
+        table = noise(seed)
+        recipe = leaky(table) if select_outside else HONEST
+        found.append(roc_auc_score(table.labels, out_of_fold_logits(recipe, table, 5, seed)))
+    return float(np.mean(found))
+
+
+def test_noise_scores_half_out_of_fold() -> None:
+    # One AUROC of 200 rows has a standard error of .042, the mean of eight .015.
+    assert abs(mean_out_of_fold(select_outside=False) - 0.5) < 0.045
+
+
+def test_control_selection_on_tested_rows_finds_signal_in_noise() -> None:
+    assert mean_out_of_fold(select_outside=True) > 0.6
+
+
+@pytest.mark.parametrize("recipe", [LapwingRecipe((LAPLACIAN,), 4), PaperRecipe((LAPLACIAN,), 4)])
+def test_shuffled_labels_score_half_within_the_interval(recipe: Recipe) -> None:
+    table = make_table(rows=800, planted=(1, 6), strength=1.0, per_group=2)
+    rows, tested = split_by_group(table, 0.3, seed=0)
+    honest = recipe.fit(table.take(rows), 0).logit(table.take(tested))
+    assert roc_auc_score(table.labels[tested], honest) > 0.7  # there is something to be lost
+    dealt = table.with_labels(np.random.default_rng(1).permutation(table.labels))
+    logits = recipe.fit(dealt.take(rows), 0).logit(dealt.take(tested))
+    weights = metrics.bootstrap_weights(table.groups[tested], 500, seed=0)
+    found = metrics.estimate(metrics.auroc(logits, dealt.labels[tested], weights))
+    assert found["low"] <= 0.5 <= found["high"]
+
+
+def test_a_group_keeps_its_side_in_every_store() -> None:
+    table = make_table(rows=400, per_group=2)
+    _, tested = split_by_group(table, 0.3, seed=0)
+    part = table.take(np.arange(100, 300))
+    _, tested_part = split_by_group(part, 0.3, seed=0)
+    assert set(part.groups[tested_part]) == set(table.groups[tested]) & set(part.groups)
+    assert 0.2 < len(set(table.groups[tested])) / 200 < 0.4
+    _, other = split_by_group(table, 0.3, seed=1)
+    assert set(table.groups[other]) != set(table.groups[tested])
+
+
+def test_a_given_split_wins() -> None:
+    table = make_table(rows=400, per_group=2)
+    splits = np.where(np.arange(400) < 100, "test", "train")
+    splits[1] = ""  # its group is tested, so it is, too
+    rows, tested = split_by_group(replace(table, splits=splits), 0.3, seed=0)
+    assert tested.tolist() == list(range(100))
+    assert not set(table.groups[rows]) & set(table.groups[tested])

@@ -1,0 +1,26 @@
+"""`python -m lapwing_training.atlas`: makes Atlas again; `lapwing demo --rebuild` calls it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def main(
+    into: Annotated[Path, typer.Option(help="Where everything is written; a build that was killed goes on.")] = Path(
+        "lapwing-atlas"
+    ),
+    until: Annotated[str, typer.Option(help="Last stage: model, generations, store or probe.")] = "probe",
+) -> None:
+    """Make the embedded model, its generations and its probe again from nothing (about half an hour on 2 cores)."""
+    from lapwing_training.atlas.build import STAGES, build
+
+    if until not in STAGES:
+        raise typer.BadParameter(f"is {until!r}; stages are {', '.join(STAGES)}", param_hint="--until")
+    build(into, until=until)
+
+
+if __name__ == "__main__":
+    typer.run(main)

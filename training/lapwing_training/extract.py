@@ -1,0 +1,256 @@
+"""From labelled generations to a feature store: batched forwards under capture, resumable after a kill."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lapwing_detector.capture import capture_attention
+from lapwing_detector.features import FEATURES
+from lapwing_detector.identity import ModelIdentity, identity_of
+from lapwing_detector.summary import AttentionSummary
+from lapwing_training.errors import InvalidData, InvalidOption, NotEnoughData
+from lapwing_training.files import digest
+from lapwing_training.generations import LabelledGeneration
+from lapwing_training.models import LoadedModel
+from lapwing_training.store import (
+    Shard,
+    is_shard,
+    open_plan,
+    read_shard,
+    shard_digests,
+    shard_name,
+    write_index,
+    write_shard,
+)
+
+DEFAULT_FEATURES = ("attention_score.v1", "laplacian_eigenvalues.v1")
+
+
+@dataclass(frozen=True)
+class ExtractOptions:
+    """What is kept, and how the work is cut."""
+
+    features: tuple[str, ...] = DEFAULT_FEATURES
+    k: int = 10
+    batch_size: int = 16
+    shard_items: int = 256
+    """Items a shard; a kill costs at most the shard that was being made."""
+
+    stratum: str = ""
+    """Field that names an item's kind, such as `meta.relation`."""
+
+    def __post_init__(self) -> None:
+        for name in self.features:
+            if name not in FEATURES:
+                raise InvalidOption(f"feature is `{name}`; known are {', '.join(FEATURES)}")
+        for option in ("k", "batch_size", "shard_items"):
+            if getattr(self, option) < 1:
+                raise InvalidOption(f"{option} is {getattr(self, option)}; it must be at least 1")
+        if self.stratum and not self.stratum.startswith("meta."):
+            raise InvalidOption(f"stratum is `{self.stratum}`; name a field of meta, such as meta.relation")
+
+    @property
+    def needed(self) -> int:
+        """Least number of tokens of an item that has all features."""
+        return max(FEATURES[name].needed(self.k) for name in self.features)
+
+
+@dataclass(frozen=True)
+class Work:
+    """Which items are worked off in which order; the same input gives the same plan."""
+
+    token_ids: Mapping[str, tuple[int, ...]]
+    """By id, shortest first, so that a batch holds little padding."""
+
+    left_out: Mapping[str, str]
+    """Reason by id."""
+
+    def shards(self, size: int) -> Iterator[tuple[str, ...]]:
+        """Ids, cut into shards."""
+        ids = list(self.token_ids)
+        return (tuple(ids[start : start + size]) for start in range(0, len(ids), size))
+
+
+def extract_features(
+    generations: Sequence[LabelledGeneration],
+    directory: Path,
+    loaded: LoadedModel,
+    options: ExtractOptions | None = None,
+) -> dict[str, Any]:
+    """Write a feature store; finished shards of an earlier run with the same input are kept.
+
+    Returns:
+        how many items are stored, left out and labelled.
+
+    Raises:
+        StoreMismatch: the directory was begun with something else.
+        NotEnoughData: no item can be stored.
+        InvalidData: token ids outside the model's vocabulary.
+    """
+    from tqdm import tqdm
+
+    options = options or ExtractOptions()
+    identity = identity_of(loaded.model, loaded.tokenizer)
+    work = plan_work(generations, loaded, identity, options)
+    open_plan(directory, _plan(work, identity, options))
+    shards = list(work.shards(options.shard_items))
+    with tqdm(total=len(work.token_ids), desc="extract", unit="item") as progress:
+        for number, ids in enumerate(shards):
+            path = directory / shard_name(number)
+            if not is_shard(path):
+                write_shard(path, _make_shard(ids, work, loaded, options, progress))
+            else:
+                progress.update(len(ids))
+    return _finish(directory, len(shards), generations, work, identity, options)
+
+
+def plan_work(
+    generations: Sequence[LabelledGeneration], loaded: LoadedModel, identity: ModelIdentity, options: ExtractOptions
+) -> Work:
+    """Token ids of every item that has all features, and why the others have not."""
+    kept: dict[str, tuple[int, ...]] = {}
+    left_out: dict[str, str] = {}
+    most = loaded.most_tokens
+    for item in generations:
+        ids = token_ids_of(item, loaded, identity.tokenizer)
+        if len(ids) < options.needed:
+            left_out[item.id] = f"{len(ids)} tokens; k = {options.k} needs at least {options.needed}"
+        elif len(ids) > most:
+            left_out[item.id] = f"{len(ids)} tokens; the model reads at most {most}"
+        else:
+            kept[item.id] = ids
+    if not kept:
+        reason = next(iter(left_out.values()))
+        raise NotEnoughData(f"none of {len(generations)} items can be stored, the first because of {reason}; lower --k")
+    return Work(dict(sorted(kept.items(), key=lambda entry: len(entry[1]))), left_out)
+
+
+def token_ids_of(item: LabelledGeneration, loaded: LoadedModel, tokenizer_digest: str) -> tuple[int, ...]:
+    """Prompt and response as ids: those that were kept while generating, or else made from the text.
+
+    Kept ids are passed over when `meta.tokenizer` says that another tokenizer made them.
+
+    Raises:
+        InvalidData: ids outside the model's vocabulary.
+    """
+    kept = item.meta.get("token_ids")
+    if kept is None or not tokenizer_digest.startswith(item.meta.get("tokenizer", "")):
+        return loaded.ids(item, item.response).all
+    for token in kept:
+        if type(token) is not int or not 0 <= token < loaded.vocabulary:
+            raise InvalidData(
+                f"item `{item.id}`",
+                None,
+                f"meta.token_ids holds {token!r}; the model knows 0 to {loaded.vocabulary - 1}: drop the ids of "
+                "another model, then the text is used",
+            )
+    return tuple(kept)
+
+
+def stratum_of(item: LabelledGeneration, stratum: str) -> str:
+    """Value of the named field of `meta`; empty where it is absent."""
+    value = item.meta.get(stratum.removeprefix("meta.")) if stratum else None
+    return "" if value is None else str(value)
+
+
+def summarise(batch: Sequence[Sequence[int]], loaded: LoadedModel) -> list[AttentionSummary]:
+    """Attention of a few sequences in one forward, padded on the right."""
+    import torch
+
+    longest = max(len(ids) for ids in batch)
+    rows = [[*ids, *[loaded.pad_id] * (longest - len(ids))] for ids in batch]
+    masks = [[1] * len(ids) + [0] * (longest - len(ids)) for ids in batch]
+    device = loaded.model.device
+    inputs: dict[str, Any] = {"input_ids": torch.tensor(rows), "attention_mask": torch.tensor(masks)}  # (batch, tokens)
+    inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
+    if "logits_to_keep" in inspect.signature(loaded.model.forward).parameters:
+        inputs["logits_to_keep"] = 1  # nobody reads the logits, and a large vocabulary makes them the largest tensor
+    with torch.inference_mode(), capture_attention(loaded.model) as captured:
+        loaded.model(**inputs, use_cache=False)
+        return captured.summaries()
+
+
+def _make_shard(ids: Sequence[str], work: Work, loaded: LoadedModel, options: ExtractOptions, progress: Any) -> Shard:
+    rows: dict[str, list[Any]] = {name: [] for name in options.features}
+    kept: list[str] = []
+    left_out: dict[str, str] = {}
+    layers: tuple[int, ...] = ()
+    for start in range(0, len(ids), options.batch_size):
+        batch = ids[start : start + options.batch_size]
+        summaries = summarise([work.token_ids[id] for id in batch], loaded)
+        for id, summary in zip(batch, summaries, strict=True):
+            layers = summary.layers
+            computed = {name: FEATURES[name].compute(summary, options.k) for name in options.features}
+            if not all(np.isfinite(values).all() for values in computed.values()):
+                left_out[id] = "attention is not finite; try --dtype float32"
+                continue
+            kept.append(id)
+            for name, values in computed.items():
+                rows[name].append(values)
+        progress.update(len(batch))
+    if not kept:
+        raise NotEnoughData(f"{left_out[ids[0]]}: so for all of items `{ids[0]}` to `{ids[-1]}`")
+    return Shard(tuple(kept), {name: np.stack(values) for name, values in rows.items()}, layers, left_out)
+
+
+def _plan(work: Work, identity: ModelIdentity, options: ExtractOptions) -> dict[str, Any]:
+    items = repr(list(work.token_ids.items())).encode()
+    return {
+        "items": digest(items),
+        "model": identity.digest,
+        "dtype": identity.dtype,
+        "features": list(options.features),
+        "k": options.k,
+        "batch_size": options.batch_size,
+        "shard_items": options.shard_items,
+    }
+
+
+def _finish(
+    directory: Path,
+    shards: int,
+    generations: Sequence[LabelledGeneration],
+    work: Work,
+    identity: ModelIdentity,
+    options: ExtractOptions,
+) -> dict[str, Any]:
+    names = [shard_name(number) for number in range(shards)]
+    made = [read_shard(directory / name) for name in names]
+    left_out = {**work.left_out, **{id: reason for shard in made for id, reason in shard.left_out.items()}}
+    stored = [item for item in generations if item.id not in left_out]
+    shape = made[0].features[options.features[0]].shape
+    entries = {
+        "features": list(options.features),
+        "k": options.k,
+        "layers": list(made[0].layers),
+        "heads": shape[2],
+        "identity": identity.to_dict(),
+        "stratum": options.stratum,
+        "items": {
+            "id": [item.id for item in stored],
+            "group": [item.group_or_id for item in stored],
+            "split": [item.split for item in stored],
+            "stratum": [stratum_of(item, options.stratum) for item in stored],
+            "token_count": [len(work.token_ids[item.id]) for item in stored],
+            "log_probability": [item.meta.get("log_probability") for item in stored],
+        },
+        "left_out": left_out,
+        "shards": shard_digests(directory, names),
+    }
+    labels = {item.id: item.label for item in stored}
+    write_index(directory, entries, labels)
+    return {
+        "store": str(directory),
+        "items": len(stored),
+        "left_out": len(left_out),
+        "labelled": sum(label is not None for label in labels.values()),
+        "hallucinated": sum(label == 1 for label in labels.values()),
+        "layers": len(made[0].layers),
+        "heads": shape[2],
+    }

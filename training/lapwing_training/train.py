@@ -1,0 +1,188 @@
+"""From a feature store to a probe directory: split, fit, calibrate, judge, save."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lapwing_detector.identity import ModelIdentity
+from lapwing_detector.probe import Calibration, Probe, Threshold
+from lapwing_training.baselines import name_of
+from lapwing_training.calibrate import operating_points, platt, sigmoid
+from lapwing_training.errors import InvalidOption
+from lapwing_training.evaluate import Fitted, evaluate_fit
+from lapwing_training.fit import Recipe, make_recipe, out_of_fold_logits
+from lapwing_training.metrics import RESAMPLES
+from lapwing_training.report import model_card, training_report
+from lapwing_training.significance import Floats, HeadSignificance, head_scalars, head_significance
+from lapwing_training.splits import split_by_group
+from lapwing_training.store import Store, read_store
+from lapwing_training.table import Table
+
+OUTER_FOLDS = 5
+LAPLACIAN = "laplacian_eigenvalues.v1"
+"""Read by the probe unless it is told otherwise."""
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """How a probe is fitted."""
+
+    recipe: str = "lapwing"
+    features: tuple[str, ...] = (LAPLACIAN,)
+    k: int | None = None
+    """Eigenvalues per head; without it the store's for `lapwing`, and chosen inside for `paper`."""
+
+    seed: int = 0
+    test_share: float = 0.2
+    name: str | None = None
+    """The probe's name; made from the directory's without it."""
+
+    resamples: int = RESAMPLES
+
+
+def train_probe(store_path: Path, out: Path, options: TrainOptions | None = None) -> Probe:
+    """Fit a probe on the training rows of a store, judge it on the others and save it.
+
+    Raises:
+        NotEnoughData: too few rows, groups or classes.
+        NonFiniteFeatures: NaN among the features.
+        InvalidOption: a feature, a k or a recipe that does not exist.
+        StoreCorrupt: a store that is damaged or unfinished.
+    """
+    options = options or TrainOptions()
+    name = options.name or name_from(out)
+    store = read_store(store_path)
+    table = store.table.labelled()
+    recipe = make_recipe(options.recipe, options.features, options.k, table.k)
+    split = split_by_group(table, options.test_share, options.seed)
+    fitted = fit(table.take(split[0]), recipe, options.seed)
+    judged = evaluate_fit(fitted, table, split, options.resamples, options.seed)
+    judged["notes"] = notes(fitted, judged)
+    probe = _assemble(name, fitted, store, judged, options)
+    rows = (*_predicted(fitted, table.take(split[0]), fitted.held_out, "out-of-fold"),)
+    rows += (*_predicted(fitted, table.take(split[1]), fitted.probe.logit(table.take(split[1])), "test"),)
+    files = {
+        "report.md": training_report(probe).encode(),
+        "predictions.jsonl": "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode(),
+    }
+    probe.save_pretrained(out, files=files, card=model_card(probe))
+    return probe
+
+
+def fit(table: Table, recipe: Recipe, seed: int) -> Fitted:
+    """Everything that is fitted, from training rows alone."""
+    probe = recipe.fit(table, seed)
+    held_out = out_of_fold_logits(recipe, table, OUTER_FOLDS, seed)
+    slope, intercept = platt(held_out, table.labels)
+    return Fitted(
+        recipe=recipe,
+        probe=probe,
+        held_out=held_out,
+        slope=slope,
+        intercept=intercept,
+        points=operating_points(held_out[table.labels == 0]),
+        significance={
+            name: head_significance(head_scalars(values), table.labels, table.groups)
+            for name, values in table.features.items()
+        },
+    )
+
+
+def notes(fitted: Fitted, judged: Mapping[str, Any]) -> list[str]:
+    """What a reader should know before trusting the numbers."""
+    found = []
+    if fitted.probe.chosen.get("significant_heads") == 0:
+        found.append("No head separates the classes at q < .05; the strongest were taken all the same.")
+    if fitted.slope == 0.0:
+        found.append("The out-of-fold logits carry no signal: every probability is the base rate.")
+    found += [
+        f"No threshold at {point.false_positive_rate:.0%}: {point.reason}." for point in fitted.points if point.reason
+    ]
+    missing = judged["log_probability_missing"]
+    if "log_probability" not in judged["comparison"]:
+        found.append("The items carry no log-probability, so that baseline is absent; lapwing generate keeps it.")
+    elif missing:
+        found.append(f"{missing} test rows have no log-probability; they count as the middle one.")
+    shuffled = judged["comparison"]["shuffled_labels"]["auroc"]
+    if shuffled["low"] is not None and not shuffled["low"] <= 0.5 <= shuffled["high"]:
+        found.append(
+            f"With shuffled labels the AUROC is {shuffled['value']:.3f}, outside its own interval around .5; this "
+            "happens by chance in 1 run of 20: train again with another --seed, and look for a leak if it stays."
+        )
+    return found
+
+
+def name_from(out: Path) -> str:
+    """A probe's name from its directory.
+
+    Raises:
+        InvalidOption: nothing of the directory's name can stand in a probe's name.
+    """
+    name = re.sub(r"[^a-z0-9]+", "-", out.resolve().name.lower()).strip("-")[:63].strip("-")
+    if not name:
+        raise InvalidOption(f"no probe name can be made from `{out.name}`; give one with --name, such as my-probe")
+    return name
+
+
+def _assemble(name: str, fitted: Fitted, store: Store, judged: Mapping[str, Any], options: TrainOptions) -> Probe:
+    probe = fitted.probe
+    realised = {entry["false_positive_rate"]: entry["realised_rate"] for entry in judged["thresholds"]}
+    return Probe(
+        name=name,
+        features=probe.features,
+        k=probe.k,
+        layers=store.layers,
+        weights=probe.weights,
+        bias=probe.bias,
+        selected=probe.selected,
+        calibration=Calibration(fitted.slope, fitted.intercept),
+        thresholds=tuple(
+            Threshold(point.false_positive_rate, point.logit, realised[point.false_positive_rate], point.negatives)
+            for point in fitted.points
+            if point.logit is not None
+        ),
+        identity=ModelIdentity.from_dict(store.identity),
+        statistics=dict(_statistics(fitted.significance)),
+        metrics=judged,
+        training={
+            "recipe": options.recipe,
+            "trained_as": name_of(fitted.recipe),
+            "chosen": dict(probe.chosen),
+            "seed": options.seed,
+            "test_share": options.test_share,
+            "outer_folds": OUTER_FOLDS,
+            "store_digest": store.digest,
+            "stratum": store.stratum,
+            "left_out": len(store.left_out),
+        },
+    )
+
+
+def _statistics(significance: Mapping[str, HeadSignificance]) -> Iterator[tuple[str, NDArray[np.float32]]]:
+    for name, tested in significance.items():
+        yield f"{name}/P_VALUE", tested.p_value.astype(np.float32)
+        yield f"{name}/Q_VALUE", tested.q_value.astype(np.float32)
+        yield f"{name}/AUROC", tested.auroc.astype(np.float32)
+        yield f"{name}/EFFECT_SIZE", tested.effect_size.astype(np.float32)
+
+
+def _predicted(fitted: Fitted, table: Table, logits: Floats, fold: str) -> Iterator[dict[str, Any]]:
+    probabilities = sigmoid(fitted.slope * logits + fitted.intercept)
+    for row, (logit, probability) in enumerate(zip(logits.tolist(), probabilities.tolist(), strict=True)):
+        yield {
+            "id": str(table.ids[row]),
+            "fold": fold,
+            "logit": logit,
+            "probability": probability,
+            "label": int(table.labels[row]),
+            "group": str(table.groups[row]),
+            "stratum": str(table.strata[row]),
+        }
