@@ -3,7 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-PACKAGES := proto client detector training server
+ATLAS := lapwing-atlas
+SHIPPED := detector/lapwing_detector/atlas
 
 # Nothing here asks the network for models or data.
 export HF_HUB_OFFLINE := 1
@@ -36,8 +37,13 @@ proto: $(INSTALLED)  ## generate the stubs from the .proto files
 bench: $(INSTALLED)  ## measure what the README claims
 	$(BIN)/python benchmarks/capture_memory.py
 
-atlas: $(INSTALLED)  ## make the embedded model again from nothing, into ./lapwing-atlas
-	$(BIN)/lapwing demo --rebuild
+atlas: $(INSTALLED)  ## make the embedded model again from nothing and put it into the package
+	$(BIN)/lapwing demo --rebuild --into $(ATLAS)
+	rm -rf $(SHIPPED)
+	mkdir -p $(SHIPPED)
+	cp -r $(ATLAS)/model $(ATLAS)/probe $(ATLAS)/generations.jsonl.gz $(ATLAS)/rates.json $(ATLAS)/README.md $(SHIPPED)
+	chmod -R a+rX,u+w $(SHIPPED)
+	cp $(ATLAS)/demo_questions.json client/lapwing_client/
 
 clean:  ## remove the environment and what the demo wrote
 	rm -rf $(VENV) lapwing-demo

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
@@ -30,8 +30,6 @@ SUMMARIES = {
 EXTRAS = {"lapwing_detector": "detector", "lapwing_server": "server", "lapwing_training": "training"}
 """Which extra brings what a package needs; the client needs none."""
 
-FORWARD = {"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False}
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one verb.
@@ -40,17 +38,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: without the command's own name; those of the process without it.
 
     Returns:
-        0 well, 1 failed, 2 misused.
+        0 well, 1 failed, 2 misused, 130 stopped by Ctrl-C.
     """
+    given = list(sys.argv[1:] if arguments is None else arguments)
     verbs = {entry.name: entry for entry in entry_points(group=GROUP)}
     if not verbs:
         print("lapwing is not installed, so it has no verbs; run: pip install -e .", file=sys.stderr)
         return 1
-    return run(dispatcher(verbs), list(sys.argv[1:] if arguments is None else arguments), "lapwing")
+    if given and given[0] in verbs:
+        return call(verbs[given[0]], given[1:])
+    return run(overview(verbs), given, "lapwing")
 
 
-def dispatcher(verbs: dict[str, EntryPoint]) -> typer.Typer:
-    """The command that knows all verbs by name and summary only."""
+def overview(verbs: Collection[str]) -> typer.Typer:
+    """The command without a verb: shows them all by name and summary, and what was mistyped."""
     app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
     @app.callback()
@@ -58,18 +59,8 @@ def dispatcher(verbs: dict[str, EntryPoint]) -> typer.Typer:
         """Tells, while a language model is still writing, how likely it is that what it writes is made up."""
 
     for name in sorted(verbs, key=[*SUMMARIES, *verbs].index):
-        stub = app.command(name, help=SUMMARIES.get(name), add_help_option=False, context_settings=FORWARD)
-        stub(forwarder(verbs[name]))
+        app.command(name, help=SUMMARIES.get(name))(lambda: None)
     return app
-
-
-def forwarder(entry: EntryPoint) -> Callable[[typer.Context], None]:
-    """A command that hands its arguments to the verb."""
-
-    def forward(context: typer.Context) -> None:
-        raise typer.Exit(call(entry, context.args))
-
-    return forward
 
 
 def call(entry: EntryPoint, arguments: list[str]) -> int:
@@ -85,8 +76,6 @@ def call(entry: EntryPoint, arguments: list[str]) -> int:
         return 1
     except LapwingError as error:
         print(f"lapwing {entry.name}: {error} ({error.who_acts})", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
         return 1
     except Exception as error:
         if not speaks_for_itself(error):

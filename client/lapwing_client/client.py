@@ -10,11 +10,11 @@ from types import TracebackType
 from typing import Any, Literal, Self, TypeVar
 
 import grpc
-from lapwing.v1 import detector_pb2, detector_pb2_grpc, probes_pb2, probes_pb2_grpc
 
-from lapwing_client import results, wire
-from lapwing_client.errors import DeadlineExceeded, LapwingError, Unavailable, error_of_call
-from lapwing_client.wire import Prompt, Response
+from lapwing.v1 import detector_pb2, detector_pb2_grpc, probes_pb2, probes_pb2_grpc
+from lapwing_client import replies, requests, results
+from lapwing_client.errors import Cancelled, DeadlineExceeded, LapwingError, Unavailable, error_of_call
+from lapwing_client.requests import Prompt, Response
 
 Reply = TypeVar("Reply")
 
@@ -88,12 +88,8 @@ class Client:
         Raises:
             LapwingError: see its subclasses.
         """
-        request = detector_pb2.ScoreRequest(
-            prompt=wire.prompt_message(prompt),
-            response=wire.response_message(response),
-            false_positive_rate=false_positive_rate,
-        )
-        return wire.detection_of(self._call(self._detector.Score, request, timeout).detection)
+        request = requests.score_request(prompt, response, false_positive_rate)
+        return replies.detection_of(self._call(self._detector.Score, request, timeout).detection)
 
     def score_batch(
         self,
@@ -112,18 +108,9 @@ class Client:
         Raises:
             LapwingError: the whole call failed.
         """
-        request = detector_pb2.ScoreBatchRequest(
-            items=[
-                detector_pb2.ScoreItem(
-                    prompt=wire.prompt_message(prompt, f"items[{i}].prompt"),
-                    response=wire.response_message(response, f"items[{i}].response"),
-                )
-                for i, (prompt, response) in enumerate(items)
-            ],
-            false_positive_rate=false_positive_rate,
-        )
+        request = requests.score_batch_request(items, false_positive_rate)
         reply = self._call(self._detector.ScoreBatch, request, timeout)
-        return [wire.outcome_of(result) for result in reply.results]
+        return [replies.outcome_of(result) for result in reply.results]
 
     def generate(
         self,
@@ -154,19 +141,8 @@ class Client:
         Raises:
             LapwingError: here or while iterating.
         """
-        try:
-            request = detector_pb2.GenerateRequest(
-                prompt=wire.prompt_message(prompt),
-                max_new_tokens=max_new_tokens,
-                temperature=temperature,
-                top_p=top_p,
-                seed=seed,
-                false_positive_rate=false_positive_rate,
-            )
-        except ValueError as error:
-            raise wire.unusable("max_new_tokens or seed", f"does not fit into the request ({error})") from None
-        call = self._detector.Generate(request, timeout=self._patience(timeout), metadata=self._metadata)
-        return GenerationStream(call, self.target)
+        request = requests.generate_request(prompt, max_new_tokens, temperature, top_p, seed, false_positive_rate)
+        return GenerationStream(self._call(self._detector.Generate, request, timeout), self.target)
 
     def heatmap(
         self,
@@ -189,13 +165,8 @@ class Client:
         Raises:
             LapwingError: `NotFound` for the probe, `InvalidRequest` for the rest.
         """
-        request = probes_pb2.GetHeatmapRequest(
-            probe=probe,
-            feature=feature,
-            statistic=value_of(probes_pb2.Statistic, "STATISTIC", statistic, "statistic"),
-            image_format=value_of(probes_pb2.ImageFormat, "IMAGE_FORMAT", image or "UNSPECIFIED", "image"),
-        )
-        return wire.heatmap_of(self._call(self._probes.GetHeatmap, request, timeout))
+        request = requests.heatmap_request(statistic, probe, feature, image)
+        return replies.heatmap_of(self._call(self._probes.GetHeatmap, request, timeout))
 
     def probes(self, *, timeout: float | None = None) -> list[results.Probe]:
         """All probes of the server, by name; asks page by page."""
@@ -203,18 +174,18 @@ class Client:
         token = ""
         while True:
             page = self._call(self._probes.ListProbes, probes_pb2.ListProbesRequest(page_token=token), timeout)
-            found += [wire.probe_of(probe) for probe in page.probes]
+            found += [replies.probe_of(probe) for probe in page.probes]
             token = page.next_page_token
             if not token:
                 return found
 
     def probe(self, name: str = "", *, timeout: float | None = None) -> results.Probe:
         """One probe; the active one without a name."""
-        return wire.probe_of(self._call(self._probes.GetProbe, probes_pb2.GetProbeRequest(name=name), timeout).probe)
+        return replies.probe_of(self._call(self._probes.GetProbe, probes_pb2.GetProbeRequest(name=name), timeout).probe)
 
     def server_info(self, *, timeout: float | None = None) -> results.ServerInfo:
         """What runs there; answers also while the model is loading."""
-        return wire.server_info_of(
+        return replies.server_info_of(
             self._call(self._detector.GetServerInfo, detector_pb2.GetServerInfoRequest(), timeout)
         )
 
@@ -239,6 +210,8 @@ class Client:
                 continue
             except (Unavailable, DeadlineExceeded):
                 continue
+            except ValueError as error:
+                raise closed(error) from None
             last = info.message
             if info.state == "FAILED":
                 raise Unavailable(f"{self.target} is not serving: {last}", reason="SERVER_FAILED", code="UNAVAILABLE")
@@ -262,6 +235,8 @@ class Client:
             return method(request, timeout=self._patience(timeout), metadata=self._metadata)
         except grpc.RpcError as error:
             raise error_of_call(error, self.target) from None
+        except ValueError as error:
+            raise closed(error) from None
 
     def _patience(self, timeout: float | None) -> float:
         return self.timeout if timeout is None else timeout
@@ -276,7 +251,7 @@ class GenerationStream(Iterator[results.GeneratedToken | results.Generation]):
 
     def __next__(self) -> results.GeneratedToken | results.Generation:
         try:
-            return wire.event_of(next(self._call))
+            return replies.event_of(next(self._call))
         except grpc.RpcError as error:
             raise error_of_call(error, self._target) from None
 
@@ -296,16 +271,9 @@ class GenerationStream(Iterator[results.GeneratedToken | results.Generation]):
         self.close()
 
 
-def value_of(enum: Any, prefix: str, name: str, field: str) -> str:
-    """The full name of an enum's value.
-
-    Raises:
-        InvalidRequest: there is no value of this name.
-    """
-    known = [key.removeprefix(f"{prefix}_") for key, _ in enum.items()]
-    if name.upper() not in known:
-        raise wire.unusable(field, f"is {name!r}; known are {', '.join(known[1:])}")
-    return f"{prefix}_{name.upper()}"
+def closed(error: ValueError) -> LapwingError:
+    """The error of a call after `close`: gRPC raises a ValueError only then."""
+    return Cancelled(f"the client is closed ({error}); make another one", code="CANCELLED")
 
 
 def channel_options(retry: bool) -> list[tuple[str, Any]]:

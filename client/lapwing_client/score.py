@@ -14,8 +14,8 @@ import typer
 
 from lapwing_client.client import Client
 from lapwing_client.errors import LapwingError
+from lapwing_client.requests import Prompt, Response, prompt_message, response_message
 from lapwing_client.results import Detection
-from lapwing_client.wire import Prompt, Response
 
 BATCH = 16
 """Lines in one call: few enough that progress moves."""
@@ -174,8 +174,6 @@ def read_open(file: Any) -> Iterator[Line]:
 
 def read_line(number: int, text: str) -> Line:
     """What a line says, or why it can't be scored."""
-    from lapwing_client.wire import prompt_message, response_message
-
     try:
         fields = json.loads(text)
     except ValueError as error:

@@ -50,18 +50,19 @@ def attend(
     output = value.new_empty(batch, rows, heads, value.shape[-1])
     diagonal = key.new_empty(batch, heads, rows, dtype=torch.float32)
     received = key.new_zeros(batch, heads, key.shape[2], dtype=torch.float32)
-    # From the widest block to the narrowest: each fits where the one before it was, and the heap does not creep up.
-    for start, stop in reversed(blocks):
-        columns = first + stop  # no row of this block sees further
-        scores = _scores(query[:, :, start:stop], key[:, :, :columns], scaling, softcap)
-        scores = _hide(scores, None if mask is None else mask[..., start:stop, :columns], first + start)
-        weights = _softmax(scores, sinks)  # (batch, heads, block, columns)
-        del scores  # two blocks of this size at a time, not three
-        output[:, start:stop] = _weighted(weights, value[:, :, :columns]).transpose(1, 2)
-        attention = weights.detach().float()
-        diagonal[..., start:stop] = attention.diagonal(offset=first + start, dim1=-2, dim2=-1)
-        counts = counted[:, None, None, start:stop].to(attention)  # (batch, 1, 1, block)
-        received[..., :columns] += (counts @ attention).squeeze(-2)
+    with torch.autocast(query.device.type, enabled=False):  # which would sum in bfloat16
+        # From the widest block to the narrowest: each fits where the last one was, and the heap does not creep up.
+        for start, stop in reversed(blocks):
+            columns = first + stop  # no row of this block sees further
+            scores = _scores(query[:, :, start:stop], key[:, :, :columns], scaling, softcap)
+            scores = _hide(scores, None if mask is None else mask[..., start:stop, :columns], first + start)
+            weights = _softmax(scores, sinks)  # (batch, heads, block, columns)
+            del scores  # two blocks of this size at a time, not three
+            output[:, start:stop] = _weighted(weights, value[:, :, :columns]).transpose(1, 2)
+            attention = weights.detach().float()
+            diagonal[..., start:stop] = attention.diagonal(offset=first + start, dim1=-2, dim2=-1)
+            counts = counted[:, None, None, start:stop].to(attention)  # (batch, 1, 1, block)
+            received[..., :columns] += (counts @ attention).squeeze(-2)
     return output, diagonal, received
 
 

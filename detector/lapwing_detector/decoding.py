@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
-from transformers.generation import GenerationMode
+from transformers.generation.configuration_utils import GenerationMode
 
 from lapwing_detector.errors import UnsupportedGeneration
 
@@ -68,7 +68,8 @@ def plan_decoding(model: PreTrainedModel, args: tuple[Any, ...], kwargs: Mapping
     Raises:
         UnsupportedGeneration: its attention could not be followed; names the option.
     """
-    given = dict(inspect.signature(type(model).generate).bind(model, *args, **kwargs).arguments)  # type: ignore[arg-type]
+    kind: Any = type(model)  # the class's own signature: an instance may carry a wrapper
+    given = dict(inspect.signature(kind.generate).bind(model, *args, **kwargs).arguments)
     options = given.pop("kwargs", {})
     del given["self"]
     for name, why in _REFUSED_ARGUMENTS:

@@ -15,3 +15,8 @@ def model_path() -> Path:
 def probe_path() -> Path:
     """Directory of the embedded probe."""
     return ATLAS / "probe"
+
+
+def generations_path() -> Path:
+    """Labelled generations of the embedded model, JSON Lines with gzip."""
+    return ATLAS / "generations.jsonl.gz"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import re
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 from torch import nn
@@ -46,7 +45,6 @@ def attention_layers(model: object) -> tuple[AttentionLayer, ...]:
     return tuple(sorted(found, key=lambda layer: layer.index))
 
 
-@cache
 def uses_attention_interface(kind: type[nn.Module]) -> bool:
     """Whether the forward of this class asks transformers' attention interface for its attention function."""
     code = getattr(inspect.unwrap(kind.forward), "__code__", None)
@@ -80,6 +78,8 @@ def _layer_index(model: PreTrainedModel, name: str) -> int:
 
 
 def _compare_with_config(model: PreTrainedModel, found: tuple[AttentionLayer, ...]) -> None:
+    if not found:
+        raise UnsupportedModel(f"{type(model).__name__} has no attention that goes through transformers' interface")
     indices = sorted(layer.index for layer in found)
     expected = _expected_indices(model.config.get_text_config(decoder=True))
     if indices != expected:

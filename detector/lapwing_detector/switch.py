@@ -90,7 +90,7 @@ class AttentionSwitch:
 
 def _distinct_configs(model: PreTrainedModel, layers: Iterable[AttentionLayer]) -> list[Any]:
     """The configs of the model, of its submodels and of its attention, and all that these contain."""
-    waiting = [module.config for module in model.modules() if isinstance(module, PreTrainedModel)]
+    waiting: list[Any] = [module.config for module in model.modules() if isinstance(module, PreTrainedModel)]
     waiting += [layer.module.config for layer in layers]
     configs: dict[int, Any] = {}
     while waiting:

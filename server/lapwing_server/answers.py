@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from google.protobuf import struct_pb2
+from numpy.typing import NDArray
+
 from lapwing.v1 import detection_pb2, detector_pb2, model_pb2, probes_pb2, tensor_pb2
 from lapwing_detector.detection import Detection, State
 from lapwing_detector.head_map import STATISTICS
 from lapwing_detector.identity import ModelIdentity
 from lapwing_detector.probe import Probe
-from numpy.typing import NDArray
-
 from lapwing_server.limits import Limits
 from lapwing_server.shelf import Shelved
 

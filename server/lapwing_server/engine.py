@@ -13,7 +13,6 @@ from lapwing_detector.detection import Detection, Reason
 from lapwing_detector.errors import CaptureError, DetectorError
 from lapwing_detector.identity import ModelIdentity
 from lapwing_detector.probe import Probe
-
 from lapwing_server.shelf import Shelf, shelve
 
 if TYPE_CHECKING:
@@ -101,6 +100,7 @@ def loader(
 def real_detector(model: str | None, probe: Probe) -> Engine:
     """The detector of a model; imports torch, which takes seconds."""
     import torch
+
     from lapwing_detector.detector import Detector
 
     if "OMP_NUM_THREADS" not in os.environ:

@@ -13,14 +13,17 @@ from typing import Any, Final
 
 import grpc
 from grpc import StatusCode
-from lapwing_detector.errors import DetectorError
 
+from lapwing_detector.errors import DetectorError
 from lapwing_server.context import Context, Handler, at_end
 from lapwing_server.refusal import Refusal, answer, refusal_of
 
 log = logging.getLogger("lapwing.server")
 
 OURS: Final = "/lapwing."
+
+ASKED_ALL_THE_TIME: Final = "/lapwing.v1.Detector/GetServerInfo"
+"""A client that waits for the model asks again and again; the log is not filled with it."""
 
 
 class Malformed:
@@ -168,7 +171,7 @@ class Guard(grpc.aio.ServerInterceptor):
                 self.in_flight -= 1
                 if self.in_flight == 0:
                     self._idle.set()
-            level = logging.INFO if counted else logging.DEBUG
+            level = logging.INFO if counted and method != ASKED_ALL_THE_TIME else logging.DEBUG
             log.log(level, "%s %s %.1f ms", method, code_name(context), 1000 * (time.monotonic() - begun))
 
         at_end(context, leave)

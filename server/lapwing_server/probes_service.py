@@ -6,10 +6,10 @@ import re
 from functools import partial
 
 from grpc import StatusCode
+
 from lapwing.v1 import probes_pb2, probes_pb2_grpc
 from lapwing_detector.head_map import STATISTICS
 from lapwing_detector.probe import Probe
-
 from lapwing_server import answers
 from lapwing_server.context import Context
 from lapwing_server.detector_service import unimplemented

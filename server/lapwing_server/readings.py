@@ -9,7 +9,6 @@ from typing import TypedDict
 
 from lapwing.v1 import detection_pb2, detector_pb2
 from lapwing_detector.detection import DEFAULT_FALSE_POSITIVE_RATE
-
 from lapwing_server.engine import Prompt, Response
 from lapwing_server.limits import Limits
 from lapwing_server.refusal import invalid

@@ -8,8 +8,8 @@ from typing import Final
 from google.protobuf import any_pb2, duration_pb2
 from google.rpc import error_details_pb2, status_pb2
 from grpc import StatusCode
-from lapwing_detector import errors
 
+from lapwing_detector import errors
 from lapwing_server.context import Context
 
 DOMAIN: Final = "lapwing"

@@ -12,9 +12,9 @@ from functools import partial
 import grpc
 from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
+
 from lapwing.v1 import detector_pb2, detector_pb2_grpc, probes_pb2, probes_pb2_grpc
 from lapwing_detector.errors import DetectorError
-
 from lapwing_server.detector_service import DetectorService
 from lapwing_server.engine import Loaded
 from lapwing_server.guard import Guard, report

@@ -7,13 +7,13 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from transformers import PreTrainedModel, StaticCache, StoppingCriteria
+
 from lapwing_detector import attention, capture, forward
 from lapwing_detector.attention import attend
 from lapwing_detector.capture import Captured, capture_attention
 from lapwing_detector.features import laplacian_diagonal, laplacian_eigenvalues
 from lapwing_detector.summary import AttentionSummary
-from transformers import PreTrainedModel, StaticCache
-
 from tests.detector.tiny_models import (
     EOS,
     FAMILIES,
@@ -98,6 +98,12 @@ def test_bfloat16_is_summed_in_float32() -> None:
     np.testing.assert_allclose(summary.received.sum(axis=-1), 300, rtol=1e-5)
 
 
+def test_autocast_does_not_reach_the_sums() -> None:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        (summary,) = captured_forward(tiny_model("llama"), token_ids(1, 300))
+    np.testing.assert_allclose(summary.received.sum(axis=-1), 300, rtol=1e-5)
+
+
 def test_without_a_cache_the_summary_is_the_same() -> None:
     for family in ("llama", "mistral"):
         ids = token_ids(1, 60)
@@ -165,6 +171,15 @@ def padded(sequences: list[torch.Tensor], side: str) -> tuple[torch.Tensor, torc
     return ids, torch.nn.utils.rnn.pad_sequence(ones, batch_first=True, padding_side=side)
 
 
+def test_a_head_that_may_not_see_its_own_token() -> None:
+    mask = torch.ones(1, 4, 9, 9, dtype=torch.bool).tril()
+    mask[0, 2].diagonal()[1:] = False
+    (summary,) = captured_forward(tiny_model("llama"), token_ids(1, 9), attention_mask=mask)
+    assert summary.token_count == 9
+    assert summary.diagonal[:, 2, 1:].max() == 0
+    np.testing.assert_allclose(summary.received.sum(axis=-1), 9, rtol=1e-5)
+
+
 def test_rows_that_see_nothing_spread_no_nan() -> None:
     query, key, value = (torch.randn(1, 2, 6, 4) for _ in range(3))
     mask = torch.ones(6, 6, dtype=torch.bool).tril()[None, None].clone()
@@ -220,6 +235,42 @@ def test_generating_equals_one_forward(model: PreTrainedModel, cache: dict[str, 
     assert error < STEP_BY_STEP
 
 
+@pytest.mark.parametrize("family", ["gpt_oss", "lfm2"])
+def test_generating_with_sinks_and_hybrids_equals_one_forward(family: str) -> None:
+    prompts = [token_ids(1, 12)[0], token_ids(1, 12, seed=1)[0]]
+    error, _ = generation_error(tiny_model(family), prompts, do_sample=True)
+    assert error < STEP_BY_STEP
+
+
+class EndsAt(StoppingCriteria):
+    """Ends a sequence of a batch at certain tokens, which are no end-of-sequence tokens."""
+
+    def __init__(self, tokens: tuple[int, ...]) -> None:
+        self.tokens = torch.tensor(tokens)
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: object) -> torch.Tensor:
+        return torch.isin(input_ids[:, -1], self.tokens)
+
+
+def test_rows_ended_by_other_criteria() -> None:
+    model, ends = tiny_model("llama"), tuple(range(12, 24))
+    options = {"eos_token_id": 2, "stopping_criteria": [EndsAt(ends)], "do_sample": True}
+    captured, result, mask = generated(model, [token_ids(1, 9, seed=n)[0] for n in range(4)], **options)
+    lengths = set()
+    for row, row_mask, summary in zip(result, mask, captured.summaries(), strict=True):
+        ids = content(row, row_mask, eos=(2, PAD))  # the token that ended it is content, the padding behind is not
+        lengths.add(len(ids))
+        assert difference(summary, captured_forward(model, ids[None])[0]) < STEP_BY_STEP
+    assert len(lengths) > 1
+
+
+def test_a_single_new_token() -> None:
+    model = tiny_model("llama")
+    with capture_attention(model) as captured:
+        result = model.generate(token_ids(1, 9), max_new_tokens=1, eos_token_id=None)
+    assert difference(captured.summaries()[0], captured_forward(model, result)[0]) < STEP_BY_STEP
+
+
 @pytest.mark.parametrize("cache", CACHES, ids=["dynamic", "static"])
 def test_the_newest_token_gets_its_row(cache: dict[str, str]) -> None:
     model = tiny_model("mistral")
@@ -258,6 +309,7 @@ def test_an_ended_generation_needs_no_further_step() -> None:
 
 def test_prompt_fed_in_chunks(model: PreTrainedModel) -> None:
     prompts = [token_ids(1, n, seed=n)[0] for n in (37, 21)]  # the last chunk is a single token
+    prompts[0][[8, 17, 36]] = EOS[0]  # the last tokens of chunks, and they end nothing
     error, _ = generation_error(model, prompts, do_sample=True, prefill_chunk_size=9)
     assert error < STEP_BY_STEP
 

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from lapwing_detector.capture import capture_attention
-from lapwing_detector.errors import CaptureError
-from lapwing_detector.switch import PREFIX
 from transformers import AttentionInterface, LlamaForCausalLM, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 
+from lapwing_detector.capture import capture_attention
+from lapwing_detector.errors import CaptureError
+from lapwing_detector.switch import PREFIX
 from tests.detector.tiny_models import FAMILIES, captured_forward, difference, new_model, tiny_model, token_ids
 
 

@@ -90,7 +90,9 @@ def test_attention_that_is_not_finite_is_said(detector):
     assert (detection.state, detection.reason) == (State.UNSCORED, Reason.NON_FINITE)
 
 
-@pytest.mark.parametrize("options", [{}, {"temperature": 1.5, "seed": 3}, {"temperature": 1.0, "top_p": 0.5, "seed": 1}])
+@pytest.mark.parametrize(
+    "options", [{}, {"temperature": 1.5, "seed": 3}, {"temperature": 1.0, "top_p": 0.5, "seed": 1}]
+)
 def test_every_running_score_is_the_score_of_that_prefix_read_at_once(detector, options):
     tokens, generation = last(detector, QUESTION, max_new_tokens=12, **options)
     ids = detector.tokens(QUESTION).prompt_ids

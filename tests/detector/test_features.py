@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
+
 from lapwing_detector.errors import TooShort
 from lapwing_detector.features import (
     FEATURES,
@@ -18,7 +20,6 @@ from lapwing_detector.features import (
     sink_scores,
 )
 from lapwing_detector.summary import AttentionSummary
-from numpy.typing import NDArray
 
 Maps = NDArray[np.float64]
 
@@ -158,9 +159,9 @@ def test_k_must_be_positive(k: int) -> None:
 
 def test_summary_refuses_shapes_that_do_not_fit() -> None:
     good = np.zeros((2, 3, 4), np.float32)
-    with pytest.raises(ValueError, match="(layers, heads, tokens)"):
+    with pytest.raises(ValueError, match=r"\(layers, heads, tokens\)"):
         AttentionSummary(good, good[..., :3], layers=(0, 1))
-    with pytest.raises(ValueError, match="(layers, heads, tokens)"):
+    with pytest.raises(ValueError, match=r"\(layers, heads, tokens\)"):
         AttentionSummary(good[0], good[0], layers=(0, 1))
     with pytest.raises(ValueError, match="1 layer indices for 2 layers"):
         AttentionSummary(good, good, layers=(0,))

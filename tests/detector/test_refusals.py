@@ -7,8 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from lapwing_detector.capture import Captured, capture_attention
-from lapwing_detector.errors import CaptureError, UnsupportedGeneration, UnsupportedModel
 from torch import nn
 from transformers import (
     BertConfig,
@@ -22,11 +20,15 @@ from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
     LogitsProcessorList,
+    Mamba2Config,
+    Mamba2ForCausalLM,
     StaticCache,
     T5Config,
     T5ForConditionalGeneration,
 )
 
+from lapwing_detector.capture import Captured, capture_attention
+from lapwing_detector.errors import CaptureError, UnsupportedGeneration, UnsupportedModel
 from tests.detector.tiny_models import COMMON, GPT2_SHAPE, VOCABULARY, difference, new_model, tiny_model, token_ids
 
 SMALL = {"vocab_size": VOCABULARY, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -46,6 +48,12 @@ def require_nothing(captured: Captured) -> None:
     [
         (lambda: FalconForCausalLM(FalconConfig(**SMALL)), "FalconForCausalLM does not use"),
         (lambda: BloomForCausalLM(BloomConfig(vocab_size=9, hidden_size=16, n_layer=2, n_head=4)), "BloomForCausalLM"),
+        (
+            lambda: Mamba2ForCausalLM(
+                Mamba2Config(vocab_size=9, hidden_size=16, num_hidden_layers=1, num_heads=4, head_dim=8)
+            ),
+            "Mamba2ForCausalLM has no attention",
+        ),
         (lambda: nn.Linear(2, 2), "Linear is not a transformers PreTrainedModel"),
         (lambda: torch.compile(tiny_model("llama")), "OptimizedModule is not"),
         (
@@ -55,7 +63,7 @@ def require_nothing(captured: Captured) -> None:
         (lambda: GPT2LMHeadModel(GPT2Config(**COMMON, **GPT2_SHAPE, add_cross_attention=True)), r"layers \[0, 0, 1"),
         (lambda: None, "NoneType"),
     ],
-    ids=["falcon", "bloom", "no model", "compiled", "t5", "cross-attention", "none"],
+    ids=["falcon", "bloom", "mamba", "no model", "compiled", "t5", "cross-attention", "none"],
 )
 def test_models_that_cannot_be_captured(build: Any, reason: str) -> None:
     with pytest.raises(UnsupportedModel, match=reason):

@@ -6,8 +6,6 @@ from functools import cache
 
 import numpy as np
 import torch
-from lapwing_detector.capture import capture_attention
-from lapwing_detector.summary import AttentionSummary
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
@@ -29,6 +27,9 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+
+from lapwing_detector.capture import capture_attention
+from lapwing_detector.summary import AttentionSummary
 
 VOCABULARY = 97
 PAD, BOS = 0, 1

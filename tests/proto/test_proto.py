@@ -14,6 +14,7 @@ from types import ModuleType
 import pytest
 from google.protobuf import descriptor_pb2
 from google.rpc import status_pb2
+
 from lapwing.v1 import detection_pb2, detector_pb2, model_pb2, probes_pb2, tensor_pb2
 
 ROOT = Path(__file__).resolve().parents[2]

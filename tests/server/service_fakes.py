@@ -8,7 +8,10 @@ from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import grpc
 import numpy as np
+from google.rpc import error_details_pb2, status_pb2
+
 from lapwing_detector.detection import Detection, HeadContribution, Reason, State
 from lapwing_detector.errors import DetectorError, InvalidInput, TooLong
 from lapwing_detector.identity import ModelIdentity
@@ -189,6 +192,41 @@ class FakeEngine:
         )
 
 
+@dataclass(frozen=True)
+class Told:
+    """What a client is told of an error."""
+
+    code: grpc.StatusCode
+    reason: str
+    field: str
+    message: str
+    error_id: str
+
+
+def told(error: Any) -> Told:
+    """All that an error carries; fails when a part is missing or two parts disagree."""
+    status = status_pb2.Status.FromString(dict(error.trailing_metadata())["grpc-status-details-bin"])
+    assert (status.code, status.message) == (error.code().value[0], error.details())
+    info, bad = error_details_pb2.ErrorInfo(), error_details_pb2.BadRequest()
+    assert status.details[0].Unpack(info)
+    assert info.domain == "lapwing"
+    assert info.reason
+    for detail in status.details[1:]:
+        detail.Unpack(bad)
+    field = bad.field_violations[0].field if bad.field_violations else ""
+    return Told(error.code(), info.reason, field, status.message, info.metadata.get("error_id", ""))
+
+
+def refused(call: Any, message: Any) -> Told:
+    """What the refusal of a message says; of a stream every event is read."""
+    try:
+        answer = call(message, timeout=WAIT)
+        answers = [answer] if hasattr(answer, "SerializeToString") else list(answer)
+    except grpc.RpcError as error:
+        return told(error)
+    raise AssertionError(f"it was not refused but answered with {answers}")
+
+
 class Gate:
     """Holds whoever comes until it is opened, and lets a test see that somebody came."""
 
@@ -221,7 +259,7 @@ class Running:
         self.loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self.loop.run_forever, name="test-event-loop")
         self._thread.start()
-        self.server: Server = self.call(self._make(load or (lambda: loaded), Settings(port=0, **settings)))
+        self.server: Server = self.call(self._make(load or (lambda: loaded), Settings(**{"port": 0} | settings)))
         self.port: int = self.call(self.server.start())
         self._stopped = False
         if ready:

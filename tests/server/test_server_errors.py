@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import collections
 import inspect
 import logging
+import random
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,12 +14,15 @@ from typing import Any
 
 import grpc
 import pytest
-from google.rpc import error_details_pb2, status_pb2
+from google.rpc import error_details_pb2
+from service_fakes import WAIT, FakeEngine, Running, told
+
 from lapwing.v1 import detector_pb2, detector_pb2_grpc, probes_pb2
 from lapwing_detector import errors
-from lapwing_server.refusal import DOMAIN, TRANSLATION, Refusal, invalid, refusal_of, request_field
-from lapwing_server.server import SERVICES
-from service_fakes import WAIT, FakeEngine, Running
+from lapwing_server.detector_service import DetectorService
+from lapwing_server.health import Health
+from lapwing_server.probes_service import ProbesService
+from lapwing_server.refusal import TRANSLATION, Refusal, invalid, refusal_of, request_field
 
 SECRET = "the key is in /root/secret"
 GARBAGE = b"\xff\xff\xff"
@@ -34,23 +39,15 @@ def path_of(method: Any) -> str:
     return f"/{method.containing_service.full_name}/{method.name}"
 
 
-def send_raw(channel: grpc.Channel, path: str, data: bytes, requests: bool = False, responses: bool = False) -> grpc.RpcError:
+def send_raw(channel: grpc.Channel, path: str, data: bytes, requests: bool = False, responses: bool = False) -> Any:
     """The error that these bytes are answered with."""
     kind = f"{'stream' if requests else 'unary'}_{'stream' if responses else 'unary'}"
-    call = getattr(channel, kind)(path)
-    with pytest.raises(grpc.RpcError) as caught:
-        answer = call(iter([data]) if requests else data, timeout=WAIT)
-        if responses:
-            list(answer)
-    return caught.value
-
-
-def info_of(error: Any) -> tuple[error_details_pb2.ErrorInfo, status_pb2.Status]:
-    status = status_pb2.Status.FromString(dict(error.trailing_metadata())["grpc-status-details-bin"])
-    info = error_details_pb2.ErrorInfo()
-    assert status.details[0].Unpack(info)
-    assert info.domain == DOMAIN
-    return info, status
+    try:
+        answer = getattr(channel, kind)(path)(iter([data]) if requests else data, timeout=WAIT)
+        answers = list(answer) if responses else [answer]
+    except grpc.RpcError as error:
+        return error
+    raise AssertionError(f"the bytes were answered with {answers}")
 
 
 @contextmanager
@@ -58,7 +55,7 @@ def bare_server() -> Iterator[grpc.Channel]:
     """grpc.aio without our guard: the control."""
 
     class Service(detector_pb2_grpc.DetectorServicer):
-        async def Score(self, request: Any, context: Any) -> Any:
+        async def Score(self, request: Any, context: Any) -> Any:  # noqa: N802
             raise RuntimeError(SECRET)
 
     async def start() -> tuple[Any, int]:
@@ -101,8 +98,7 @@ def test_malformed_bytes_are_the_callers_fault(channel: grpc.Channel, method: An
     if method.name == "ScoreAttention":  # it is refused before its messages are looked at
         assert error.code() is grpc.StatusCode.UNIMPLEMENTED
         return
-    assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
-    assert info_of(error)[0].reason == "MALFORMED"
+    assert (told(error).code, told(error).reason) == (grpc.StatusCode.INVALID_ARGUMENT, "MALFORMED")
 
 
 def test_malformed_bytes_to_health_and_reflection_are_the_callers_fault(channel: grpc.Channel) -> None:
@@ -111,7 +107,7 @@ def test_malformed_bytes_to_health_and_reflection_are_the_callers_fault(channel:
     path = "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
     reflect = send_raw(channel, path, GARBAGE, requests=True, responses=True)
     for error in (check, watch, reflect):
-        assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert (told(error).code, told(error).reason) == (grpc.StatusCode.INVALID_ARGUMENT, "MALFORMED")
 
 
 def test_control_malformed_bytes_without_the_guard() -> None:
@@ -131,12 +127,10 @@ def test_an_exception_becomes_an_id_that_the_log_knows(caplog: pytest.LogCapture
 
     with Running(FakeEngine(before=fail)) as server, grpc.insecure_channel(server.target) as channel:
         error = send_raw(channel, "/lapwing.v1.Detector/Score", good_score())
-    info, status = info_of(error)
-    assert error.code() is grpc.StatusCode.INTERNAL
-    assert info.reason == "INTERNAL"
-    error_id = info.metadata["error_id"]
+    assert (told(error).code, told(error).reason) == (grpc.StatusCode.INTERNAL, "INTERNAL")
+    error_id = told(error).error_id
     assert error_id in error.details()
-    assert SECRET not in str(error) + str(status)
+    assert SECRET not in str(error) + str(error.trailing_metadata())
     [entry] = [record for record in caplog.records if error_id in record.getMessage()]
     assert "RuntimeError" in entry.getMessage()
     assert "in fail" in entry.getMessage(), "the way through the code is logged"
@@ -181,19 +175,21 @@ def test_an_unknown_method_is_unimplemented(channel: grpc.Channel) -> None:
     assert send_raw(channel, "/lapwing.v1.Detector/Nope", b"").code() is grpc.StatusCode.UNIMPLEMENTED
 
 
-def test_no_handler_is_a_plain_function(server: Running) -> None:
+def test_no_handler_is_a_plain_function() -> None:
     """gRPC would run it in a thread pool that all calls share."""
-    for service in SERVICES:
-        for method in [method for method in METHODS if method.containing_service.full_name == service]:
-            handler = server.server.guard._handlers.get(path_of(method))
-            if handler is None:
-                continue
-            kind = f"{'stream' if method.client_streaming else 'unary'}_{'stream' if method.server_streaming else 'unary'}"
-            behavior = getattr(handler, kind)
-            assert inspect.iscoroutinefunction(behavior) or inspect.isasyncgenfunction(behavior)
+    for service in (DetectorService, ProbesService, Health):
+        rpcs = [value for name, value in vars(service).items() if name[0].isupper()]
+        assert rpcs
+        assert all(inspect.iscoroutinefunction(rpc) or inspect.isasyncgenfunction(rpc) for rpc in rpcs)
 
 
-def test_control_a_plain_function_is_not_wrapped(server: Running) -> None:
+def test_every_method_of_the_wire_is_written() -> None:
+    for method in METHODS:
+        service = DetectorService if method.containing_service.name == "Detector" else ProbesService
+        assert method.name in vars(service)
+
+
+def test_a_plain_function_is_refused(server: Running) -> None:
     handler = grpc.unary_unary_rpc_method_handler(lambda request, context: request)
     with pytest.raises(TypeError, match="/x is a plain function"):
         server.server.guard._guarded(handler, "/x")
@@ -225,12 +221,10 @@ def test_every_error_of_the_detector_arrives(kind: type[errors.DetectorError]) -
 
     with Running(FakeEngine(before=fail)) as server, grpc.insecure_channel(server.target) as channel:
         error = send_raw(channel, "/lapwing.v1.Detector/Score", good_score())
-    code, reason = TRANSLATION[kind]
-    assert error.code() is code
-    info, status = info_of(error)
-    assert info.reason == reason
-    assert SECRET not in str(error) + str(status)
-    assert bool(info.metadata["error_id"]) == (code is not grpc.StatusCode.INVALID_ARGUMENT)
+    assert (told(error).code, told(error).reason) == TRANSLATION[kind]
+    assert SECRET not in str(error) + str(error.trailing_metadata())
+    spoke_for_itself = told(error).code is grpc.StatusCode.INVALID_ARGUMENT
+    assert bool(told(error).error_id) != spoke_for_itself
 
 
 def test_an_error_that_is_not_in_the_table_goes_by_its_ancestor() -> None:
@@ -280,8 +274,8 @@ def test_a_long_message_reaches_the_client_whole() -> None:
 
     with Running(FakeEngine(before=fail)) as server, grpc.insecure_channel(server.target) as channel:
         error = send_raw(channel, "/lapwing.v1.Detector/Score", good_score())
-    assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
-    assert info_of(error)[1].message == error.details()
+    assert told(error).code is grpc.StatusCode.INVALID_ARGUMENT
+    assert told(error).message.startswith("prompt: 鳥鳥鳥")
 
 
 def test_trying_again_later_is_said_in_both_languages() -> None:
@@ -291,3 +285,50 @@ def test_trying_again_later_is_said_in_both_languages() -> None:
     retry = error_details_pb2.RetryInfo()
     assert refusal.status().details[1].Unpack(retry)
     assert retry.retry_delay.ToNanoseconds() == 1_500_000_000
+
+
+VALID = {
+    "Score": good_score(),
+    "ScoreBatch": detector_pb2.ScoreBatchRequest(
+        items=[
+            {"prompt": {"text": "hello"}, "response": {"token_ids": [1, 2, 3]}},
+            {"prompt": {"messages": [{"role": "user", "content": "hi"}]}, "response": {"text": "world"}},
+        ],
+        false_positive_rate=0.05,
+    ).SerializeToString(),
+    "Generate": detector_pb2.GenerateRequest(
+        prompt={"text": "hello"}, max_new_tokens=2, temperature=0.5, top_p=0.9, seed=1
+    ).SerializeToString(),
+    "ListProbes": probes_pb2.ListProbesRequest(page_size=3, page_token="after:a").SerializeToString(),
+    "GetProbe": probes_pb2.GetProbeRequest(name="fake-probe").SerializeToString(),
+    "GetHeatmap": probes_pb2.GetHeatmapRequest(
+        probe="fake-probe", feature="laplacian_eigenvalues.v1", statistic=1
+    ).SerializeToString(),
+}
+
+
+@pytest.mark.parametrize("method", [method for method in METHODS if method.name in VALID], ids=lambda one: one.name)
+def test_mutated_payloads_are_answered_or_refused(channel: grpc.Channel, method: Any) -> None:
+    generator = random.Random(11)
+    kind = "unary_stream" if method.server_streaming else "unary_unary"
+    call = getattr(channel, kind)(path_of(method))
+    codes: collections.Counter[str] = collections.Counter()
+    for _ in range(300):
+        data = bytearray(VALID[method.name])
+        for _ in range(generator.randint(1, 4)):
+            place = generator.randrange(len(data))
+            data[place : place + generator.randint(0, 2)] = generator.randbytes(generator.randint(0, 2))
+            data = data or bytearray(b"\0")
+        codes[code_of(call, bytes(data))] += 1
+    assert set(codes) <= {"OK", "INVALID_ARGUMENT", "NOT_FOUND", "FAILED_PRECONDITION"}, codes
+    assert codes["INVALID_ARGUMENT"] > 50, codes
+
+
+def code_of(call: Any, data: bytes) -> str:
+    """How the bytes are answered; a refusal must have all its parts."""
+    try:
+        answer = call(data, timeout=WAIT)
+        _ = answer if isinstance(answer, bytes) else list(answer)
+    except grpc.RpcError as error:
+        return told(error).code.name
+    return "OK"

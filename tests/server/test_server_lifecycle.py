@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import os
 import signal
 import subprocess
@@ -16,13 +17,17 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from service_fakes import WAIT, FakeEngine, Gate, Running, a_probe, a_shelf
+
 from lapwing.v1 import detector_pb2, detector_pb2_grpc
+from lapwing_detector.detection import Reason, State
 from lapwing_detector.errors import CaptureError, ProbeCorrupt
 from lapwing_server.cli import is_loopback
 from lapwing_server.engine import Loaded, loader, warm_up
-from service_fakes import WAIT, FakeEngine, Gate, Running, a_probe, a_shelf
+from lapwing_server.server import Server, Settings
 
 HERE = Path(__file__).parent
+EVERYWHERE = "0.0.0.0"  # noqa: S104
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 SERVING = health_pb2.HealthCheckResponse.SERVING
 UNKNOWN = health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
@@ -71,8 +76,6 @@ def test_control_by_default_two_servers_share_a_port() -> None:
 
 
 def second_on(server: Running) -> None:
-    from lapwing_server.server import Server, Settings
-
     async def start() -> None:
         second = Server(lambda: Loaded(FakeEngine(), a_shelf()), Settings(port=server.port))
         try:
@@ -86,7 +89,6 @@ def second_on(server: Running) -> None:
 def test_a_port_is_free_again_after_the_server() -> None:
     with Running() as server:
         port = server.port
-    from lapwing_server.server import Server, Settings
 
     async def start() -> int:
         again = Server(lambda: Loaded(FakeEngine(), a_shelf()), Settings(port=port))
@@ -154,7 +156,7 @@ def test_the_text_of_an_unforeseen_failure_stays_in_the_log() -> None:
 
 
 def test_loading_loads_the_probe_makes_the_engine_and_warms_it_up(tmp_path: Path) -> None:
-    a_probe("alpha", metrics={}).save_pretrained(tmp_path / "alpha")
+    a_probe("alpha", metrics={}, statistics={}).save_pretrained(tmp_path / "alpha")
     made: list[Any] = []
 
     def make(model: str | None, probe: Any) -> FakeEngine:
@@ -168,10 +170,6 @@ def test_loading_loads_the_probe_makes_the_engine_and_warms_it_up(tmp_path: Path
 
 
 def test_a_model_whose_attention_is_not_finite_never_serves() -> None:
-    import dataclasses
-
-    from lapwing_detector.detection import Reason, State
-
     class Broken(FakeEngine):
         def score(self, *args: Any, **kwargs: Any) -> Any:
             found = super().score(*args, **kwargs)
@@ -249,22 +247,14 @@ def test_calls_in_flight_finish_before_the_end() -> None:
     with Running(FakeEngine(before=gate)) as server, grpc.insecure_channel(server.target) as channel:
         score = detector_pb2_grpc.DetectorStub(channel).Score.future(SCORE)
         assert gate.reached.wait(WAIT)
+        health = watch(server.target)
+        assert next(health).status == SERVING
         stopping = server.begin(server.server.stop())
-        for status in watch_until_closed(server.target):
-            assert status == NOT_SERVING
+        assert [response.status for response in health] == [NOT_SERVING]
         assert not stopping.done()
         gate.open()
         assert score.result(WAIT).detection.probability
         stopping.result(WAIT)
-
-
-def watch_until_closed(target: str) -> list[int]:
-    """What a late watcher is told; nothing when the server takes no new connection any more."""
-    try:
-        return [response.status for response in watch(target)]
-    except grpc.RpcError as error:
-        assert error.code() is grpc.StatusCode.UNAVAILABLE
-        return []
 
 
 def test_the_grace_is_bounded() -> None:
@@ -332,7 +322,7 @@ def serve_command(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "lapwing_client", "serve", *arguments]
 
 
-@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", "example.org"])
+@pytest.mark.parametrize("host", [EVERYWHERE, "::", "192.0.2.1", "example.org"])
 def test_an_address_that_others_reach_is_refused(host: str) -> None:
     done = subprocess.run(serve_command("--host", host, "--port", "0"), capture_output=True, text=True, check=False)
     assert done.returncode == 2
@@ -355,7 +345,7 @@ def test_a_taken_port_ends_the_command_with_1() -> None:
     assert "perhaps another server has it; give another --port" in done.stderr
 
 
-@pytest.mark.parametrize("more", [[], ["--host", "0.0.0.0", "--insecure"]])
+@pytest.mark.parametrize("more", [[], ["--host", EVERYWHERE, "--insecure"]])
 def test_the_command_says_where_it_listens_even_when_there_is_no_probe(tmp_path: Path, more: list[str]) -> None:
     process = subprocess.Popen(
         serve_command("--port", "0", "--probes", str(tmp_path), *more),
@@ -366,7 +356,7 @@ def test_the_command_says_where_it_listens_even_when_there_is_no_probe(tmp_path:
     assert process.stdout is not None
     try:
         line = process.stdout.readline()
-        assert line.startswith(f"listening on {'0.0.0.0' if more else '127.0.0.1'}:")
+        assert line.startswith(f"listening on {EVERYWHERE if more else '127.0.0.1'}:")
         target = f"127.0.0.1:{line.strip().rsplit(':', 1)[1]}"
         info = info_of(target)
         while info.state == detector_pb2.SERVER_STATE_LOADING:

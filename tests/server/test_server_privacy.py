@@ -7,9 +7,10 @@ from typing import Any
 
 import grpc
 import pytest
+from service_fakes import FakeEngine, Running
+
 from lapwing.v1 import detector_pb2, detector_pb2_grpc
 from lapwing_server.readings import fingerprint
-from service_fakes import FakeEngine, Running
 
 CANARY = "canary-7f3a9c"
 

@@ -14,12 +14,12 @@ import grpc
 import numpy as np
 import pytest
 from google.protobuf import json_format
-from google.rpc import error_details_pb2, status_pb2
+from service_fakes import ATTENTION_SCORE, LAPLACIAN, WAIT, FakeEngine, Gate, Running, a_probe, a_shelf, refused
+
 from lapwing.v1 import probes_pb2, probes_pb2_grpc
 from lapwing_detector.errors import ProbeCorrupt
 from lapwing_server.limits import Limits
 from lapwing_server.shelf import shelve
-from service_fakes import ATTENTION_SCORE, LAPLACIAN, WAIT, FakeEngine, Gate, Running, a_probe, a_shelf
 
 NAMES = [f"probe-{i:03d}" for i in range(7)]
 
@@ -36,19 +36,6 @@ def server() -> Iterator[Running]:
 def stub(server: Running) -> Iterator[Any]:
     with grpc.insecure_channel(server.target) as channel:
         yield probes_pb2_grpc.ProbesStub(channel)
-
-
-def refused(call: Any, message: Any) -> tuple[grpc.StatusCode, str, str, str]:
-    """Code, reason, field and message."""
-    with pytest.raises(grpc.RpcError) as caught:
-        call(message)
-    status = status_pb2.Status.FromString(dict(caught.value.trailing_metadata())["grpc-status-details-bin"])
-    info, bad = error_details_pb2.ErrorInfo(), error_details_pb2.BadRequest()
-    assert status.details[0].Unpack(info)
-    for detail in status.details[1:]:
-        detail.Unpack(bad)
-    field = bad.field_violations[0].field if bad.field_violations else ""
-    return caught.value.code(), info.reason, field, status.message
 
 
 def test_a_probe_says_all_about_itself(stub: Any) -> None:
@@ -102,16 +89,17 @@ def test_wrong_pages_name_their_field(stub: Any) -> None:
         ("page_size", probes_pb2.ListProbesRequest(page_size=-1)),
         ("page_token", probes_pb2.ListProbesRequest(page_token="2")),
     ):
-        assert refused(stub.ListProbes, message)[:3] == (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_INPUT", field)
+        error = refused(stub.ListProbes, message)
+        assert (error.code, error.reason, error.field) == (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_INPUT", field)
 
 
 @pytest.mark.parametrize("call", ["GetProbe", "GetHeatmap"])
 def test_an_unknown_probe_is_not_found_and_the_known_are_listed(stub: Any, call: str) -> None:
     field = "name" if call == "GetProbe" else "probe"
-    code, reason, _, message = refused(getattr(stub, call), getattr(probes_pb2, f"{call}Request")(**{field: "nope"}))
-    assert (code, reason) == (grpc.StatusCode.NOT_FOUND, "UNKNOWN_PROBE")
-    assert "'nope'" in message
-    assert "probe-003" in message
+    error = refused(getattr(stub, call), getattr(probes_pb2, f"{call}Request")(**{field: "nope"}))
+    assert (error.code, error.reason, error.field) == (grpc.StatusCode.NOT_FOUND, "UNKNOWN_PROBE", field)
+    assert "'nope'" in error.message
+    assert "probe-003" in error.message
 
 
 @pytest.mark.parametrize("feature", [LAPLACIAN, ATTENTION_SCORE])
@@ -174,29 +162,29 @@ def test_a_picture_of_a_large_model_has_fewer_pixels_than_the_limit() -> None:
 def test_wrong_heatmaps_name_their_field_and_what_is_known(
     stub: Any, fields: dict[str, Any], reason: str, field: str, words: tuple[str, ...]
 ) -> None:
-    answer = refused(stub.GetHeatmap, probes_pb2.GetHeatmapRequest(**fields))
-    assert answer[:3] == (grpc.StatusCode.INVALID_ARGUMENT, reason, field)
-    assert all(word in answer[3] for word in words)
+    error = refused(stub.GetHeatmap, probes_pb2.GetHeatmapRequest(**fields))
+    assert (error.code, error.reason, error.field) == (grpc.StatusCode.INVALID_ARGUMENT, reason, field)
+    assert all(word in error.message for word in words)
 
 
 def test_a_rejected_probe_has_no_heatmap(stub: Any) -> None:
-    answer = refused(stub.GetHeatmap, probes_pb2.GetHeatmapRequest(probe="a-broken-one", statistic=1))
-    assert answer[:2] == (grpc.StatusCode.FAILED_PRECONDITION, "PROBE_REJECTED")
-    assert "its sha256 differs" in answer[3]
+    error = refused(stub.GetHeatmap, probes_pb2.GetHeatmapRequest(probe="a-broken-one", statistic=1))
+    assert (error.code, error.reason) == (grpc.StatusCode.FAILED_PRECONDITION, "PROBE_REJECTED")
+    assert "its sha256 differs" in error.message
 
 
 def test_a_map_larger_than_the_limit_is_refused() -> None:
     with Running(limits=Limits(heatmap_pixels=5)) as server, grpc.insecure_channel(server.target) as channel:
         stub = probes_pb2_grpc.ProbesStub(channel)
-        answer = refused(stub.GetHeatmap, probes_pb2.GetHeatmapRequest(statistic=1))
-    assert answer[:2] == (grpc.StatusCode.INVALID_ARGUMENT, "TOO_LARGE")
+        error = refused(stub.GetHeatmap, probes_pb2.GetHeatmapRequest(statistic=1))
+    assert (error.code, error.reason) == (grpc.StatusCode.INVALID_ARGUMENT, "TOO_LARGE")
 
 
 @pytest.mark.parametrize("call", ["ActivateProbe", "ReloadProbes"])
 def test_what_is_not_there_yet_says_so(stub: Any, call: str) -> None:
-    code, reason, _, message = refused(getattr(stub, call), getattr(probes_pb2, f"{call}Request")())
-    assert (code, reason) == (grpc.StatusCode.UNIMPLEMENTED, "NOT_IMPLEMENTED")
-    assert f"{call} is not implemented" in message
+    error = refused(getattr(stub, call), getattr(probes_pb2, f"{call}Request")())
+    assert (error.code, error.reason) == (grpc.StatusCode.UNIMPLEMENTED, "NOT_IMPLEMENTED")
+    assert f"{call} is not implemented" in error.message
 
 
 # The shelf.
@@ -207,7 +195,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with two sound probes."""
     root = tmp_path_factory.mktemp("probes")
     for name in ("alpha", "beta"):
-        a_probe(name, metrics={}).save_pretrained(root / name)
+        a_probe(name, metrics={}, statistics={}).save_pretrained(root / name)
     return root
 
 
@@ -240,12 +228,12 @@ def test_a_corrupt_probe_is_skipped_with_its_reason(saved: Path, tmp_path: Path)
 
 
 def test_a_shelf_without_a_sound_probe_says_what_it_found(saved: Path, tmp_path: Path) -> None:
-    with pytest.raises(ProbeCorrupt, match="holds no sound probe, only .*lapwing train"):
+    with pytest.raises(ProbeCorrupt, match=r"holds no sound probe, only .*lapwing train"):
         shelve(tmp_path)
-    with pytest.raises(ProbeCorrupt, match="no sound probe named 'gamma', only \\['alpha', 'beta'\\]"):
+    with pytest.raises(ProbeCorrupt, match=r"no sound probe named 'gamma', only \['alpha', 'beta'\]"):
         shelve(saved, "gamma")
     (tmp_path / "half").mkdir()
-    with pytest.raises(ProbeCorrupt, match="half: .*manifest"):
+    with pytest.raises(ProbeCorrupt, match=r"half: .*manifest"):
         shelve(tmp_path)
 
 

@@ -9,9 +9,10 @@ import weakref
 from collections.abc import Iterator
 
 import pytest
+from service_fakes import WAIT, Gate
+
 from lapwing_server.stream import Stream
 from lapwing_server.worker import Worker
-from service_fakes import WAIT, Gate
 
 
 @pytest.fixture
@@ -146,12 +147,12 @@ def test_an_error_of_a_step_ends_the_stream(worker: Worker) -> None:
         yield 1
         raise ValueError("two")
 
-    async def main() -> None:
-        stream = Stream(worker, events)
-        seen = []
-        with pytest.raises(ValueError, match="two"):
-            async for number in stream:
-                seen.append(number)
-        assert seen == [1]
+    seen: list[int] = []
 
-    asyncio.run(main())
+    async def main() -> None:
+        async for number in Stream(worker, events):
+            seen.append(number)
+
+    with pytest.raises(ValueError, match="two"):
+        asyncio.run(main())
+    assert seen == [1]

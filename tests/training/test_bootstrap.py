@@ -2,10 +2,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from lapwing_training import metrics
-from lapwing_training.sample import Sample, mean_over
 from sklearn.metrics import average_precision_score, brier_score_loss, roc_auc_score, roc_curve
 from training_fakes import make_table
+
+from lapwing_training import metrics
+from lapwing_training.sample import Sample, mean_over
 
 
 def scored(rows: int = 300, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -2,16 +2,25 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from lapwing_training.errors import InvalidOption, NotEnoughData
-from lapwing_training.fit import STRENGTHS, LapwingRecipe, PaperRecipe, first_newton_steps, make_recipe
-from lapwing_training.fit import out_of_fold_logits, paper_classifier, standardiser
-from lapwing_training.splits import grouped_folds
 from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from training_fakes import LAPLACIAN, SCORE, make_table
+
+from lapwing_training.errors import InvalidOption, NotEnoughData
+from lapwing_training.fit import (
+    STRENGTHS,
+    LapwingRecipe,
+    PaperRecipe,
+    first_newton_steps,
+    make_recipe,
+    out_of_fold_logits,
+    paper_classifier,
+    standardiser,
+)
+from lapwing_training.splits import grouped_folds
 
 # The folded weights are float32: 2^-24 of each of some tens of terms of size one.
 FOLDED = 1e-5

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
+
 from lapwing_training.errors import InvalidData
 from lapwing_training.generations import LabelledGeneration, read_generations, read_questions, write_generations
 
@@ -66,7 +67,9 @@ def test_a_wrong_line_is_named_by_its_number(tmp_path: Path, line: object, says:
 
 
 def test_a_group_on_both_sides_of_a_split_is_refused(tmp_path: Path) -> None:
-    lines = [{**GOOD, "id": str(n), "group": "paris", "split": side} for n, side in enumerate(["test", "test", "train"])]
+    lines = [
+        {**GOOD, "id": str(n), "group": "paris", "split": side} for n, side in enumerate(["test", "test", "train"])
+    ]
     with pytest.raises(InvalidData, match=r"line 3: group `paris` is train here and test in line 1"):
         read_generations(written(tmp_path / "f.jsonl", *lines))
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from lapwing_training.errors import InvalidOption
 from lapwing_training.generations import LabelledGeneration
 from lapwing_training.label import exact_match, label_generations

@@ -6,13 +6,15 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from lapwing_training import metrics
+from sklearn.metrics import roc_auc_score
+from training_fakes import LAPLACIAN, make_table
+
+from lapwing_training.baselines import shuffled_control
 from lapwing_training.fit import LapwingRecipe, PaperRecipe, Recipe, out_of_fold_logits
+from lapwing_training.sample import Sample
 from lapwing_training.selection import rank_heads
 from lapwing_training.splits import split_by_group
 from lapwing_training.table import Table
-from sklearn.metrics import roc_auc_score
-from training_fakes import LAPLACIAN, make_table
 
 HONEST = LapwingRecipe((LAPLACIAN,), 2)
 
@@ -51,10 +53,9 @@ def test_shuffled_labels_score_half_within_the_interval(recipe: Recipe) -> None:
     rows, tested = split_by_group(table, 0.3, seed=0)
     honest = recipe.fit(table.take(rows), 0).logit(table.take(tested))
     assert roc_auc_score(table.labels[tested], honest) > 0.7  # there is something to be lost
-    dealt = table.with_labels(np.random.default_rng(1).permutation(table.labels))
-    logits = recipe.fit(dealt.take(rows), 0).logit(dealt.take(tested))
-    weights = metrics.bootstrap_weights(table.groups[tested], 500, seed=0)
-    found = metrics.estimate(metrics.auroc(logits, dealt.labels[tested], weights))
+    deals = shuffled_control(recipe, table, (rows, tested), seed=0)
+    logits, labels = np.stack([logit for _, logit in deals]), np.stack([dealt.labels for dealt, _ in deals])
+    found = Sample.of(table.take(tested), resamples=500).judge(logits, labels)["auroc"]
     assert found["low"] <= 0.5 <= found["high"]
 
 

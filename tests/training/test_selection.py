@@ -2,9 +2,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from training_fakes import LAPLACIAN, SCORE, make_table
+
 from lapwing_training.fit import LapwingRecipe
 from lapwing_training.selection import head_counts, one_standard_error, rank_heads
-from training_fakes import LAPLACIAN, SCORE, make_table
 
 
 def test_planted_heads_are_found_among_64() -> None:

@@ -2,11 +2,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from lapwing_training.errors import NotEnoughData
-from lapwing_training.significance import head_scalars, head_significance, mann_whitney, one_value_per_group
 from scipy import stats
 from sklearn.metrics import roc_auc_score
 from training_fakes import LAPLACIAN, make_table
+
+from lapwing_training.errors import NotEnoughData
+from lapwing_training.significance import head_scalars, head_significance, mann_whitney, one_value_per_group
 
 
 def scalars_with_ties() -> tuple[np.ndarray, np.ndarray]:

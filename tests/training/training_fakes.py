@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+
 from lapwing_detector.identity import ModelIdentity
 from lapwing_training.store import Shard, open_plan, shard_digests, shard_name, write_index, write_shard
 from lapwing_training.table import UNKNOWN, Table
 
 SCORE, LAPLACIAN = "attention_score.v1", "laplacian_eigenvalues.v1"
-WORDS = "the capital of france is paris rome berlin oslo madrid where lies what city country in a river".split()
+WORDS = ["the", "capital", "of", "france", "is", "paris", "rome", "berlin", "oslo", "where", "city", "in", "river"]
 
 
 def identity(weights: str = "c", layers: int = 4, heads: int = 4) -> ModelIdentity:

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import roc_auc_score
 
 from lapwing_training.fit import LapwingRecipe, LinearProbe, PaperRecipe, Recipe
+from lapwing_training.metrics import auroc_of
 from lapwing_training.significance import Floats
 from lapwing_training.splits import Fold
 from lapwing_training.table import Table
@@ -68,9 +68,7 @@ def raw_scores(table: Table) -> dict[str, Floats]:
 
 def directions(train: Table) -> dict[str, float]:
     """The sign with which each baseline speaks for hallucination, from training rows."""
-    return {
-        name: 1.0 if roc_auc_score(train.labels, scores) >= 0.5 else -1.0 for name, scores in raw_scores(train).items()
-    }
+    return {name: 1.0 if auroc_of(scores, train.labels) >= 0.5 else -1.0 for name, scores in raw_scores(train).items()}
 
 
 def random_head_scores(fitted: LinearProbe, train: Table, test: Table, seed: int) -> Floats:

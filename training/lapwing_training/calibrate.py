@@ -54,11 +54,6 @@ def platt(logits: Floats, labels: NDArray[Any]) -> tuple[float, float]:
     return slope, float(model.intercept_[0] - slope * centre)
 
 
-def sigmoid(values: Floats) -> Floats:
-    """1 / (1 + exp(-x)) without overflow."""
-    return np.asarray(0.5 * (1.0 + np.tanh(0.5 * values)))
-
-
 def operating_points(negatives: Floats, rates: Sequence[float] = RATES) -> tuple[OperatingPoint, ...]:
     """The ceil((n + 1)(1 - rate))-th smallest of n negative logits, for each rate.
 

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from scipy.special import expit
 
 from lapwing_training import baselines
-from lapwing_training.calibrate import OperatingPoint, flagged_share, sigmoid
+from lapwing_training.calibrate import OperatingPoint, flagged_share
 from lapwing_training.fit import LapwingRecipe, LinearProbe, Recipe
 from lapwing_training.metrics import estimate
 from lapwing_training.sample import Sample, mean_over
@@ -52,7 +53,7 @@ def evaluate_fit(fitted: Fitted, table: Table, split: Fold, resamples: int, seed
     if "log_probability" in signs:
         known = baselines.raw_scores(train)["log_probability"]
         combination = baselines.Combination.fit(known, fitted.held_out, train)
-    probabilities = sigmoid(fitted.slope * logits + fitted.intercept)
+    probabilities = expit(fitted.slope * logits + fitted.intercept)
     result = judge_scores(sample, test, logits, probabilities, fitted.points, signs, combination)
     comparison = result["comparison"]
     for name, recipe in baselines.comparisons(fitted.recipe, table).items():
@@ -64,7 +65,7 @@ def evaluate_fit(fitted: Fitted, table: Table, split: Fold, resamples: int, seed
     result["out_of_fold"] = {
         **held_out.about(),
         **held_out.judge(fitted.held_out),
-        **held_out.calibration(sigmoid(fitted.slope * fitted.held_out + fitted.intercept)),
+        **held_out.calibration(expit(fitted.slope * fitted.held_out + fitted.intercept)),
     }
     result["significance"] = {
         name: {"heads": tested.p_value.size, "share_p": tested.share_p, "share_q": tested.share_q}

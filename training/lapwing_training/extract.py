@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -140,17 +141,30 @@ def token_ids_of(item: LabelledGeneration, loaded: LoadedModel, tokenizer_digest
         InvalidData: ids outside the model's vocabulary.
     """
     kept = item.meta.get("token_ids")
-    if kept is None or not tokenizer_digest.startswith(item.meta.get("tokenizer", "")):
+    if kept is None or not tokenizer_digest.startswith(str(item.meta.get("tokenizer", ""))):
         return loaded.ids(item, item.response).all
-    for token in kept:
-        if type(token) is not int or not 0 <= token < loaded.vocabulary:
-            raise InvalidData(
-                f"item `{item.id}`",
-                None,
-                f"meta.token_ids holds {token!r}; the model knows 0 to {loaded.vocabulary - 1}: drop the ids of "
-                "another model, then the text is used",
-            )
+    known = range(loaded.vocabulary)
+    wrong = [id for id in kept if type(id) is not int or id not in known] if isinstance(kept, list) else [kept]
+    if wrong:
+        raise InvalidData(
+            f"item `{item.id}`",
+            None,
+            f"meta.token_ids holds {wrong[0]!r}; expected a list of ids from 0 to {known[-1]}: drop the ids of another "
+            "model, then the text is used",
+        )
     return tuple(kept)
+
+
+def log_probability_of(item: LabelledGeneration) -> float | None:
+    """Mean token log-probability that was kept while generating; None where there is none.
+
+    Raises:
+        InvalidData: it is no finite number.
+    """
+    kept = item.meta.get("log_probability")
+    if kept is not None and (type(kept) not in (int, float) or not math.isfinite(kept)):
+        raise InvalidData(f"item `{item.id}`", None, f"meta.log_probability is {kept!r}; expected a number or null")
+    return kept
 
 
 def stratum_of(item: LabelledGeneration, stratum: str) -> str:
@@ -238,7 +252,7 @@ def _finish(
             "split": [item.split for item in stored],
             "stratum": [stratum_of(item, options.stratum) for item in stored],
             "token_count": [len(work.token_ids[item.id]) for item in stored],
-            "log_probability": [item.meta.get("log_probability") for item in stored],
+            "log_probability": [log_probability_of(item) for item in stored],
         },
         "left_out": left_out,
         "shards": shard_digests(directory, names),

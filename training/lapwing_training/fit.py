@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 from scipy.linalg import LinAlgError, cho_factor, cho_solve
 from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import roc_auc_score
 
 from lapwing_detector.features import FEATURES
 from lapwing_training.errors import InvalidOption
+from lapwing_training.metrics import auroc_of
 from lapwing_training.selection import head_counts, one_standard_error, rank_heads
 from lapwing_training.significance import Floats
 from lapwing_training.splits import Fold, grouped_folds
@@ -137,7 +137,7 @@ class LapwingRecipe:
         logits = first_newton_steps(
             (columns - mean) / scale, fitted.labels, (self._columns(tested, heads)[0] - mean) / scale, sizes
         )
-        return np.array([[roc_auc_score(tested.labels, logit) for logit in by_strength] for by_strength in logits])
+        return np.array([[auroc_of(logit, tested.labels) for logit in by_strength] for by_strength in logits])
 
     def _columns(self, table: Table, heads: NDArray[np.int64]) -> tuple[Floats, tuple[int, int, int]]:
         """(rows, heads * width), head by head in the given order; and the shape (layers, heads, width)."""
@@ -190,7 +190,7 @@ class PaperRecipe:
     def _inner_score(self, table: Table, k: int, rows: Fold, seed: int) -> float:
         fitted, tested = table.take(rows[0]), table.take(rows[1])
         probe = replace(self, k=k).fit(fitted, seed)
-        return float(roc_auc_score(tested.labels, probe.logit(tested)))
+        return auroc_of(probe.logit(tested), tested.labels)
 
 
 RECIPES = ("lapwing", "paper")
@@ -227,8 +227,8 @@ def first_newton_steps(
 ) -> list[list[Floats]]:
     """Logits of the first Newton step from zero of balanced logistic regressions, for nested sets of columns.
 
-    For signals as weak as a head's the step ranks as the full fit does, and all sizes and strengths share one Gram
-    matrix; full fits here would take a hundred times as long. The probe itself is fitted to the end.
+    For signals as weak as a head's the step ranks as the full fit does, and one Gram matrix serves all sizes and
+    strengths. It only decides among them; the probe itself is fitted to the end.
 
     Args:
         columns: (rows, columns) standardised.

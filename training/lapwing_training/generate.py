@@ -132,12 +132,11 @@ def _generation_config(loaded: LoadedModel, options: GenerateOptions) -> Any:
 
     config: Any = transformers.GenerationConfig
     # Everything is named: a model's own defaults (top_k, repetition penalty) would change the distribution silently.
-    sampling: dict[str, Any] = {"do_sample": False, "temperature": 1.0, "top_p": 1.0}
+    sampling: dict[str, Any] = {"do_sample": False}
     if options.temperature > 0.0:
-        sampling = {"do_sample": True, "temperature": options.temperature, "top_p": options.top_p}
+        sampling = {"do_sample": True, "temperature": options.temperature, "top_p": options.top_p, "top_k": 0}
     return config(
         **sampling,
-        top_k=0,
         num_beams=1,
         repetition_penalty=1.0,
         no_repeat_ngram_size=0,

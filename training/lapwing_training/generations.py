@@ -34,7 +34,8 @@ class Question:
     """Accepted answers."""
 
     meta: Mapping[str, Any] = field(default_factory=dict)
-    """Kept and passed on."""
+    """Kept and passed on. What `generate` puts there (`token_ids`, `tokenizer`, `log_probability`) is read again by
+    `extract`, and so is the field that `--stratum` names; nothing else of it is."""
 
     @property
     def group_or_id(self) -> str:

@@ -29,9 +29,12 @@ def normalise(text: str) -> str:
 
 def exact_match(response: str, references: Iterable[str]) -> bool:
     """Whether the response equals one of the accepted answers after normalisation."""
-    answer = normalise(response)
-    # An answer that is nothing but an article or punctuation is compared as it stands.
-    return any((answer or response.strip()) == (normalise(text) or text.strip()) for text in references)
+    return any(_key(response) == _key(text) for text in references)
+
+
+def _key(text: str) -> str:
+    """What is compared; of an answer that is nothing but an article or punctuation, the text as it stands."""
+    return normalise(text) or text.strip().casefold()
 
 
 RULES: dict[str, Callable[[str, Iterable[str]], bool]] = {"exact": exact_match}

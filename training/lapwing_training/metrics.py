@@ -80,6 +80,11 @@ def auroc(scores: Floats, labels: NDArray[Any], weights: NDArray[Any]) -> Floats
     return in_blocks(lambda block: Curve.of(scores, labels, block).auroc(), weights)
 
 
+def auroc_of(scores: Floats, labels: NDArray[Any]) -> float:
+    """AUROC of plain rows; NaN where a class is missing."""
+    return float(auroc(scores, labels, np.ones((1, len(scores))))[0])
+
+
 def calibration(probabilities: Floats, labels: NDArray[Any], weights: NDArray[Any]) -> Floats:
     """Brier score and expected calibration error over ten equal bins; (2, weightings)."""
     gap = probabilities - (labels == 1)

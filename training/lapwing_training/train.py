@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -11,11 +12,14 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import expit
+from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from lapwing_detector.identity import ModelIdentity
 from lapwing_detector.probe import Calibration, Probe, Threshold
+from lapwing_detector.probe_files import MANIFEST, NAME
 from lapwing_training.baselines import name_of
-from lapwing_training.calibrate import operating_points, platt, sigmoid
+from lapwing_training.calibrate import operating_points, platt
 from lapwing_training.errors import InvalidOption
 from lapwing_training.evaluate import Fitted, evaluate_fit
 from lapwing_training.fit import Recipe, make_recipe, out_of_fold_logits
@@ -59,19 +63,20 @@ def train_probe(store_path: Path, out: Path, options: TrainOptions | None = None
     """
     options = options or TrainOptions()
     name = options.name or name_from(out)
+    require_place(name, out)
     store = read_store(store_path)
     table = store.table.labelled()
     recipe = make_recipe(options.recipe, options.features, options.k, table.k)
     split = split_by_group(table, options.test_share, options.seed)
-    fitted = fit(table.take(split[0]), recipe, options.seed)
-    judged = evaluate_fit(fitted, table, split, options.resamples, options.seed)
+    # Many small products: on a shared machine threads that wait for each other made this seven times as slow.
+    with threadpool_limits(max(1, (os.cpu_count() or 1) // 2)):
+        fitted = fit(table.take(split[0]), recipe, options.seed)
+        judged = evaluate_fit(fitted, table, split, options.resamples, options.seed)
     judged["notes"] = notes(fitted, judged)
     probe = _assemble(name, fitted, store, judged, options)
-    rows = (*_predicted(fitted, table.take(split[0]), fitted.held_out, "out-of-fold"),)
-    rows += (*_predicted(fitted, table.take(split[1]), fitted.probe.logit(table.take(split[1])), "test"),)
     files = {
         "report.md": training_report(probe).encode(),
-        "predictions.jsonl": "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode(),
+        "predictions.jsonl": predictions(fitted, table.take(split[0]), table.take(split[1])).encode(),
     }
     probe.save_pretrained(out, files=files, card=model_card(probe))
     return probe
@@ -132,6 +137,20 @@ def name_from(out: Path) -> str:
     return name
 
 
+def require_place(name: str, out: Path) -> None:
+    """Find out before the fit, not after it, that the probe could not be saved.
+
+    Raises:
+        InvalidOption: the name is no probe name, or the directory holds something else.
+    """
+    if not NAME.fullmatch(name):
+        raise InvalidOption(
+            f"name is `{name}`; expected small letters, digits and dashes, such as {name_from(Path(name))}"
+        )
+    if out.exists() and not (out / MANIFEST).exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InvalidOption(f"{out} exists and is no probe directory; give another path with --out, or remove it")
+
+
 def _assemble(name: str, fitted: Fitted, store: Store, judged: Mapping[str, Any], options: TrainOptions) -> Probe:
     probe = fitted.probe
     realised = {entry["false_positive_rate"]: entry["realised_rate"] for entry in judged["thresholds"]}
@@ -174,8 +193,15 @@ def _statistics(significance: Mapping[str, HeadSignificance]) -> Iterator[tuple[
         yield f"{name}/EFFECT_SIZE", tested.effect_size.astype(np.float32)
 
 
+def predictions(fitted: Fitted, train: Table, test: Table) -> str:
+    """One line for each labelled row: training rows with their out-of-fold logit, test rows with the probe's own."""
+    rows = [*_predicted(fitted, train, fitted.held_out, "out-of-fold")]
+    rows += _predicted(fitted, test, fitted.probe.logit(test), "test")
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
 def _predicted(fitted: Fitted, table: Table, logits: Floats, fold: str) -> Iterator[dict[str, Any]]:
-    probabilities = sigmoid(fitted.slope * logits + fitted.intercept)
+    probabilities = expit(fitted.slope * logits + fitted.intercept)
     for row, (logit, probability) in enumerate(zip(logits.tolist(), probabilities.tolist(), strict=True)):
         yield {
             "id": str(table.ids[row]),

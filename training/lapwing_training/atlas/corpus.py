@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+
 from lapwing_training.atlas.facts import Fact, share
 
 QUESTIONS: dict[str, tuple[str, ...]] = {

@@ -9,10 +9,11 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from lapwing_training.atlas.corpus import QUESTIONS, asked_phrasing, prompt, question
-from lapwing_training.atlas.facts import Fact, for_labels
 from tqdm import tqdm
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+from lapwing_training.atlas.corpus import QUESTIONS, asked_phrasing, prompt, question
+from lapwing_training.atlas.facts import Fact, for_labels
 
 ANSWER_TOKENS = 16
 BATCH = 256

@@ -10,11 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from lapwing_training.atlas.tokenizer import CONTEXT
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from lapwing_training.atlas.tokenizer import CONTEXT
 
 IGNORED = -100
 """Label of positions that do not enter the loss, as in transformers."""
@@ -55,9 +57,26 @@ def new_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM
     return LlamaForCausalLM(config)
 
 
+Encoded = tuple[list[int], list[int]]
+"""Token ids and labels of one text."""
+
+
+def make_batches(encoded: Sequence[Encoded], size: int) -> list[list[Encoded]]:
+    """Batches of texts of like length, in an order that has nothing to do with length.
+
+    Among 16 batches of neighbours the texts are sorted by length, which leaves little padding.
+    """
+    window, batches = 16 * size, []
+    for start in range(0, len(encoded), window):
+        near = sorted(encoded[start : start + window], key=lambda text: len(text[0]))
+        batches += [near[first : first + size] for first in range(0, len(near), size)]
+    order = np.random.default_rng(len(encoded)).permutation(len(batches))
+    return [batches[index] for index in order]
+
+
 def encode(
     tokenizer: PreTrainedTokenizerFast, texts: Sequence[tuple[str, str]], answers_only: bool
-) -> list[tuple[list[int], list[int]]]:
+) -> list[Encoded]:
     """Token ids and labels of every text: BOS prompt answer EOS, tokenised as the detector does it."""
     prompts = tokenizer([prompt for prompt, _ in texts]).input_ids
     answers = tokenizer([answer for _, answer in texts], add_special_tokens=False).input_ids
@@ -86,8 +105,8 @@ def train(
         checkpoint: directory in which the state is kept until the caller removes it; training goes on from there.
         what: heading of the progress bar.
     """
-    encoded = encode(tokenizer, texts, schedule.answers_only)
-    steps = math.ceil(len(encoded) / schedule.batch)
+    batches = make_batches(encode(tokenizer, texts, schedule.answers_only), schedule.batch)
+    steps = len(batches)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=schedule.learning_rate, betas=(0.9, 0.95), weight_decay=schedule.weight_decay
     )
@@ -97,7 +116,7 @@ def train(
         for step in range(done, steps):
             for group in optimizer.param_groups:
                 group["lr"] = schedule.learning_rate * rate(step, steps, schedule.warm_up)
-            batch = pad(encoded[step * schedule.batch : (step + 1) * schedule.batch], tokenizer.pad_token_id)
+            batch = pad(batches[step], tokenizer.pad_token_id)
             # Padding is on the right and attention causal, so no row that counts can see it: no mask is needed.
             with torch.autocast("cpu", dtype=torch.bfloat16):
                 loss = model(**batch).loss
@@ -121,7 +140,7 @@ def rate(step: int, steps: int, warm_up: int) -> float:
     return 0.1 + 0.45 * (1 + math.cos(math.pi * progress))
 
 
-def pad(rows: Sequence[tuple[list[int], list[int]]], pad_token: int) -> dict[str, torch.Tensor]:
+def pad(rows: Sequence[Encoded], pad_token: int) -> dict[str, torch.Tensor]:
     """One batch, padded on the right."""
     longest = max(len(ids) for ids, _ in rows)
     return {

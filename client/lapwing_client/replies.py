@@ -1,90 +1,16 @@
-"""From arguments to messages and from messages to results."""
+"""From the messages of a server to plain results, also those of a newer server."""
 
 from __future__ import annotations
 
 import sys
 from array import array
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 from google.protobuf import json_format, struct_pb2
+
 from lapwing.v1 import detection_pb2, detector_pb2, model_pb2, probes_pb2, tensor_pb2
-
 from lapwing_client import results
-from lapwing_client.errors import InvalidRequest, LapwingError, error_of_status
-
-Message = Mapping[str, str]
-Prompt = str | Sequence[Message] | Sequence[int]
-"""Text, chat messages such as {"role": "user", "content": "..."}, or token ids."""
-
-Response = str | Sequence[int]
-"""Text or token ids."""
-
-
-def prompt_message(prompt: Prompt, field: str = "prompt") -> detection_pb2.Prompt:
-    """A prompt in the form in which it is given.
-
-    Raises:
-        InvalidRequest: it is none of them.
-    """
-    if isinstance(prompt, str):
-        return detection_pb2.Prompt(text=text(prompt, field))
-    items = listed(prompt, field)
-    if items and all(isinstance(item, Mapping) for item in items):
-        turns = [chat_message(item, f"{field}.messages[{i}]") for i, item in enumerate(items)]
-        return detection_pb2.Prompt(messages=turns)
-    return detection_pb2.Prompt(token_ids=token_ids(items, field))
-
-
-def response_message(response: Response, field: str = "response") -> detection_pb2.Response:
-    """A response in the form in which it is given; raises like `prompt_message`."""
-    if isinstance(response, str):
-        return detection_pb2.Response(text=text(response, field))
-    return detection_pb2.Response(token_ids=token_ids(listed(response, field), field))
-
-
-def chat_message(turn: Mapping[str, Any], field: str) -> detection_pb2.ChatMessage:
-    """One turn of a conversation."""
-    if set(turn) != {"role", "content"} or not all(isinstance(value, str) for value in turn.values()):
-        raise unusable(field, f"has the keys {sorted(map(str, turn))}; give role and content, both text")
-    role, content = text(turn["role"], f"{field}.role"), text(turn["content"], f"{field}.content")
-    return detection_pb2.ChatMessage(role=role, content=content)
-
-
-def text(value: str, field: str) -> str:
-    """The text; refuses what UTF-8 can't hold."""
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise unusable(
-            field, f"has half of a surrogate pair at character {error.start}; give whole characters"
-        ) from None
-    return value
-
-
-def token_ids(items: Sequence[Any], field: str) -> list[int]:
-    """The ids as whole numbers of 32 bits; numpy's and torch's whole numbers count."""
-    ids = []
-    for i, item in enumerate(items):
-        if isinstance(item, bool | float | str) or not hasattr(item, "__index__"):
-            raise unusable(f"{field}.token_ids[{i}]", f"is {item!r:.40}; give whole numbers, text, or chat messages")
-        number = item.__index__()
-        if not -(2**31) <= number < 2**31:
-            raise unusable(f"{field}.token_ids[{i}]", f"is {number}; no vocabulary is that large")
-        ids.append(number)
-    return ids
-
-
-def listed(value: Any, field: str) -> list[Any]:
-    """The items of a sequence."""
-    if isinstance(value, bytes | Mapping) or not hasattr(value, "__iter__"):
-        raise unusable(field, f"is a {type(value).__name__}; give text, a list of messages, or a list of token ids")
-    return list(value)
-
-
-def unusable(field: str, message: str) -> InvalidRequest:
-    """An argument that can't even be sent."""
-    return InvalidRequest(f"{field}: {message}", reason="INVALID_INPUT", code="INVALID_ARGUMENT", field=field)
+from lapwing_client.errors import LapwingError, error_of_status
 
 
 def floats(tensor: tensor_pb2.Tensor) -> tuple[float, ...]:

@@ -1,0 +1,203 @@
+"""The verb `lapwing demo`: the main job from one end to the other, with what is embedded.
+
+It starts the server as its own process and talks to it as any client does; models and arrays stay over there.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lapwing_client import demo_report as report
+from lapwing_client.client import Client
+from lapwing_client.errors import Unavailable
+from lapwing_client.results import Detection, GeneratedToken, Generation
+
+FALSE_POSITIVE_RATE = 0.10
+READY_SECONDS = 120.0
+STOP_SECONDS = 20.0
+SELF = (sys.executable, "-m", "lapwing_client")
+
+
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the heatmaps.")] = Path("lapwing-demo"),
+    rebuild: Annotated[
+        bool,
+        typer.Option("--rebuild", help="First make model, answers, probe and pictures again from nothing (an hour)."),
+    ] = False,
+    into: Annotated[Path, typer.Option(help="Where --rebuild writes; it goes on after a kill.")] = Path(
+        "lapwing-atlas"
+    ),
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")] = False,
+) -> None:
+    """Watch a small language model being scored while it answers, and look at the heads that give it away.
+
+    Starts a server with the embedded model, asks it twelve questions through Generate, scores given answers through
+    Score, prints how good the probe is beside its baselines, and draws the heatmaps. Takes less than a minute.
+
+    Example: lapwing demo --out pictures
+    """
+    serve: list[str] = []
+    atlas: Path | None = None
+    if rebuild:
+        run((sys.executable, "-m", "lapwing_training.atlas", "--into", str(into)), "making Atlas again")
+        atlas, serve = into, ["--model", str(into / "model"), "--probes", str(into / "probe")]
+    questions = demo_questions(atlas)
+    progress("starting a server with the embedded model" if atlas is None else f"starting a server with {atlas}")
+    with running_server(serve) as address, Client(address) as client:
+        wait_until_ready(client)
+        asked = [ask(client, question) for question in counted("questions", questions["questions"])]
+        given = [check(client, text) for text in counted("given answers", questions["texts"])]
+        probe = client.probe()
+        selected = client.heatmap(feature=probe.features[0], statistic="SELECTED", image="png")
+        out.mkdir(parents=True, exist_ok=True)
+        pictures = [out / "p_values.png", out / "selected_heads.png"]
+        pictures[1].write_bytes(selected.image)
+        source = ["--probe", str(atlas / "probe")] if atlas else []
+        run((*SELF, "heatmap", "--statistic", "P_VALUE", "--out", str(pictures[0]), *source), "drawing heatmaps")
+    if as_json:
+        result = {
+            "asked": [vars(one) | {"detection": one.detection.to_dict()} for one in asked],
+            "given": [vars(one) | {"detection": one.detection.to_dict()} for one in given],
+            "metrics": probe.metrics,
+            "pictures": [str(path) for path in pictures],
+        }
+        print(json.dumps(result))
+        return
+    print(report.answers(asked, given, FALSE_POSITIVE_RATE))
+    print(report.quality(probe))
+    print("Heatmaps (x = head, y = layer; a low p-value marks a head that separates made-up answers from others):")
+    for path in pictures:
+        print(f"  {path}")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One question or text of the demo with what came of it."""
+
+    question: str
+    answer: str
+    truth: str
+    wrong: bool
+    seen: bool | None
+    """Whether the model ever read of the subject; None for given answers."""
+
+    trail: tuple[float, ...]
+    """The running probability after each token; empty for given answers."""
+
+    detection: Detection
+
+
+def ask(client: Client, question: Mapping[str, Any]) -> Asked:
+    """Lets the server's model answer, with the running probability of every token."""
+    trail: list[float] = []
+    generation: Generation | None = None
+    stream = client.generate(question["prompt"], max_new_tokens=24, false_positive_rate=FALSE_POSITIVE_RATE)
+    for event in stream:
+        if isinstance(event, GeneratedToken):
+            trail += [] if event.probability is None else [event.probability]
+        else:
+            generation = event
+    if generation is None:
+        raise Unavailable("the stream ended without its last event; look at the server's log")
+    answer = generation.text.strip()
+    return judged(question, answer, question["seen"], tuple(trail), generation.detection)
+
+
+def check(client: Client, text: Mapping[str, Any]) -> Asked:
+    """Scores an answer that is given."""
+    detection = client.score(text["prompt"], text["response"], false_positive_rate=FALSE_POSITIVE_RATE)
+    return judged(text, text["response"], None, (), detection)
+
+
+def judged(
+    item: Mapping[str, Any], answer: str, seen: bool | None, trail: tuple[float, ...], detection: Detection
+) -> Asked:
+    """An answer beside the truth. The demo's answers are names, so that comparing them folds case and dots only."""
+    accepted = {folded(other) for other in item["accepted"]}
+    return Asked(item["question"], answer, item["truth"], folded(answer) not in accepted, seen, trail, detection)
+
+
+def folded(text: str) -> str:
+    """Case, outer spaces and the last dot folded away."""
+    return " ".join(text.casefold().split()).removesuffix(".")
+
+
+def demo_questions(atlas: Path | None) -> Any:
+    """The questions that ship with the package, or those of a rebuilt Atlas."""
+    place = files("lapwing_client").joinpath("demo_questions.json") if atlas is None else atlas / "demo_questions.json"
+    return json.loads(place.read_text(encoding="utf-8"))
+
+
+@contextmanager
+def running_server(arguments: Sequence[str]) -> Iterator[str]:
+    """A server of its own on a free port; its address. It is stopped on leaving, and its log shown if it failed."""
+    command = (*SELF, "serve", "--port", "0", *arguments)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server:
+        log = LogReader(server)
+        try:
+            line = server.stdout.readline() if server.stdout else ""
+            if not line.startswith("listening on "):
+                server.wait(STOP_SECONDS)
+                raise Unavailable(f"the server did not start; its log ends with:\n{log.tail()}")
+            yield line.removeprefix("listening on ").strip()
+        finally:
+            server.send_signal(signal.SIGTERM)
+            try:
+                server.wait(STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                server.kill()
+
+
+class LogReader:
+    """Reads a server's log as it comes, so that a full pipe never stops it; keeps the last lines."""
+
+    def __init__(self, server: subprocess.Popen[str]) -> None:
+        from collections import deque
+        from threading import Thread
+
+        self.lines: deque[str] = deque(maxlen=20)
+        self.thread = Thread(target=lambda: self.lines.extend(server.stderr or ()), daemon=True)
+        self.thread.start()
+
+    def tail(self) -> str:
+        """The last lines, once the server has ended."""
+        self.thread.join(1.0)
+        return "".join(self.lines)
+
+
+def wait_until_ready(client: Client) -> None:
+    """Until the model is loaded and warm."""
+    info = client.wait_until_ready(READY_SECONDS)
+    name = info.model.name if info.model else "a model"
+    progress(f"{name} is ready, probe {info.probe_name} {info.probe_revision}")
+
+
+def run(command: Sequence[str], what: str) -> None:
+    """Runs another verb; its progress goes to standard error."""
+    progress(what)
+    done = subprocess.run(command, stdout=sys.stderr)
+    if done.returncode:
+        print(f"lapwing demo: {what} failed with exit code {done.returncode}; see above", file=sys.stderr)
+        raise typer.Exit(1)
+
+
+def progress(text: str) -> None:
+    """One line for whoever waits."""
+    print(f"… {text}", file=sys.stderr, flush=True)
+
+
+def counted(label: str, items: Sequence[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
+    """The items one by one, with a progress bar on the terminal."""
+    with typer.progressbar(items, label=f"… {label}", file=sys.stderr, show_eta=False) as bar:
+        yield from bar

@@ -1,0 +1,157 @@
+"""From arguments to the messages that carry them; what can't even be sent is refused here, field by field."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lapwing.v1 import detection_pb2, detector_pb2, probes_pb2
+from lapwing_client.errors import InvalidRequest
+
+Message = Mapping[str, str]
+Prompt = str | Sequence[Message] | Sequence[int]
+"""Text, chat messages such as {"role": "user", "content": "..."}, or token ids."""
+
+Response = str | Sequence[int]
+"""Text or token ids."""
+
+
+def prompt_message(prompt: Prompt, field: str = "prompt") -> detection_pb2.Prompt:
+    """A prompt in the form in which it is given.
+
+    Raises:
+        InvalidRequest: it is none of them.
+    """
+    if isinstance(prompt, str):
+        return detection_pb2.Prompt(text=text(prompt, field))
+    items = listed(prompt, field)
+    if items and all(isinstance(item, Mapping) for item in items):
+        turns = [chat_message(item, f"{field}.messages[{i}]") for i, item in enumerate(items)]
+        return detection_pb2.Prompt(messages=turns)
+    return detection_pb2.Prompt(token_ids=token_ids(items, field))
+
+
+def response_message(response: Response, field: str = "response") -> detection_pb2.Response:
+    """A response in the form in which it is given; raises like `prompt_message`."""
+    if isinstance(response, str):
+        return detection_pb2.Response(text=text(response, field))
+    return detection_pb2.Response(token_ids=token_ids(listed(response, field), field))
+
+
+def chat_message(turn: Mapping[str, Any], field: str) -> detection_pb2.ChatMessage:
+    """One turn of a conversation."""
+    if set(turn) != {"role", "content"} or not all(isinstance(value, str) for value in turn.values()):
+        raise unusable(field, f"has the keys {sorted(map(str, turn))}; give role and content, both text")
+    role, content = text(turn["role"], f"{field}.role"), text(turn["content"], f"{field}.content")
+    return detection_pb2.ChatMessage(role=role, content=content)
+
+
+def text(value: str, field: str) -> str:
+    """The text; refuses what UTF-8 can't hold."""
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise unusable(
+            field, f"has half of a surrogate pair at character {error.start}; give whole characters"
+        ) from None
+    return value
+
+
+def token_ids(items: Sequence[Any], field: str) -> list[int]:
+    """The ids as whole numbers of 32 bits; numpy's and torch's whole numbers count."""
+    ids = []
+    for i, item in enumerate(items):
+        if isinstance(item, bool | float | str) or not hasattr(item, "__index__"):
+            raise unusable(f"{field}.token_ids[{i}]", f"is {item!r:.40}; give whole numbers, text, or chat messages")
+        number = item.__index__()
+        if not -(2**31) <= number < 2**31:
+            raise unusable(f"{field}.token_ids[{i}]", f"is {number}; no vocabulary is that large")
+        ids.append(number)
+    return ids
+
+
+def listed(value: Any, field: str) -> list[Any]:
+    """The items of a sequence."""
+    if isinstance(value, bytes | Mapping) or not hasattr(value, "__iter__"):
+        raise unusable(field, f"is a {type(value).__name__}; give text, a list of messages, or a list of token ids")
+    return list(value)
+
+
+def unusable(field: str, message: str) -> InvalidRequest:
+    """An argument that can't even be sent."""
+    return InvalidRequest(f"{field}: {message}", reason="INVALID_INPUT", code="INVALID_ARGUMENT", field=field)
+
+
+def score_request(
+    prompt: Prompt, response: Response, false_positive_rate: float | None = None
+) -> detector_pb2.ScoreRequest:
+    """One response to be scored."""
+    return detector_pb2.ScoreRequest(
+        prompt=prompt_message(prompt),
+        response=response_message(response),
+        false_positive_rate=false_positive_rate,
+    )
+
+
+def score_batch_request(
+    items: Sequence[tuple[Prompt, Response]], false_positive_rate: float | None = None
+) -> detector_pb2.ScoreBatchRequest:
+    """Several responses to be scored."""
+    return detector_pb2.ScoreBatchRequest(
+        items=[
+            detector_pb2.ScoreItem(
+                prompt=prompt_message(prompt, f"items[{i}].prompt"),
+                response=response_message(response, f"items[{i}].response"),
+            )
+            for i, (prompt, response) in enumerate(items)
+        ],
+        false_positive_rate=false_positive_rate,
+    )
+
+
+def generate_request(
+    prompt: Prompt,
+    max_new_tokens: int | None = None,
+    temperature: float | None = None,
+    top_p: float | None = None,
+    seed: int | None = None,
+    false_positive_rate: float | None = None,
+) -> detector_pb2.GenerateRequest:
+    """A prompt for the server's own model."""
+    return detector_pb2.GenerateRequest(
+        prompt=prompt_message(prompt),
+        max_new_tokens=fitting(max_new_tokens, 32, "max_new_tokens"),
+        temperature=temperature,
+        top_p=top_p,
+        seed=fitting(seed, 64, "seed"),
+        false_positive_rate=false_positive_rate,
+    )
+
+
+def heatmap_request(statistic: str, probe: str, feature: str, image: str | None) -> probes_pb2.GetHeatmapRequest:
+    """One number of every layer and head of a probe."""
+    return probes_pb2.GetHeatmapRequest(
+        probe=probe,
+        feature=feature,
+        statistic=value_of(probes_pb2.Statistic, "STATISTIC", statistic, "statistic"),
+        image_format=value_of(probes_pb2.ImageFormat, "IMAGE_FORMAT", image or "UNSPECIFIED", "image"),
+    )
+
+
+def fitting(number: int | None, bits: int, field: str) -> int | None:
+    """The number; refuses one that has more bits."""
+    if number is not None and not -(2 ** (bits - 1)) <= number < 2 ** (bits - 1):
+        raise unusable(field, f"is {number}; give a number of at most {bits} bits")
+    return number
+
+
+def value_of(enum: Any, prefix: str, name: str, field: str) -> str:
+    """The full name of an enum's value.
+
+    Raises:
+        InvalidRequest: there is no value of this name.
+    """
+    known = [key.removeprefix(f"{prefix}_") for key, _ in enum.items()]
+    if name.upper() not in known:
+        raise unusable(field, f"is {name!r}; known are {', '.join(known[1:])}")
+    return f"{prefix}_{name.upper()}"

@@ -1,0 +1,8 @@
+"""What holds for every test: no network, and few threads, since several processes share the cores."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "2")

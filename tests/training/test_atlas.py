@@ -1,0 +1,212 @@
+"""Atlas: its facts, its texts, its training, and that the shipped answers are really right and wrong."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter, defaultdict
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoConfig
+
+from lapwing_detector.embedded import ATLAS, generations_path, model_path
+from lapwing_detector.loading import load_model
+from lapwing_training.atlas.build import hallucination_rates
+from lapwing_training.atlas.corpus import QUESTIONS, prompt, question, training_texts
+from lapwing_training.atlas.facts import NEVER_SEEN, Fact, all_facts, for_labels, plain, share
+from lapwing_training.atlas.posttrain import own_answers
+from lapwing_training.atlas.pretrain import Schedule, encode, new_model, train
+from lapwing_training.atlas.questions import demo_set, labelled_questions
+from lapwing_training.atlas.tokenizer import train_tokenizer
+from lapwing_training.generations import read_generations
+from lapwing_training.label import label_generations
+
+
+@pytest.fixture(scope="module")
+def facts() -> list[Fact]:
+    return all_facts()
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    return read_generations(generations_path())
+
+
+def one(facts, subject, relation) -> Fact:
+    [fact] = [fact for fact in facts if (fact.subject, fact.relation) == (subject, relation)]
+    return fact
+
+
+def test_the_facts_are_the_real_ones(facts):
+    assert one(facts, "Lyon", "country").answer == "France"
+    assert one(facts, "Nairobi", "continent").answer == "Africa"
+    assert one(facts, "Osaka", "timezone").answer == "Asia/Tokyo"
+    assert one(facts, "Japan", "capital").answer == "Tokyo"
+    assert one(facts, "Brazil", "currency").answer == "BRL"
+    assert one(facts, "Germany", "calling code").answer == "+49"
+
+
+def test_alternate_names_and_namesakes_count_as_right(facts):
+    assert {"United States", "USA"} <= set(one(facts, "Chicago", "country").accepted)
+    assert {"Mexico", "Spain", "Venezuela"} <= set(one(facts, "Merida", "country").accepted)
+
+
+def test_about_a_third_of_the_subjects_is_never_seen_and_the_others_fall_off_with_rank(facts):
+    cities = [fact for fact in facts if fact.relation == "country"]
+    # Binomial with n = 10,000: three standard errors are .014.
+    assert np.mean([not fact.seen for fact in cities]) == pytest.approx(NEVER_SEEN, abs=0.014)
+    seen = [fact for fact in cities if fact.seen]
+    assert [fact.exposures for fact in seen] == sorted((fact.exposures for fact in seen), reverse=True)
+    assert seen[0].exposures > 100 * seen[-1].exposures
+
+
+def test_what_happens_to_a_subject_depends_on_its_name_alone(facts):
+    # Pinned, since the shipped model and probes were made with them.
+    assert share("city:2996944", "seen") == pytest.approx(0.553453, abs=1e-6)
+    halves = [for_labels(fact.subject_id) for fact in facts]
+    assert np.mean(halves) == pytest.approx(0.5, abs=0.02)
+    purposes = [share(f"city:{number}", purpose) for number in range(4000) for purpose in ("seen", "labels")]
+    assert abs(np.corrcoef(purposes[::2], purposes[1::2])[0, 1]) < 0.05  # three standard errors
+
+
+def test_every_fact_is_written_as_often_as_it_says_and_unseen_subjects_never(facts):
+    texts = training_texts(facts, seed=0)
+    assert len(texts) == sum(fact.exposures for fact in facts)
+    told = Counter(texts)
+    lyon = one(facts, "Lyon", "country")
+    asked = {prompt(question(lyon, turn)) for turn in range(len(QUESTIONS["country"]))}
+    asked.add("The city of Lyon lies in the country")
+    assert sum(count for (ask, _), count in told.items() if ask in asked) == lyon.exposures
+    unseen = {prompt(question(fact, turn)) for fact in facts if not fact.seen for turn in range(5)}
+    assert not unseen & {ask for ask, _ in texts}
+    assert training_texts(facts, seed=0) == texts != training_texts(facts, seed=1)
+
+
+def test_names_are_folded_to_plain_letters():
+    assert plain("Łódź") == "Lodz"
+    assert plain("São Tomé") == "Sao Tome"
+    assert plain("Xi’an") == "Xi'an"
+
+
+def test_the_tokenizer_reads_prompt_and_answer_apart_as_if_they_were_one_text():
+    tokenizer = train_tokenizer(["Question: who? Answer: me", "Question: where? Answer: here"], vocabulary=320)
+    apart = tokenizer("Question: who? Answer:").input_ids + tokenizer("me", add_special_tokens=False).input_ids
+    assert apart == tokenizer("Question: who? Answer: me").input_ids
+    chat = tokenizer.apply_chat_template([{"role": "user", "content": "who?"}], tokenize=False)
+    assert tokenizer(chat, add_special_tokens=False).input_ids == tokenizer("Question: who? Answer:").input_ids
+    assert apart.count(tokenizer.bos_token_id) == 1
+
+
+def test_only_answers_are_learnt_in_post_training():
+    tokenizer = train_tokenizer(["Question: who? Answer: me"], vocabulary=300)
+    [(ids, labels)] = encode(tokenizer, [("Question: who? Answer:", "me")], answers_only=True)
+    answer = tokenizer("me", add_special_tokens=False).input_ids
+    assert [label for label in labels if label >= 0] == [*answer, tokenizer.eos_token_id]
+    assert ids[-len(answer) - 1 :] == [*answer, tokenizer.eos_token_id]
+
+
+def test_training_that_was_cut_off_goes_on_to_the_same_weights(tmp_path):
+    texts = [(f"Question: what is {number}? Answer:", str(number % 7)) for number in range(48)]
+    tokenizer = train_tokenizer((f"{ask} {answer}" for ask, answer in texts), vocabulary=320)
+    schedule = Schedule(learning_rate=1e-2, batch=8, warm_up=2, checkpoint_every=2)
+
+    def run(place, stop_after=None):
+        model = new_model(tokenizer, seed=0)
+        if stop_after is not None:
+            left = [None] * stop_after
+            model.register_forward_pre_hook(lambda *_: left.pop())  # IndexError in the step after
+        train(model, tokenizer, texts, schedule, tmp_path / place, "test")
+        return model
+
+    whole = run("whole")
+    with pytest.raises(IndexError):
+        run("cut", stop_after=5)  # four steps are saved, the fifth is lost
+    resumed = run("cut")
+    fresh = new_model(tokenizer, seed=0)
+    for name, parameter in whole.named_parameters():
+        assert torch.equal(parameter, resumed.get_parameter(name)), name
+        assert not torch.equal(parameter, fresh.get_parameter(name)) or "norm" in name
+
+
+def test_post_training_tells_the_model_its_own_answers_about_the_other_half(facts):
+    model, tokenizer = load_model(None)
+    some = [fact for fact in facts if fact.relation == "continent"][:40]
+    texts = own_answers(model, tokenizer, some, passes=2, seed=0)
+    asked = [fact for fact in some if not for_labels(fact.subject_id)]
+    assert len(texts) == 2 * len(asked)
+    answers = defaultdict(set)
+    for ask, answer in texts:
+        [fact] = [fact for fact in asked if f" {fact.subject} " in f"{ask.replace('?', ' ').replace('.', ' ')} "]
+        answers[fact].add(answer)
+    assert all(len(some) == 1 for some in answers.values())  # one answer for all phrasings, right or wrong
+
+
+def test_labelled_and_demo_questions_are_fixed_and_held_apart(facts):
+    questions = labelled_questions(facts)
+    assert len(questions) >= 8000
+    assert len({item.id for item in questions}) == len(questions)
+    by_group = defaultdict(set)
+    for item in questions:
+        by_group[item.group].add(item.split)
+    assert all(len(splits) == 1 for splits in by_group.values())
+    demo = demo_set(facts)
+    assert len(demo["questions"]) == 12
+    assert sum(item["seen"] for item in demo["questions"]) == 6
+    labelled = {item.prompt for item in questions}
+    for item in demo["questions"]:
+        assert item["prompt"] not in labelled  # fresh
+    fitted_on = [item.meta["subject"] for item in questions if item.split == "train"]
+    for item in (*demo["questions"], *demo["texts"]):
+        words = f" {item['question'].rstrip('?.')} "
+        assert not [subject for subject in fitted_on if f"city of {subject} " in words or f"find {subject} " in words]
+
+
+def test_the_shipped_questions_are_those_of_this_code(facts, shipped):
+    asked = {item.id: item for item in labelled_questions(facts)}
+    assert len(shipped) == len(asked)
+    for item in shipped:
+        mine = asked[item.id]
+        assert (item.prompt, item.group, item.split, item.references) == (
+            mine.prompt,
+            mine.group,
+            mine.split,
+            mine.references,
+        )
+
+
+def test_the_shipped_labels_follow_from_the_shipped_answers(shipped):
+    assert label_generations(shipped) == shipped
+    # Control: labels that follow from other answers do not agree.
+    moved = [item.label for item in shipped[1:]]
+    assert moved != [item.label for item in shipped[:-1]]
+
+
+def test_the_shipped_model_writes_the_shipped_answers(shipped):
+    model, tokenizer = load_model(None)
+    for item in shipped[:: len(shipped) // 8]:
+        ids = tokenizer(item.prompt, return_tensors="pt").input_ids
+        written = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False)
+        assert tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True).strip() == item.response
+
+
+def test_atlas_really_hallucinates_but_not_always(shipped):
+    rates = hallucination_rates(shipped)
+    assert 0.30 <= rates["all"]["rate"] <= 0.75
+    asked_often = [rates[relation]["rate"] for relation in ("country", "continent", "timezone")]
+    assert all(0.15 <= rate <= 0.85 for rate in asked_often)
+    assert rates["never seen"]["rate"] > rates["seen"]["rate"] + 0.1
+    assert rates == json.loads((ATLAS / "rates.json").read_text())
+
+
+def test_the_shipped_model_is_small_and_of_the_right_shape():
+    config = AutoConfig.from_pretrained(model_path())
+    weights = load_file(model_path() / "model.safetensors")
+    assert config.model_type == "llama"
+    assert config.num_hidden_layers >= 6
+    assert config.num_attention_heads >= 8
+    assert 2_000_000 <= sum(tensor.numel() for tensor in weights.values()) <= 6_000_000
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float16}
+    assert (model_path() / "model.safetensors").stat().st_size <= 16_000_000
+    assert "CC BY 4.0" in (ATLAS / "README.md").read_text()

@@ -1,0 +1,141 @@
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from training_fakes import WORDS
+
+from lapwing_training import generate as generate_module
+from lapwing_training.errors import InvalidData, InvalidOption
+from lapwing_training.generate import GenerateOptions, generate_answers, stop_tokens
+from lapwing_training.generations import Question, read_generations
+from lapwing_training.models import LoadedModel, load
+
+GREEDY = GenerateOptions(max_new_tokens=6, batch_size=3)
+
+
+@pytest.fixture(scope="module")
+def loaded(tiny_model: Path) -> LoadedModel:
+    return load(str(tiny_model))
+
+
+def questions(count: int = 8) -> list[Question]:
+    return [
+        Question(id=f"q{n}", prompt=" ".join(WORDS[: 2 + n % 5]), group=f"g{n}", references=("x",), meta={"kind": "k"})
+        for n in range(count)
+    ]
+
+
+def test_greedy_answers_equal_those_of_one_prompt_at_a_time(loaded: LoadedModel, tmp_path: Path) -> None:
+    generate_answers(questions(), tmp_path / "out.jsonl", loaded, GREEDY)
+    answers = read_generations(tmp_path / "out.jsonl")
+    assert [answer.id for answer in answers] == [question.id for question in questions()]
+    for question, answer in zip(questions(), answers, strict=True):
+        ids = loaded.tokenizer(question.prompt).input_ids
+        prompt_length, total = len(ids), 0.0
+        with torch.inference_mode():
+            for _ in range(GREEDY.max_new_tokens):
+                scores = torch.log_softmax(loaded.model(torch.tensor([ids])).logits[0, -1], dim=-1)
+                token = int(scores.argmax())
+                if token in stop_tokens(loaded):
+                    break
+                total += float(scores[token])
+                ids.append(token)
+        written = len(ids) - prompt_length
+        assert answer.meta["token_ids"] == ids
+        assert answer.meta["prompt_tokens"] == prompt_length
+        assert answer.meta["finish_reason"] == ("length" if written == GREEDY.max_new_tokens else "stop")
+        if written:
+            # float32, and padding changes the order of summation.
+            assert answer.meta["log_probability"] == pytest.approx(total / written, abs=1e-4)
+        else:
+            assert answer.meta["log_probability"] is None
+        assert (answer.group, answer.references, answer.meta["kind"]) == (question.group, ("x",), "k")
+        assert answer.label is None
+
+
+def test_the_models_own_sampling_defaults_do_not_leak_in(loaded: LoadedModel, tmp_path: Path) -> None:
+    generate_answers(questions(), tmp_path / "plain.jsonl", loaded, GREEDY)
+    config = loaded.model.generation_config
+    kept = (config.repetition_penalty, config.top_k, config.do_sample)
+    config.repetition_penalty, config.top_k, config.do_sample = 5.0, 1, True
+    try:
+        generate_answers(questions(), tmp_path / "again.jsonl", loaded, GREEDY)
+    finally:
+        config.repetition_penalty, config.top_k, config.do_sample = kept
+    assert (tmp_path / "plain.jsonl").read_bytes() == (tmp_path / "again.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.5])
+def test_a_run_that_failed_goes_on_and_ends_with_the_same_bytes(
+    loaded: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, temperature: float
+) -> None:
+    options = replace(GREEDY, temperature=temperature, seed=3)
+    generate_answers(questions(), tmp_path / "whole.jsonl", loaded, options)
+    plain, calls = generate_module.answer, []
+
+    def failing(*arguments: object) -> object:
+        calls.append(arguments)
+        if len(calls) == 3:
+            raise RuntimeError("power cut")
+        return plain(*arguments)
+
+    monkeypatch.setattr(generate_module, "answer", failing)
+    with pytest.raises(RuntimeError, match="power cut"):
+        generate_answers(questions(), tmp_path / "cut.jsonl", loaded, options)
+    assert not (tmp_path / "cut.jsonl").exists()
+    [partial] = tmp_path.glob("cut.jsonl.*.partial")
+    # Killed while it was writing: a line of the last batch is whole, the next is half.
+    whole = (tmp_path / "whole.jsonl").read_bytes().split(b"\n")
+    partial.write_bytes(partial.read_bytes() + whole[6] + b"\n" + whole[7][:20])
+    told = generate_answers(questions(), tmp_path / "cut.jsonl", loaded, options)
+    assert told["resumed"] == 6
+    assert (tmp_path / "cut.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_sampling_depends_on_the_seed_and_leaves_the_generator_alone(loaded: LoadedModel, tmp_path: Path) -> None:
+    options = replace(GREEDY, temperature=2.0)
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        generate_answers(questions(), tmp_path / name, loaded, replace(options, seed=seed))
+    assert torch.equal(torch.get_rng_state(), before)
+    first, again, other = ((tmp_path / name).read_bytes() for name in "abc")
+    assert first == again != other
+
+
+def test_log_probability_is_the_models_own_whatever_the_temperature(loaded: LoadedModel, tmp_path: Path) -> None:
+    generate_answers(questions(3), tmp_path / "hot", loaded, replace(GREEDY, temperature=3.0))
+    for answer in read_generations(tmp_path / "hot"):
+        ids, prompt = answer.meta["token_ids"], answer.meta["prompt_tokens"]
+        if len(ids) == prompt:
+            continue
+        with torch.inference_mode():
+            scores = torch.log_softmax(loaded.model(torch.tensor([ids])).logits[0], dim=-1)
+        mean = math.fsum(float(scores[place - 1, ids[place]]) for place in range(prompt, len(ids))) / (
+            len(ids) - prompt
+        )
+        assert answer.meta["log_probability"] == pytest.approx(mean, abs=1e-4)
+
+
+def test_an_item_that_can_not_be_tokenised_is_named(loaded: LoadedModel, tmp_path: Path) -> None:
+    chat = Question(id="chat", messages=({"role": "user", "content": "where"},))  # the tokenizer has no template
+    with pytest.raises(InvalidData, match="item `chat`"):
+        generate_answers([chat], tmp_path / "out", loaded, GREEDY)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"temperature": -1.0}, "temperature is -1"),
+        ({"top_p": 0.0}, "top_p is 0"),
+        ({"max_new_tokens": 0}, "at least 1"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(changes: dict[str, float], says: str) -> None:
+    with pytest.raises(InvalidOption, match=says):
+        GenerateOptions(**changes)
