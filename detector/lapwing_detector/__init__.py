@@ -18,10 +18,10 @@ if TYPE_CHECKING:
         laplacian_eigenvalues,
         sink_scores,
     )
+    from lapwing_detector.generation import GeneratedToken, Generation
     from lapwing_detector.head_map import HeadMap, plot_pair
     from lapwing_detector.probe import Probe
     from lapwing_detector.summary import AttentionSummary
-    from lapwing_detector.generation import GeneratedToken, Generation
 
 _HOMES = {
     "AttentionSummary": "summary",

@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import torch
+from typing import TYPE_CHECKING
 
 from lapwing_detector import embedded
-from lapwing_detector.capture import capture_attention
 from lapwing_detector.detection import DEFAULT_FALSE_POSITIVE_RATE, Detection
 from lapwing_detector.errors import DetectorError, InvalidInput, TooLong
-from lapwing_detector.identity import ModelIdentity, identity_of
-from lapwing_detector.loading import context_length, load_model
+from lapwing_detector.generation import GeneratedToken, Generation, Sampling, generate
+from lapwing_detector.identity import ModelIdentity
+from lapwing_detector.language_model import LanguageModel
 from lapwing_detector.probe import Probe
 from lapwing_detector.scoring import Stopwatch, detect
-from lapwing_detector.summary import AttentionSummary
 from lapwing_detector.tokens import Prompt, Response, TokenIds, build_ids
-from lapwing_detector.generation import GeneratedToken, Generation, Sampling, generate
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
@@ -32,13 +28,9 @@ class Detector:
     Not safe for use by several threads at once; several `generate` iterators may take turns in one thread.
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, probe: Probe) -> None:
-        self.model = model
-        self.tokenizer = tokenizer
-        self.identity: ModelIdentity = identity_of(model, tokenizer)
-        self.max_tokens = context_length(model, tokenizer)
+    def __init__(self, language_model: LanguageModel, probe: Probe) -> None:
+        self.language_model = language_model
         self.probe = probe
-        self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     @classmethod
     def from_pretrained(
@@ -47,7 +39,7 @@ class Detector:
         probe: str | Path | Probe | None = None,
         *,
         tokenizer: PreTrainedTokenizerBase | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: str | None = None,
         device: str | torch.device | None = None,
     ) -> Detector:
         """Loads a model with the probe that was fitted on it.
@@ -56,7 +48,7 @@ class Detector:
             model: Hub id, directory, or a loaded model (then with `tokenizer`); the embedded Atlas without it.
             probe: directory, Hub id, or a loaded probe; the embedded one for the embedded model.
             tokenizer: of a loaded model.
-            dtype: of the weights; see `lapwing_detector.loading.load_model`.
+            dtype: `float32`, `bfloat16` or `float16`; as stored without it, but float32 for float16 on a CPU.
             device: such as `cuda`; the CPU without it.
 
         Raises:
@@ -68,13 +60,33 @@ class Detector:
         if probe is None and model is not None:
             raise InvalidInput("probe", "a model of your own needs a probe fitted on it: lapwing train --help")
         if model is None or isinstance(model, str | Path):
-            loaded, tokenizer = load_model(model, dtype=dtype, device=device)
+            loaded = LanguageModel.load(model, dtype=dtype, device=device)
         elif tokenizer is None:
             raise InvalidInput("tokenizer", "a loaded model needs its tokenizer; pass tokenizer=...")
         else:
-            loaded = model
+            loaded = LanguageModel(model, tokenizer)
         fitted = probe if isinstance(probe, Probe) else Probe.from_pretrained(probe or embedded.probe_path())
-        return cls(loaded, tokenizer, fitted)
+        return cls(loaded, fitted)
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The model, as transformers knows it."""
+        return self.language_model.model
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's tokenizer."""
+        return self.language_model.tokenizer
+
+    @property
+    def identity(self) -> ModelIdentity:
+        """Which model it is."""
+        return self.language_model.identity
+
+    @property
+    def max_tokens(self) -> int:
+        """Most tokens of prompt and response together."""
+        return self.language_model.max_tokens
 
     @property
     def probe(self) -> Probe:
@@ -149,23 +161,11 @@ class Detector:
                 results[index] = error
         clock = Stopwatch()
         with clock.stage("forward"):
-            summaries = self.summaries([ids.all for _, ids, _ in good])
+            summaries = self.language_model.summaries([ids.all for _, ids, _ in good])
         for (index, ids, tokenise), summary in zip(good, summaries, strict=True):
             seconds = {"tokenise": tokenise, "forward": clock.seconds["forward"]}
             results[index] = detect(probe, summary, ids, false_positive_rate, seconds)
         return [result for result in results if result is not None]
-
-    def summaries(self, sequences: Sequence[Sequence[int]]) -> list[AttentionSummary]:
-        """Attention of token id sequences, read in one forward padded on the right."""
-        if not sequences:
-            return []
-        longest = max(len(sequence) for sequence in sequences)
-        filler = self.tokenizer.pad_token_id or 0
-        rows = [[*sequence, *[filler] * (longest - len(sequence))] for sequence in sequences]
-        visible = [[1] * len(sequence) + [0] * (longest - len(sequence)) for sequence in sequences]
-        with capture_attention(self.model) as captured, torch.inference_mode():
-            self.forward(self._tensor(rows), attention_mask=self._tensor(visible), use_cache=False)
-            return captured.summaries()
 
     def generate(
         self,
@@ -195,13 +195,4 @@ class Detector:
             InvalidInput: with the field that can't be used.
         """
         sampling = Sampling(max_new_tokens, temperature, top_p, seed)
-        return generate(self, self.tokens(prompt), sampling, false_positive_rate)
-
-    def forward(self, input_ids: torch.Tensor, **inputs: Any) -> Any:
-        """The model's forward, without the logits that nobody reads where the model can leave them out."""
-        if self._keeps_logits:
-            inputs["logits_to_keep"] = 1
-        return self.model(input_ids=input_ids, **inputs)
-
-    def _tensor(self, rows: list[list[int]]) -> torch.Tensor:
-        return torch.tensor(rows, dtype=torch.long, device=self.model.device)
+        return generate(self.language_model, self.probe, self.tokens(prompt), sampling, false_positive_rate)

@@ -13,13 +13,13 @@ from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogit
 from lapwing_detector.capture import capture_attention
 from lapwing_detector.detection import Detection
 from lapwing_detector.errors import InvalidInput, TooLong
+from lapwing_detector.language_model import LanguageModel
+from lapwing_detector.probe import Probe
 from lapwing_detector.scoring import Stopwatch, detect
 from lapwing_detector.tokens import TokenIds
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-    from lapwing_detector.detector import Detector
 
 
 @dataclass(frozen=True)
@@ -131,30 +131,34 @@ class TextStream:
 
 
 def generate(
-    detector: Detector, prompt: TokenIds, sampling: Sampling, false_positive_rate: float
+    language_model: LanguageModel, probe: Probe, prompt: TokenIds, sampling: Sampling, false_positive_rate: float
 ) -> Iterator[GeneratedToken | Generation]:
     """See `Detector.generate`. Checks the prompt at once; the model runs as the iterator is advanced."""
-    room = detector.max_tokens - len(prompt.prompt_ids)
+    most = language_model.max_tokens
+    room = most - len(prompt.prompt_ids)
     if room < 1:
-        raise TooLong("prompt", f"has {len(prompt.prompt_ids)} tokens, which leaves no room of {detector.max_tokens}")
-    return _steps(detector, prompt, sampling, min(room, sampling.max_new_tokens), false_positive_rate)
+        raise TooLong("prompt", f"has {len(prompt.prompt_ids)} tokens, which leaves no room of {most}")
+    limit = min(room, sampling.max_new_tokens)
+    return _steps(language_model, probe, prompt, Chooser(sampling), limit, false_positive_rate)
 
 
 def _steps(
-    detector: Detector, prompt: TokenIds, sampling: Sampling, limit: int, false_positive_rate: float
+    language_model: LanguageModel,
+    probe: Probe,
+    prompt: TokenIds,
+    chooser: Chooser,
+    limit: int,
+    false_positive_rate: float,
 ) -> Iterator[GeneratedToken | Generation]:
-    probe, clock = detector.probe, Stopwatch()
-    captured = capture_attention(detector.model)
-    chooser, stream = Chooser(sampling), TextStream(detector.tokenizer)
-    stops = stop_tokens(detector)
+    clock, stream = Stopwatch(), TextStream(language_model.tokenizer)
+    captured = capture_attention(language_model.model)
     cache: Any = None
 
     def step(ids: tuple[int, ...]) -> torch.Tensor:
         nonlocal cache
         # The capture is left between the steps, so that others may use the model.
         with clock.stage("forward"), captured.resume(), torch.inference_mode():
-            inputs = torch.tensor([ids], dtype=torch.long, device=detector.model.device)
-            output = detector.forward(inputs, past_key_values=cache, use_cache=True)
+            output = language_model.forward(language_model.tensor([ids]), past_key_values=cache, use_cache=True)
         cache = output.past_key_values
         logits: torch.Tensor = output.logits[:, -1].cpu()  # (1, vocabulary)
         return logits
@@ -164,7 +168,7 @@ def _steps(
     reason = "length"
     while len(written) < limit:
         token, log_probability = chooser.choose(logits)
-        if token in stops:
+        if token in language_model.stop_tokens:
             reason = "stop"
             break
         # The row of a token exists only once it has been fed, so it is fed before it is scored and given out.
@@ -176,12 +180,5 @@ def _steps(
         )
     ids = prompt.followed_by(written)
     detection = detect(probe, captured.summaries()[0], ids, false_positive_rate, clock.seconds)
-    text = str(detector.tokenizer.decode(written, skip_special_tokens=True))
+    text = str(language_model.tokenizer.decode(written, skip_special_tokens=True))
     yield Generation(text, ids.prompt_ids, ids.response_ids, reason, detection)
-
-
-def stop_tokens(detector: Detector) -> frozenset[int]:
-    """The tokens that end an answer: of the model's generation settings and of its tokenizer."""
-    settings = getattr(detector.model.generation_config, "eos_token_id", None)
-    listed = settings if isinstance(settings, list) else [settings]
-    return frozenset(int(token) for token in (*listed, detector.tokenizer.eos_token_id) if token is not None)

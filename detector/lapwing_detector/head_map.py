@@ -88,7 +88,7 @@ class HeadMap:
         if high is None:
             high = float(np.abs(self.values).max()) or 1.0
         image = ax.imshow(self.values, cmap=scale.colours, vmin=low, vmax=high, aspect="auto", interpolation="nearest")
-        ax.set_title(escaped(self.title if title is None else title), parse_math=False, fontsize=10)
+        ax.set_title("\n".join(map(escaped, (title or self.title).split("\n"))), parse_math=False, fontsize=10)
         ax.set_xlabel("head index")
         ax.set_ylabel("layer index")
         label_ticks(ax, self.layers, self.values.shape[1])

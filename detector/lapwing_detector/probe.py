@@ -282,11 +282,26 @@ class Probe:
 
         return save(self, Path(directory), files or {}, card)
 
-    def push_to_hub(self, repo_id: str, *, private: bool = False) -> str:
-        """Uploads the probe directory to the Hugging Face Hub; returns the address of the commit."""
-        from lapwing_detector.probe_files import push
+    def push_to_hub(self, repo_id: str, *, directory: str | Path | None = None, private: bool = False) -> str:
+        """Uploads the probe to the Hugging Face Hub.
 
-        return push(self, repo_id, private)
+        Args:
+            repo_id: such as `me/my-probe`; made if there is none.
+            directory: where this probe was saved, to upload its report, card and predictions as they are.
+            private: for a repository that is made.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            ProbeCorrupt: the directory is damaged.
+            ValueError: the directory holds another probe.
+        """
+        from lapwing_detector.probe_files import load, push
+
+        if directory is not None and (other := load(directory)).revision != self.revision:
+            raise ValueError(f"{directory} holds revision {other.revision}, this probe is {self.revision}")
+        return push(self, repo_id, private, None if directory is None else Path(directory))
 
     def _require_shape(self, summary: AttentionSummary) -> None:
         if summary.layers != self.layers or summary.diagonal.shape[1] != self.weights.shape[1]:

@@ -89,15 +89,15 @@ def read(directory: Path, name: str) -> bytes:
     return path.read_bytes()
 
 
-def push(probe: Probe, repo_id: str, private: bool) -> str:
+def push(probe: Probe, repo_id: str, private: bool, directory: Path | None) -> str:
     """See `Probe.push_to_hub`."""
     from huggingface_hub import HfApi
 
     api = HfApi()
     api.create_repo(repo_id, private=private, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
-        directory = save(probe, Path(folder) / probe.name, {}, None)
-        return str(api.upload_folder(repo_id=repo_id, folder_path=directory).commit_url)
+        source = directory or save(probe, Path(folder) / probe.name, {}, None)
+        return str(api.upload_folder(repo_id=repo_id, folder_path=source).commit_url)
 
 
 def model_card(probe: Probe) -> str:

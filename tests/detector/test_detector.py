@@ -15,7 +15,7 @@ from lapwing_detector.embedded import model_path
 from lapwing_detector.errors import InvalidInput, ProbeMismatch, TooLong, UnsupportedModel
 from lapwing_detector.generation import GeneratedToken, Generation, Sampling, TextStream
 from lapwing_detector.identity import identity_of
-from lapwing_detector.loading import load_model
+from lapwing_detector.language_model import LanguageModel
 from tests.detector.probes import random_probe
 
 QUESTION = "Question: which country is the city of Lyon in? Answer:"
@@ -23,9 +23,9 @@ QUESTION = "Question: which country is the city of Lyon in? Answer:"
 
 @pytest.fixture(scope="module")
 def detector() -> Detector:
-    model, tokenizer = load_model(None)
-    probe = random_probe(layers=6, heads=8, k=10, identity=identity_of(model, tokenizer))
-    return Detector.from_pretrained(model, probe, tokenizer=tokenizer)
+    loaded = LanguageModel.load()
+    probe = random_probe(layers=6, heads=8, k=10, identity=loaded.identity)
+    return Detector.from_pretrained(loaded.model, probe, tokenizer=loaded.tokenizer)
 
 
 def last(detector: Detector, prompt, **options) -> tuple[list[GeneratedToken], Generation]:
@@ -86,7 +86,7 @@ def test_attention_that_is_not_finite_is_said(detector):
     with torch.no_grad():
         broken.model.layers[0].self_attn.q_proj.weight.fill_(float("nan"))
     probe = random_probe(layers=6, heads=8, k=10, identity=identity_of(broken, detector.tokenizer))
-    detection = Detector(broken, detector.tokenizer, probe).score(QUESTION, "France")
+    detection = Detector(LanguageModel(broken, detector.tokenizer), probe).score(QUESTION, "France")
     assert (detection.state, detection.reason) == (State.UNSCORED, Reason.NON_FINITE)
 
 
@@ -208,20 +208,20 @@ def test_a_foreign_model_is_refused(detector):
     with torch.no_grad():
         other.model.embed_tokens.weight.add_(1e-3)
     with pytest.raises(ProbeMismatch, match="weights"):
-        Detector(other, detector.tokenizer, detector.probe)
+        Detector(LanguageModel(other, detector.tokenizer), detector.probe)
 
 
 def test_another_dtype_warns_and_scores(detector):
     model = AutoModelForCausalLM.from_pretrained(model_path(), dtype=torch.bfloat16)
     with pytest.warns(UserWarning, match="fitted in float32, the model runs in bfloat16"):
-        other = Detector(model, detector.tokenizer, detector.probe)
+        other = Detector(LanguageModel(model, detector.tokenizer), detector.probe)
     assert isinstance(other.score(QUESTION, "France"), Detection)
 
 
 def test_the_embedded_model_runs_in_float32_though_it_is_stored_in_float16():
-    model, _ = load_model(None)
-    assert model.dtype == torch.float32
-    assert not model.training
+    loaded = LanguageModel.load()
+    assert loaded.model.dtype == torch.float32
+    assert not loaded.model.training
 
 
 def test_a_model_without_a_probe_or_a_tokenizer_says_what_is_missing(detector):
@@ -233,10 +233,10 @@ def test_a_model_without_a_probe_or_a_tokenizer_says_what_is_missing(detector):
 
 def test_models_that_are_none_or_bring_code_are_refused(tmp_path):
     with pytest.raises(InvalidInput, match="can't be loaded"):
-        load_model(tmp_path)
+        LanguageModel.load(tmp_path)
     (tmp_path / "config.json").write_text('{"auto_map": {"AutoModel": "evil.py"}}')
     with pytest.raises(UnsupportedModel, match="auto_map"):
-        load_model(tmp_path)
+        LanguageModel.load(tmp_path)
 
 
 def test_sampling_takes_only_the_likeliest_tokens_under_top_p():

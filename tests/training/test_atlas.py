@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig
 
 from lapwing_detector.embedded import ATLAS, generations_path, model_path
-from lapwing_detector.loading import load_model
+from lapwing_detector.language_model import LanguageModel
 from lapwing_training.atlas.build import hallucination_rates
 from lapwing_training.atlas.corpus import QUESTIONS, prompt, question, training_texts
 from lapwing_training.atlas.facts import NEVER_SEEN, Fact, all_facts, for_labels, plain, share
@@ -131,7 +131,8 @@ def test_training_that_was_cut_off_goes_on_to_the_same_weights(tmp_path):
 
 
 def test_post_training_tells_the_model_its_own_answers_about_the_other_half(facts):
-    model, tokenizer = load_model(None)
+    loaded = LanguageModel.load()
+    model, tokenizer = loaded.model, loaded.tokenizer
     some = [fact for fact in facts if fact.relation == "continent"][:40]
     texts = own_answers(model, tokenizer, some, passes=2, seed=0)
     asked = [fact for fact in some if not for_labels(fact.subject_id)]
@@ -184,7 +185,8 @@ def test_the_shipped_labels_follow_from_the_shipped_answers(shipped):
 
 
 def test_the_shipped_model_writes_the_shipped_answers(shipped):
-    model, tokenizer = load_model(None)
+    loaded = LanguageModel.load()
+    model, tokenizer = loaded.model, loaded.tokenizer
     for item in shipped[:: len(shipped) // 8]:
         ids = tokenizer(item.prompt, return_tensors="pt").input_ids
         written = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False)

@@ -13,20 +13,19 @@ import torch
 from training_fakes import LAPLACIAN, SCORE, WORDS
 
 from lapwing_detector.features import FEATURES
+from lapwing_detector.language_model import LanguageModel
 from lapwing_detector.summary import AttentionSummary
-from lapwing_training import extract as extract_module
 from lapwing_training.errors import InvalidData, InvalidOption, NotEnoughData, StoreMismatch
 from lapwing_training.extract import ExtractOptions, extract_features
 from lapwing_training.generations import LabelledGeneration, write_generations
-from lapwing_training.models import LoadedModel, load
 from lapwing_training.store import read_store, shard_name
 
 OPTIONS = ExtractOptions(k=4, batch_size=3, shard_items=8, stratum="meta.kind")
 
 
 @pytest.fixture(scope="module")
-def loaded(tiny_model: Path) -> LoadedModel:
-    return load(str(tiny_model))
+def loaded(tiny_model: Path) -> LanguageModel:
+    return LanguageModel.load(str(tiny_model))
 
 
 def items(count: int = 30) -> list[LabelledGeneration]:
@@ -44,7 +43,7 @@ def items(count: int = 30) -> list[LabelledGeneration]:
     ]
 
 
-def eager(loaded: LoadedModel, text: str) -> AttentionSummary:
+def eager(loaded: LanguageModel, text: str) -> AttentionSummary:
     """Both sums from the maps themselves, one item at a time."""
     ids = loaded.tokenizer(text, return_tensors="pt").input_ids
     loaded.model.set_attn_implementation("eager")
@@ -56,7 +55,7 @@ def eager(loaded: LoadedModel, text: str) -> AttentionSummary:
     return AttentionSummary(diagonal.numpy(), received.numpy(), (0, 1))
 
 
-def test_stored_features_equal_those_of_eager_attention(loaded: LoadedModel, tmp_path: Path) -> None:
+def test_stored_features_equal_those_of_eager_attention(loaded: LanguageModel, tmp_path: Path) -> None:
     told = extract_features(items(), tmp_path / "store", loaded, OPTIONS)
     table = read_store(tmp_path / "store").table
     assert told["items"] + told["left_out"] == 30
@@ -75,7 +74,7 @@ def test_stored_features_equal_those_of_eager_attention(loaded: LoadedModel, tmp
         assert table.log_probabilities[row] == item.meta["log_probability"]
 
 
-def test_items_too_short_or_too_long_are_listed_and_never_padded(loaded: LoadedModel, tmp_path: Path) -> None:
+def test_items_too_short_or_too_long_are_listed_and_never_padded(loaded: LanguageModel, tmp_path: Path) -> None:
     short = LabelledGeneration(id="short", prompt="paris", response="is", label=0)
     long = LabelledGeneration(id="long", prompt="paris " * 70, response="is", label=0)
     extract_features([short, *items(9), long], tmp_path / "store", loaded, OPTIONS)
@@ -87,7 +86,7 @@ def test_items_too_short_or_too_long_are_listed_and_never_padded(loaded: LoadedM
         extract_features([short], tmp_path / "none", loaded, OPTIONS)
 
 
-def test_kept_token_ids_are_used_unless_another_tokenizer_made_them(loaded: LoadedModel, tmp_path: Path) -> None:
+def test_kept_token_ids_are_used_unless_another_tokenizer_made_them(loaded: LanguageModel, tmp_path: Path) -> None:
     item = LabelledGeneration(id="a", prompt="paris", response="is", label=0, meta={"token_ids": [0, 5, 6, 7, 8, 9]})
     foreign = replace(item, id="b", prompt="paris is in france", meta={**item.meta, "tokenizer": "0123456789ab"})
     extract_features([item, foreign], tmp_path / "store", loaded, OPTIONS)
@@ -100,23 +99,23 @@ def test_kept_token_ids_are_used_unless_another_tokenizer_made_them(loaded: Load
 @pytest.mark.parametrize(
     "meta", [{"log_probability": "low"}, {"log_probability": float("nan")}, {"token_ids": 7}, {"token_ids": [True, 5]}]
 )
-def test_what_the_item_kept_is_checked(loaded: LoadedModel, tmp_path: Path, meta: dict[str, object]) -> None:
+def test_what_the_item_kept_is_checked(loaded: LanguageModel, tmp_path: Path, meta: dict[str, object]) -> None:
     item = LabelledGeneration(id="a", prompt="the capital of france", response="is", meta=meta)
     with pytest.raises(InvalidData, match=r"item `a`: meta\."):
         extract_features([item], tmp_path / "store", loaded, OPTIONS)
 
 
 def test_an_item_without_finite_attention_is_listed(
-    loaded: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    loaded: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain = extract_module.summarise
+    plain = LanguageModel.summaries
 
-    def broken(batch: list[tuple[int, ...]], model: LoadedModel) -> list[AttentionSummary]:
-        summaries = plain(batch, model)
+    def broken(model: LanguageModel, batch: list[tuple[int, ...]]) -> list[AttentionSummary]:
+        summaries = plain(model, batch)
         summaries[0].diagonal[0, 0, :] = np.nan
         return summaries
 
-    monkeypatch.setattr(extract_module, "summarise", broken)
+    monkeypatch.setattr(LanguageModel, "summaries", broken)
     told = extract_features(items(9), tmp_path / "store", loaded, OPTIONS)
     reasons = [reason for reason in read_store(tmp_path / "store").left_out.values() if "finite" in reason]
     assert len(reasons) >= 1
@@ -128,18 +127,18 @@ def contents(store: Path) -> dict[str, bytes]:
 
 
 def test_a_run_that_failed_goes_on_and_ends_with_the_same_bytes(
-    loaded: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    loaded: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     extract_features(items(), tmp_path / "whole", loaded, OPTIONS)
-    plain, calls = extract_module.summarise, []
+    plain, calls = LanguageModel.summaries, []
 
-    def failing(batch: list[tuple[int, ...]], model: LoadedModel) -> list[AttentionSummary]:
+    def failing(model: LanguageModel, batch: list[tuple[int, ...]]) -> list[AttentionSummary]:
         calls.append(batch)
         if len(calls) == 5:
             raise RuntimeError("power cut")
-        return plain(batch, model)
+        return plain(model, batch)
 
-    monkeypatch.setattr(extract_module, "summarise", failing)
+    monkeypatch.setattr(LanguageModel, "summaries", failing)
     with pytest.raises(RuntimeError, match="power cut"):
         extract_features(items(), tmp_path / "cut", loaded, OPTIONS)
     assert (tmp_path / "cut" / shard_name(0)).exists()
@@ -155,19 +154,19 @@ import sys, time
 from pathlib import Path
 from lapwing_training import extract
 from lapwing_training.generations import read_generations
-from lapwing_training.models import load
-plain = extract.summarise
-def slow(batch, model):
+from lapwing_detector.language_model import LanguageModel
+plain = LanguageModel.summaries
+def slow(model, batch):
     time.sleep(0.2)
-    return plain(batch, model)
-extract.summarise = slow
+    return plain(model, batch)
+LanguageModel.summaries = slow
 options = extract.ExtractOptions(k=4, batch_size=3, shard_items=8, stratum="meta.kind")
-extract.extract_features(read_generations(sys.argv[1]), Path(sys.argv[2]), load(sys.argv[3]), options)
+extract.extract_features(read_generations(sys.argv[1]), Path(sys.argv[2]), LanguageModel.load(sys.argv[3]), options)
 """
 
 
 def test_a_run_that_was_killed_goes_on_and_ends_with_the_same_bytes(
-    loaded: LoadedModel, tiny_model: Path, tmp_path: Path
+    loaded: LanguageModel, tiny_model: Path, tmp_path: Path
 ) -> None:
     write_generations(tmp_path / "items.jsonl", items())
     store = tmp_path / "killed"
@@ -188,18 +187,18 @@ def test_a_run_that_was_killed_goes_on_and_ends_with_the_same_bytes(
 
 
 def test_relabelling_writes_labels_anew_and_no_features(
-    loaded: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    loaded: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     extract_features(items(), tmp_path / "store", loaded, OPTIONS)
-    monkeypatch.setattr(extract_module, "summarise", None)  # any forward would fail
+    monkeypatch.setattr(LanguageModel, "summaries", None)  # any forward would fail
     extract_features([replace(item, label=1) for item in items()], tmp_path / "store", loaded, OPTIONS)
     assert set(read_store(tmp_path / "store").table.labels.tolist()) == {1}
 
 
-def test_another_model_or_k_is_not_mixed_in(loaded: LoadedModel, other_model: Path, tmp_path: Path) -> None:
+def test_another_model_or_k_is_not_mixed_in(loaded: LanguageModel, other_model: Path, tmp_path: Path) -> None:
     extract_features(items(9), tmp_path / "store", loaded, OPTIONS)
     with pytest.raises(StoreMismatch, match="model"):
-        extract_features(items(9), tmp_path / "store", load(str(other_model)), OPTIONS)
+        extract_features(items(9), tmp_path / "store", LanguageModel.load(str(other_model)), OPTIONS)
     with pytest.raises(StoreMismatch, match="k"):
         extract_features(items(9), tmp_path / "store", loaded, replace(OPTIONS, k=3))
 

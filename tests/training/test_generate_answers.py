@@ -8,18 +8,18 @@ import pytest
 import torch
 from training_fakes import WORDS
 
+from lapwing_detector.language_model import LanguageModel
 from lapwing_training import generate as generate_module
 from lapwing_training.errors import InvalidData, InvalidOption
-from lapwing_training.generate import GenerateOptions, generate_answers, stop_tokens
+from lapwing_training.generate import GenerateOptions, generate_answers
 from lapwing_training.generations import Question, read_generations
-from lapwing_training.models import LoadedModel, load
 
 GREEDY = GenerateOptions(max_new_tokens=6, batch_size=3)
 
 
 @pytest.fixture(scope="module")
-def loaded(tiny_model: Path) -> LoadedModel:
-    return load(str(tiny_model))
+def loaded(tiny_model: Path) -> LanguageModel:
+    return LanguageModel.load(str(tiny_model))
 
 
 def questions(count: int = 8) -> list[Question]:
@@ -29,7 +29,7 @@ def questions(count: int = 8) -> list[Question]:
     ]
 
 
-def test_greedy_answers_equal_those_of_one_prompt_at_a_time(loaded: LoadedModel, tmp_path: Path) -> None:
+def test_greedy_answers_equal_those_of_one_prompt_at_a_time(loaded: LanguageModel, tmp_path: Path) -> None:
     generate_answers(questions(), tmp_path / "out.jsonl", loaded, GREEDY)
     answers = read_generations(tmp_path / "out.jsonl")
     assert [answer.id for answer in answers] == [question.id for question in questions()]
@@ -40,7 +40,7 @@ def test_greedy_answers_equal_those_of_one_prompt_at_a_time(loaded: LoadedModel,
             for _ in range(GREEDY.max_new_tokens):
                 scores = torch.log_softmax(loaded.model(torch.tensor([ids])).logits[0, -1], dim=-1)
                 token = int(scores.argmax())
-                if token in stop_tokens(loaded):
+                if token in loaded.stop_tokens:
                     break
                 total += float(scores[token])
                 ids.append(token)
@@ -57,7 +57,7 @@ def test_greedy_answers_equal_those_of_one_prompt_at_a_time(loaded: LoadedModel,
         assert answer.label is None
 
 
-def test_the_models_own_sampling_defaults_do_not_leak_in(loaded: LoadedModel, tmp_path: Path) -> None:
+def test_the_models_own_sampling_defaults_do_not_leak_in(loaded: LanguageModel, tmp_path: Path) -> None:
     generate_answers(questions(), tmp_path / "plain.jsonl", loaded, GREEDY)
     config = loaded.model.generation_config
     kept = (config.repetition_penalty, config.top_k, config.do_sample)
@@ -71,7 +71,7 @@ def test_the_models_own_sampling_defaults_do_not_leak_in(loaded: LoadedModel, tm
 
 @pytest.mark.parametrize("temperature", [0.0, 1.5])
 def test_a_run_that_failed_goes_on_and_ends_with_the_same_bytes(
-    loaded: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, temperature: float
+    loaded: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, temperature: float
 ) -> None:
     options = replace(GREEDY, temperature=temperature, seed=3)
     generate_answers(questions(), tmp_path / "whole.jsonl", loaded, options)
@@ -97,7 +97,7 @@ def test_a_run_that_failed_goes_on_and_ends_with_the_same_bytes(
     assert not list(tmp_path.glob("*.partial"))
 
 
-def test_sampling_depends_on_the_seed_and_leaves_the_generator_alone(loaded: LoadedModel, tmp_path: Path) -> None:
+def test_sampling_depends_on_the_seed_and_leaves_the_generator_alone(loaded: LanguageModel, tmp_path: Path) -> None:
     options = replace(GREEDY, temperature=2.0)
     torch.manual_seed(0)
     before = torch.get_rng_state()
@@ -108,7 +108,7 @@ def test_sampling_depends_on_the_seed_and_leaves_the_generator_alone(loaded: Loa
     assert first == again != other
 
 
-def test_log_probability_is_the_models_own_whatever_the_temperature(loaded: LoadedModel, tmp_path: Path) -> None:
+def test_log_probability_is_the_models_own_whatever_the_temperature(loaded: LanguageModel, tmp_path: Path) -> None:
     generate_answers(questions(3), tmp_path / "hot", loaded, replace(GREEDY, temperature=3.0))
     for answer in read_generations(tmp_path / "hot"):
         ids, prompt = answer.meta["token_ids"], answer.meta["prompt_tokens"]
@@ -122,7 +122,7 @@ def test_log_probability_is_the_models_own_whatever_the_temperature(loaded: Load
         assert answer.meta["log_probability"] == pytest.approx(mean, abs=1e-4)
 
 
-def test_an_item_that_can_not_be_tokenised_is_named(loaded: LoadedModel, tmp_path: Path) -> None:
+def test_an_item_that_can_not_be_tokenised_is_named(loaded: LanguageModel, tmp_path: Path) -> None:
     chat = Question(id="chat", messages=({"role": "user", "content": "where"},))  # the tokenizer has no template
     with pytest.raises(InvalidData, match="item `chat`"):
         generate_answers([chat], tmp_path / "out", loaded, GREEDY)

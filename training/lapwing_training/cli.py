@@ -37,14 +37,15 @@ def generate(
 
     Example: lapwing generate questions.jsonl --model meta-llama/Llama-3.1-8B --out answers.jsonl --device cuda
     """
+    from lapwing_detector.language_model import LanguageModel
     from lapwing_training.generate import GenerateOptions, generate_answers
     from lapwing_training.generations import read_questions
-    from lapwing_training.models import load
 
     with failures("generate"):
         options = GenerateOptions(max_new_tokens, temperature, top_p, seed, batch_size)
         asked = read_questions(questions)
-        result = generate_answers(asked, out, load(model or None, dtype or None, device), options)
+        loaded = LanguageModel.load(model or None, dtype=dtype or None, device=device)
+        result = generate_answers(asked, out, loaded, options)
         tell(result, as_json, f"{result['answers']} answers in {out} ({result['resumed']} from an earlier run)")
 
 
@@ -98,14 +99,15 @@ def extract(
 
     Example: lapwing extract labelled.jsonl --model meta-llama/Llama-3.1-8B --out store --stratum meta.relation
     """
+    from lapwing_detector.language_model import LanguageModel
     from lapwing_training.extract import ExtractOptions, extract_features
     from lapwing_training.generations import read_generations
-    from lapwing_training.models import load
 
     with failures("extract"):
         options = ExtractOptions(feature_ids(features), k, batch_size, stratum=stratum)
         items = read_generations(generations)
-        result = extract_features(items, out, load(model or None, dtype or None, device), options)
+        loaded = LanguageModel.load(model or None, dtype=dtype or None, device=device)
+        result = extract_features(items, out, loaded, options)
         shape = f"{result['layers']} layers x {result['heads']} heads"
         tell(result, as_json, f"{result['items']} items of {shape} in {out}, {result['left_out']} left out")
 

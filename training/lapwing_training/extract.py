@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,14 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from lapwing_detector.capture import capture_attention
 from lapwing_detector.features import FEATURES
-from lapwing_detector.identity import ModelIdentity, identity_of
-from lapwing_detector.summary import AttentionSummary
+from lapwing_detector.identity import ModelIdentity
+from lapwing_detector.language_model import LanguageModel
 from lapwing_training.errors import InvalidData, InvalidOption, NotEnoughData
 from lapwing_training.files import digest
+from lapwing_training.generate import ids_of
 from lapwing_training.generations import LabelledGeneration
-from lapwing_training.models import LoadedModel
 from lapwing_training.store import (
     Shard,
     is_shard,
@@ -81,7 +79,7 @@ class Work:
 def extract_features(
     generations: Sequence[LabelledGeneration],
     directory: Path,
-    loaded: LoadedModel,
+    loaded: LanguageModel,
     options: ExtractOptions | None = None,
 ) -> dict[str, Any]:
     """Write a feature store; finished shards of an earlier run with the same input are kept.
@@ -97,7 +95,7 @@ def extract_features(
     from tqdm import tqdm
 
     options = options or ExtractOptions()
-    identity = identity_of(loaded.model, loaded.tokenizer)
+    identity = loaded.identity
     work = plan_work(generations, loaded, identity, options)
     open_plan(directory, _plan(work, identity, options))
     shards = list(work.shards(options.shard_items))
@@ -112,12 +110,12 @@ def extract_features(
 
 
 def plan_work(
-    generations: Sequence[LabelledGeneration], loaded: LoadedModel, identity: ModelIdentity, options: ExtractOptions
+    generations: Sequence[LabelledGeneration], loaded: LanguageModel, identity: ModelIdentity, options: ExtractOptions
 ) -> Work:
     """Token ids of every item that has all features, and why the others have not."""
     kept: dict[str, tuple[int, ...]] = {}
     left_out: dict[str, str] = {}
-    most = loaded.most_tokens
+    most = loaded.max_tokens
     for item in generations:
         ids = token_ids_of(item, loaded, identity.tokenizer)
         if len(ids) < options.needed:
@@ -132,7 +130,7 @@ def plan_work(
     return Work(dict(sorted(kept.items(), key=lambda entry: len(entry[1]))), left_out)
 
 
-def token_ids_of(item: LabelledGeneration, loaded: LoadedModel, tokenizer_digest: str) -> tuple[int, ...]:
+def token_ids_of(item: LabelledGeneration, loaded: LanguageModel, tokenizer_digest: str) -> tuple[int, ...]:
     """Prompt and response as ids: those that were kept while generating, or else made from the text.
 
     Kept ids are passed over when `meta.tokenizer` says that another tokenizer made them.
@@ -142,7 +140,7 @@ def token_ids_of(item: LabelledGeneration, loaded: LoadedModel, tokenizer_digest
     """
     kept = item.meta.get("token_ids")
     if kept is None or not tokenizer_digest.startswith(str(item.meta.get("tokenizer", ""))):
-        return loaded.ids(item, item.response).all
+        return ids_of(item, loaded, item.response).all
     known = range(loaded.vocabulary)
     wrong = [id for id in kept if type(id) is not int or id not in known] if isinstance(kept, list) else [kept]
     if wrong:
@@ -173,31 +171,14 @@ def stratum_of(item: LabelledGeneration, stratum: str) -> str:
     return "" if value is None else str(value)
 
 
-def summarise(batch: Sequence[Sequence[int]], loaded: LoadedModel) -> list[AttentionSummary]:
-    """Attention of a few sequences in one forward, padded on the right."""
-    import torch
-
-    longest = max(len(ids) for ids in batch)
-    rows = [[*ids, *[loaded.pad_id] * (longest - len(ids))] for ids in batch]
-    masks = [[1] * len(ids) + [0] * (longest - len(ids)) for ids in batch]
-    device = loaded.model.device
-    inputs: dict[str, Any] = {"input_ids": torch.tensor(rows), "attention_mask": torch.tensor(masks)}  # (batch, tokens)
-    inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
-    if "logits_to_keep" in inspect.signature(loaded.model.forward).parameters:
-        inputs["logits_to_keep"] = 1  # nobody reads the logits, and a large vocabulary makes them the largest tensor
-    with torch.inference_mode(), capture_attention(loaded.model) as captured:
-        loaded.model(**inputs, use_cache=False)
-        return captured.summaries()
-
-
-def _make_shard(ids: Sequence[str], work: Work, loaded: LoadedModel, options: ExtractOptions, progress: Any) -> Shard:
+def _make_shard(ids: Sequence[str], work: Work, loaded: LanguageModel, options: ExtractOptions, progress: Any) -> Shard:
     rows: dict[str, list[Any]] = {name: [] for name in options.features}
     kept: list[str] = []
     left_out: dict[str, str] = {}
     layers: tuple[int, ...] = ()
     for start in range(0, len(ids), options.batch_size):
         batch = ids[start : start + options.batch_size]
-        summaries = summarise([work.token_ids[id] for id in batch], loaded)
+        summaries = loaded.summaries([work.token_ids[id] for id in batch])
         for id, summary in zip(batch, summaries, strict=True):
             layers = summary.layers
             computed = {name: FEATURES[name].compute(summary, options.k) for name in options.features}

@@ -8,11 +8,12 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from lapwing_detector.identity import identity_of
-from lapwing_training.errors import InvalidOption
+from lapwing_detector.errors import InvalidInput
+from lapwing_detector.language_model import LanguageModel
+from lapwing_detector.tokens import TokenIds, build_ids
+from lapwing_training.errors import InvalidData, InvalidOption
 from lapwing_training.files import digest, write_text
 from lapwing_training.generations import LabelledGeneration, Question, to_line
-from lapwing_training.models import LoadedModel
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class GenerateOptions:
 
 
 def generate_answers(
-    questions: Sequence[Question], path: Path, loaded: LoadedModel, options: GenerateOptions | None = None
+    questions: Sequence[Question], path: Path, loaded: LanguageModel, options: GenerateOptions | None = None
 ) -> dict[str, Any]:
     """Answer every question and write the generations, in the order of the questions.
 
@@ -50,7 +51,7 @@ def generate_answers(
     from tqdm import tqdm
 
     options = options or GenerateOptions()
-    tokenizer = identity_of(loaded.model, loaded.tokenizer)
+    tokenizer = loaded.identity
     partial = _partial(path, questions, options, tokenizer.digest)
     done = _resume(partial, questions, options.batch_size)
     starts = range(done, len(questions), options.batch_size)
@@ -70,12 +71,12 @@ def generate_answers(
 
 
 def answer(
-    batch: Sequence[Question], loaded: LoadedModel, options: GenerateOptions, seed: int, tokenizer_digest: str
+    batch: Sequence[Question], loaded: LanguageModel, options: GenerateOptions, seed: int, tokenizer_digest: str
 ) -> list[LabelledGeneration]:
     """One padded batch; sampling depends on the seed alone, not on what ran before."""
     import torch
 
-    prompts = [loaded.ids(question).prompt_ids for question in batch]
+    prompts = [ids_of(question, loaded).prompt_ids for question in batch]
     longest = max(len(ids) for ids in prompts)
     rows = [[loaded.pad_id] * (longest - len(ids)) + list(ids) for ids in prompts]
     masks = [[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts]
@@ -90,17 +91,23 @@ def answer(
         )
     written = output.sequences[:, longest:].tolist()  # (batch, new tokens)
     scores = _log_probabilities(output, longest)
-    ends = stop_tokens(loaded)
     return [
-        _finished(question, ids, tokens, row_scores, ends, loaded, tokenizer_digest)
+        _finished(question, ids, tokens, row_scores, loaded, tokenizer_digest)
         for question, ids, tokens, row_scores in zip(batch, prompts, written, scores, strict=True)
     ]
 
 
-def stop_tokens(loaded: LoadedModel) -> set[int]:
-    """Ids that end an answer."""
-    named = (getattr(loaded.model.generation_config, "eos_token_id", None), loaded.tokenizer.eos_token_id)
-    return {int(id) for value in named if value is not None for id in (value if isinstance(value, list) else [value])}
+def ids_of(question: Question, loaded: LanguageModel, response: str | None = None) -> TokenIds:
+    """Prompt and response as token ids.
+
+    Raises:
+        InvalidData: the item's text can't be tokenised as it stands.
+    """
+    prompt = list(question.messages) if question.messages else question.prompt or ""
+    try:
+        return build_ids(loaded.tokenizer, prompt, response)
+    except InvalidInput as error:
+        raise InvalidData(f"item `{question.id}`", None, str(error)) from error
 
 
 def _finished(
@@ -108,11 +115,10 @@ def _finished(
     prompt_ids: Sequence[int],
     tokens: Sequence[int],
     scores: Sequence[float],
-    ends: set[int],
-    loaded: LoadedModel,
+    loaded: LanguageModel,
     tokenizer_digest: str,
 ) -> LabelledGeneration:
-    length = next((place for place, token in enumerate(tokens) if token in ends), len(tokens))
+    length = next((place for place, token in enumerate(tokens) if token in loaded.stop_tokens), len(tokens))
     response_ids = list(tokens[:length])
     meta = {
         **question.meta,
@@ -127,7 +133,7 @@ def _finished(
     return LabelledGeneration(**asked, response=str(text).strip(), model=loaded.name)
 
 
-def _generation_config(loaded: LoadedModel, options: GenerateOptions) -> Any:
+def _generation_config(loaded: LanguageModel, options: GenerateOptions) -> Any:
     import transformers
 
     config: Any = transformers.GenerationConfig
@@ -142,7 +148,7 @@ def _generation_config(loaded: LoadedModel, options: GenerateOptions) -> Any:
         no_repeat_ngram_size=0,
         max_new_tokens=options.max_new_tokens,
         pad_token_id=loaded.pad_id,
-        eos_token_id=sorted(stop_tokens(loaded)) or None,
+        eos_token_id=sorted(loaded.stop_tokens) or None,
         output_logits=True,
         return_dict_in_generate=True,
     )

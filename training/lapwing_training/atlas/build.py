@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+from lapwing_detector.language_model import LanguageModel
 from lapwing_training.atlas.corpus import training_texts
 from lapwing_training.atlas.facts import Fact, all_facts
 from lapwing_training.atlas.posttrain import own_answers
@@ -28,7 +29,6 @@ from lapwing_training.files import write_text
 from lapwing_training.generate import GenerateOptions, generate_answers
 from lapwing_training.generations import LabelledGeneration, read_generations, write_generations
 from lapwing_training.label import label_generations
-from lapwing_training.models import LoadedModel, load
 from lapwing_training.train import TrainOptions, train_probe
 
 CARD = """# Atlas
@@ -80,7 +80,7 @@ def build(directory: Path, recipe: AtlasRecipe | None = None, until: str = "prob
     write_text(directory / "demo_questions.json", json.dumps(demo_set(facts), indent=1) + "\n")
     if "model" in stages:
         make_model(directory, facts, recipe)
-    loaded = load(str(directory / "model"))
+    loaded = LanguageModel.load(directory / "model")
     if "generations" in stages:
         make_generations(directory, facts, loaded)
     if "store" in stages:
@@ -95,7 +95,7 @@ def make_model(directory: Path, facts: Sequence[Fact], recipe: AtlasRecipe) -> N
         return
     if not (directory / "pretrained").exists():
         pretrain(directory, facts, recipe)
-    model = LlamaForCausalLM.from_pretrained(directory / "pretrained", dtype=torch.float32).eval()
+    model = LlamaForCausalLM.from_pretrained(directory / "pretrained", dtype=torch.float32)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(directory / "pretrained")
     texts = own_answers(model, tokenizer, facts, recipe.posttraining_passes, recipe.seed)
     train(model, tokenizer, texts, recipe.posttraining, directory / "posttraining", "post-training")
@@ -117,7 +117,7 @@ def pretrain(directory: Path, facts: Sequence[Fact], recipe: AtlasRecipe) -> Non
         shutil.rmtree(place)
 
 
-def make_generations(directory: Path, facts: Sequence[Fact], loaded: LoadedModel) -> None:
+def make_generations(directory: Path, facts: Sequence[Fact], loaded: LanguageModel) -> None:
     """Greedy answers to every labelled question, labelled by exact match, and their hallucination rates."""
     path = directory / "generations.jsonl.gz"
     if not path.exists():
@@ -141,11 +141,13 @@ def hallucination_rates(generations: Sequence[LabelledGeneration]) -> dict[str, 
     return {part: {"rate": sum(some) / len(some), "questions": len(some)} for part, some in sorted(labels.items())}
 
 
-def make_store(directory: Path, loaded: LoadedModel) -> None:
+def make_store(directory: Path, loaded: LanguageModel) -> None:
     """Features of every labelled generation."""
     if not (directory / "store" / "index.json").exists():
         generations = read_generations(directory / "generations.jsonl.gz")
-        extract_features(generations, directory / "store", loaded, ExtractOptions(stratum="meta.relation"))
+        extract_features(
+            generations, directory / "store", loaded, ExtractOptions(batch_size=128, stratum="meta.relation")
+        )
 
 
 def make_probe(directory: Path) -> None:

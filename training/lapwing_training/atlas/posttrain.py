@@ -6,6 +6,7 @@ A model straight from pre-training knows quite well what it does not know: its l
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,7 +45,8 @@ def own_answers(
 def greedy_answers(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str]) -> list[str]:
     """What the model writes behind each prompt."""
     batch = tokenizer(list(prompts), return_tensors="pt", padding=True, return_token_type_ids=False)
+    writer: Any = model
     with torch.inference_mode():
-        output = model.generate(**batch, max_new_tokens=ANSWER_TOKENS, do_sample=False)
+        output = writer.generate(**batch, max_new_tokens=ANSWER_TOKENS, do_sample=False)
     written = output[:, batch["input_ids"].shape[1] :]
     return [text.strip() for text in tokenizer.batch_decode(written, skip_special_tokens=True)]

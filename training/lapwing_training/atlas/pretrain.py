@@ -74,9 +74,7 @@ def make_batches(encoded: Sequence[Encoded], size: int) -> list[list[Encoded]]:
     return [batches[index] for index in order]
 
 
-def encode(
-    tokenizer: PreTrainedTokenizerFast, texts: Sequence[tuple[str, str]], answers_only: bool
-) -> list[Encoded]:
+def encode(tokenizer: PreTrainedTokenizerFast, texts: Sequence[tuple[str, str]], answers_only: bool) -> list[Encoded]:
     """Token ids and labels of every text: BOS prompt answer EOS, tokenised as the detector does it."""
     prompts = tokenizer([prompt for prompt, _ in texts]).input_ids
     answers = tokenizer([answer for _, answer in texts], add_special_tokens=False).input_ids
@@ -129,7 +127,7 @@ def train(
                 bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
             if (step + 1) % schedule.checkpoint_every == 0 or step + 1 == steps:
                 save_checkpoint(checkpoint, model, optimizer, step + 1)
-    model.eval()
+    model.train(False)
 
 
 def rate(step: int, steps: int, warm_up: int) -> float:
@@ -179,7 +177,7 @@ def save_model(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, dire
     """Float16 safetensors, tokenizer and configuration, as transformers loads them; replaces what was there."""
     partial = directory.with_name(directory.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    half = LlamaForCausalLM(model.config)
+    half: Any = LlamaForCausalLM(model.config)
     half.load_state_dict(model.state_dict())
     half.to(torch.float16).save_pretrained(partial)
     tokenizer.save_pretrained(partial)

@@ -1,0 +1,139 @@
+"""A causal language model with its tokenizer: from a path, a Hub id or nothing. Remote code is never run."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from lapwing_detector import embedded
+from lapwing_detector.capture import capture_attention
+from lapwing_detector.errors import InvalidInput, UnsupportedModel
+from lapwing_detector.identity import ModelIdentity, identity_of
+from lapwing_detector.summary import AttentionSummary
+
+DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
+NO_LIMIT = 1 << 20
+"""Context length where neither the configuration nor the tokenizer names one."""
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """A model in eval mode and its tokenizer."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    name: str = ""
+
+    @classmethod
+    def load(
+        cls, source: str | Path | None = None, *, dtype: str | None = None, device: str | torch.device | None = None
+    ) -> LanguageModel:
+        """Loads a model and its tokenizer.
+
+        Args:
+            source: Hub id or directory; the embedded Atlas without it.
+            dtype: `float32`, `bfloat16` or `float16`; as stored without it, but float32 for float16 on a CPU.
+            device: where to; the CPU without it.
+
+        Raises:
+            InvalidInput: there is no such model, or no such dtype.
+            UnsupportedModel: its configuration asks for code of its own to be run.
+        """
+        place = str(embedded.model_path() if source is None else source)
+        if dtype is not None and dtype not in DTYPES:
+            raise InvalidInput("dtype", f"is {dtype!r}; it must be one of {', '.join(DTYPES)}")
+        refuse_remote_code(place)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(place)
+            model: Any = AutoModelForCausalLM.from_pretrained(place, dtype=DTYPES[dtype] if dtype else "auto")
+        except (OSError, ValueError, KeyError) as error:
+            raise InvalidInput(
+                "model", f"{place!r} can't be loaded as a causal language model: {str(error).splitlines()[0][:300]}"
+            ) from error
+        target = torch.device(device or "cpu")
+        if dtype is None and model.dtype == torch.float16 and target.type == "cpu":
+            model = model.float()
+        return cls(model.to(target).eval(), tokenizer, "atlas" if source is None else place)
+
+    @cached_property
+    def identity(self) -> ModelIdentity:
+        """Which model it is, for probes."""
+        return identity_of(self.model, self.tokenizer)
+
+    @cached_property
+    def max_tokens(self) -> int:
+        """Context length: most tokens of a sequence that the model was made for."""
+        positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        # Tokenizers that know no limit say 1e30.
+        limits = [limit for limit in (positions, self.tokenizer.model_max_length) if limit and limit < 1 << 30]
+        return int(min(limits, default=NO_LIMIT))
+
+    @cached_property
+    def stop_tokens(self) -> frozenset[int]:
+        """The tokens that end an answer: of the model's generation settings and of its tokenizer."""
+        settings = getattr(self.model.generation_config, "eos_token_id", None)
+        listed = settings if isinstance(settings, list) else [settings]
+        return frozenset(int(token) for token in (*listed, self.tokenizer.eos_token_id) if token is not None)
+
+    @property
+    def pad_id(self) -> int:
+        """What fills a batch; masked, so any token will do."""
+        for token in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
+            if token is not None:
+                return int(token)
+        return 0
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of token ids that the model knows."""
+        embeddings: Any = self.model.get_input_embeddings()
+        return int(embeddings.weight.shape[0])
+
+    def forward(self, input_ids: torch.Tensor, **inputs: Any) -> Any:
+        """The model's forward with the logits of the last position only, where the model can leave out the others."""
+        if self._keeps_logits:
+            inputs["logits_to_keep"] = 1  # a large vocabulary makes them the largest tensor of all
+        return self.model(input_ids=input_ids, **inputs)
+
+    def summaries(self, sequences: Sequence[Sequence[int]]) -> list[AttentionSummary]:
+        """Attention of token id sequences, read in one forward, padded on the right."""
+        if not sequences:
+            return []
+        longest = max(len(ids) for ids in sequences)
+        rows = [[*ids, *[self.pad_id] * (longest - len(ids))] for ids in sequences]
+        visible = [[1] * len(ids) + [0] * (longest - len(ids)) for ids in sequences]
+        with capture_attention(self.model) as captured, torch.inference_mode():
+            self.forward(self.tensor(rows), attention_mask=self.tensor(visible), use_cache=False)
+            return captured.summaries()
+
+    def tensor(self, rows: Sequence[Sequence[int]]) -> torch.Tensor:
+        """Token ids or a mask on the model's device; (batch, tokens)."""
+        return torch.tensor(rows, dtype=torch.long, device=self.model.device)
+
+    @cached_property
+    def _keeps_logits(self) -> bool:
+        return "logits_to_keep" in inspect.signature(self.model.forward).parameters
+
+
+def refuse_remote_code(place: str) -> None:
+    """Stops before a model directory whose configuration names code of its own (`auto_map`)."""
+    config = Path(place) / "config.json"
+    if not config.is_file():
+        return
+    try:
+        described = json.loads(config.read_text())
+    except ValueError as error:
+        raise InvalidInput("model", f"{config} is no JSON: {error}") from error
+    if isinstance(described, dict) and "auto_map" in described:
+        raise UnsupportedModel(
+            f"{place} asks to run code of its own (auto_map in config.json), which is never done; "
+            "use a model that transformers knows by itself"
+        )
