@@ -23,7 +23,6 @@ SUMMARIES = {
     "extract": "Compute the attention features of labelled answers.",
     "train": "Select heads, fit and calibrate a probe.",
     "evaluate": "Measure a probe on held-out answers.",
-    "doctor": "Check an installation.",
 }
 """One line for each verb, here so that the help need not import them. A verb that is not listed shows without one."""
 

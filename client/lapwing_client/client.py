@@ -243,7 +243,7 @@ class Client:
 
 
 class GenerationStream(Iterator[results.GeneratedToken | results.Generation]):
-    """A response while it is written."""
+    """A response while it is written. A stream that is dropped is closed, because gRPC cancels a call that is."""
 
     def __init__(self, call: Any, target: str) -> None:
         self._call = call
@@ -265,9 +265,6 @@ class GenerationStream(Iterator[results.GeneratedToken | results.Generation]):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
-
-    def __del__(self) -> None:
         self.close()
 
 

@@ -141,12 +141,6 @@ class Matrix(Result):
         width = self.shape[1]
         return tuple(self.values[i * width : (i + 1) * width] for i in range(self.shape[0]))
 
-    def to_numpy(self) -> Any:
-        """The same as a float32 array; needs numpy."""
-        import numpy as np
-
-        return np.array(self.values, dtype=np.float32).reshape(self.shape)
-
     def to_dict(self) -> dict[str, Any]:
         """As JSON values."""
         return {"shape": list(self.shape), "rows": plain(self.rows)}

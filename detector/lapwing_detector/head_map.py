@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,9 @@ from lapwing_detector.features import FEATURES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.colors import Colormap
     from matplotlib.figure import Figure
+    from matplotlib.image import AxesImage
 
 
 @dataclass(frozen=True)
@@ -22,9 +25,12 @@ class Scale:
 
     label: str
     colours: str
-    low: float | None
+    low: float
     high: float | None
-    """Limits of the colour scale; None: symmetric about zero, from the values."""
+    """Upper limit of the colour scale; None: the largest value."""
+
+    names: tuple[str, ...] = ()
+    """Of the values 0, 1, ...; empty for numbers."""
 
 
 STATISTICS: dict[str, Scale] = {
@@ -33,7 +39,7 @@ STATISTICS: dict[str, Scale] = {
     "AUROC": Scale("AUROC", "RdBu_r", 0.0, 1.0),
     "EFFECT_SIZE": Scale("rank-biserial effect size", "RdBu_r", -1.0, 1.0),
     "WEIGHT": Scale("norm of the probe's weights", "magma", 0.0, None),
-    "SELECTED": Scale("read by the probe", "Greys", 0.0, 1.0),
+    "SELECTED": Scale("read by the probe", "Greys", 0.0, 1.0, ("no", "yes")),
 }
 """Statistics by their name on the wire and in a probe's tensors."""
 
@@ -84,16 +90,21 @@ class HeadMap:
         if ax is None:
             ax = new_figure(self.values.shape, columns=1).subplots()
         scale = STATISTICS[self.statistic]
-        low, high = scale.low, scale.high
-        if high is None:
-            high = float(np.abs(self.values).max()) or 1.0
-        image = ax.imshow(self.values, cmap=scale.colours, vmin=low, vmax=high, aspect="auto", interpolation="nearest")
+        high = scale.high if scale.high is not None else float(self.values.max()) or 1.0
+        image = ax.imshow(
+            self.values,
+            cmap=colour_map(scale),
+            vmin=scale.low,
+            vmax=high,
+            aspect="auto",
+            interpolation="nearest",
+        )
         ax.set_title("\n".join(map(escaped, (title or self.title).split("\n"))), parse_math=False, fontsize=10)
         ax.set_xlabel("head index")
         ax.set_ylabel("layer index")
         label_ticks(ax, self.layers, self.values.shape[1])
         if colour_bar:
-            ax.figure.colorbar(image, ax=ax, label=scale.label)
+            draw_colour_bar(image, [ax], scale)
         return ax
 
     def render(self, format: str = "png", title: str | None = None) -> bytes:
@@ -122,7 +133,7 @@ def plot_pair(left: HeadMap, right: HeadMap, titles: tuple[str, str] | None = No
     for ax, head_map, title in zip(axes, (left, right), titles or (None, None), strict=True):
         head_map.plot(ax, title=title, colour_bar=False)
     axes[1].set_ylabel("")
-    figure.colorbar(axes[1].images[0], ax=list(axes), label=STATISTICS[left.statistic].label)
+    draw_colour_bar(axes[1].images[0], list(axes), STATISTICS[left.statistic])
     return figure
 
 
@@ -148,12 +159,33 @@ def figure_bytes(figure: Any, format: str) -> bytes:
     return buffer.getvalue()
 
 
+def colour_map(scale: Scale) -> Colormap:
+    """Continuous for numbers, one colour a name for names."""
+    from matplotlib import colormaps
+
+    colours = colormaps[scale.colours]
+    return colours.resampled(len(scale.names)) if scale.names else colours
+
+
+def draw_colour_bar(image: AxesImage, axes: Sequence[Axes], scale: Scale) -> None:
+    """One colour scale for all axes, labelled by the statistic."""
+    bar = axes[0].figure.colorbar(image, ax=list(axes), label=scale.label)
+    if scale.names:
+        count = len(scale.names)
+        bar.set_ticks([(place + 0.5) / count for place in range(count)], labels=scale.names)
+
+
 def label_ticks(ax: Axes, layers: tuple[int, ...], heads: int) -> None:
     """Whole-numbered ticks, at most sixteen a side, labelled with the layers' indices in the model."""
     rows = range(0, len(layers), -(-len(layers) // 16))
     columns = range(0, heads, -(-heads // 16))
     ax.set_yticks(list(rows), [str(layers[row]) for row in rows])
     ax.set_xticks(list(columns), [str(column) for column in columns])
+    # Thin lines between the cells, so that neighbours of one value can be told apart.
+    ax.set_yticks([row - 0.5 for row in range(1, len(layers))], minor=True)
+    ax.set_xticks([column - 0.5 for column in range(1, heads)], minor=True)
+    ax.grid(which="minor", color="0.6", linewidth=0.3)
+    ax.tick_params(which="minor", length=0)
 
 
 def escaped(text: str, limit: int = 120) -> str:

@@ -109,15 +109,21 @@ class ModelIdentity:
         return bool(np.allclose(self.sample, other.sample, rtol=2**-7, atol=2**-23))
 
 
-def identity_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> ModelIdentity:
-    """The identity of a loaded model and its tokenizer; reads a few values of each tensor."""
+def identity_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str = "") -> ModelIdentity:
+    """The identity of a loaded model and its tokenizer; reads a few values of each tensor.
+
+    Args:
+        model: any of transformers'.
+        tokenizer: the one that is used with it.
+        name: how people call it; the class of the model without one.
+    """
     sample = weight_sample(model)
     config = model.config.get_text_config()
     shapes = sorted((name, tuple(parameter.shape)) for name, parameter in model.named_parameters())
     quantisation = getattr(model.config, "quantization_config", None)
     method = getattr(quantisation, "quant_method", None) if quantisation is not None else None
     return ModelIdentity(
-        name=str(model.config.name_or_path).rstrip("/").rsplit("/models--", 1)[-1] or type(model).__name__,
+        name=name or type(model).__name__,
         commit=str(getattr(model.config, "_commit_hash", None) or ""),
         architecture=sha256(json.dumps(architecture_fields(model.config.to_dict()), sort_keys=True).encode()),
         parameters=sha256(json.dumps(shapes).encode()),

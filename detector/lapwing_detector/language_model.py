@@ -31,6 +31,7 @@ class LanguageModel:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     name: str = ""
+    """Hub id, or the name of its folder; never a whole path."""
 
     @classmethod
     def load(
@@ -61,12 +62,13 @@ class LanguageModel:
         target = torch.device(device or "cpu")
         if dtype is None and model.dtype == torch.float16 and target.type == "cpu":
             model = model.float()
-        return cls(model.to(target).eval(), tokenizer, "atlas" if source is None else place)
+        name = "atlas" if source is None else Path(place).resolve().name if Path(place).is_dir() else place
+        return cls(model.to(target).eval(), tokenizer, name)
 
     @cached_property
     def identity(self) -> ModelIdentity:
         """Which model it is, for probes."""
-        return identity_of(self.model, self.tokenizer)
+        return identity_of(self.model, self.tokenizer, self.name)
 
     @cached_property
     def max_tokens(self) -> int:

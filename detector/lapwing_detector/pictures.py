@@ -21,11 +21,13 @@ def heading(probe: Probe, feature: str, statistic: str) -> str:
     """The feature's name and, in a second line, what the map says as a whole."""
     head_map = probe.head_map(feature, statistic)
     if statistic in ("P_VALUE", "Q_VALUE"):
-        p, q = (probe.head_map(feature, name).share_below(LEVEL) for name in ("P_VALUE", "Q_VALUE"))
-        return f"{head_map.title}\n{p:.0%} of heads at p < .05, {q:.0%} at q < .05"
+        stored = [name for name in ("P_VALUE", "Q_VALUE") if f"{feature}/{name}" in probe.statistics]
+        shares = [probe.head_map(feature, name).share_below(LEVEL) for name in stored]
+        parts = [f"{share:.0%} at {name[0].lower()} < .05" for name, share in zip(stored, shares, strict=True)]
+        return f"{head_map.title}\n{', '.join(parts).replace(' at', ' of heads at', 1)}"
     if statistic == "AUROC":
         far = abs(head_map.values - 0.5).max()
-        return f"{head_map.title}\nstrongest head {0.5 + far:.2f} or its mirror"
+        return f"{head_map.title}\nstrongest head {0.5 + far:.2f}, counted from .5 either way"
     if statistic == "SELECTED":
         return f"{head_map.title}\n{int(head_map.values.sum())} of {head_map.values.size} heads are read"
     return head_map.title
@@ -54,7 +56,6 @@ def card_pictures(probe: Probe) -> dict[str, bytes]:
         f"{statistic.lower()}.png": figure_bytes(draw(probe, statistic), "png")
         for statistic in ("P_VALUE", "Q_VALUE", "AUROC")
         if all(f"{feature}/{statistic}" in probe.statistics for feature in PAIR)
-        and all(f"{feature}/Q_VALUE" in probe.statistics for feature in PAIR)
     }
     pictures["selected.png"] = figure_bytes(draw(probe, "SELECTED", probe.features[:1]), "png")
     return pictures

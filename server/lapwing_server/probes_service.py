@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from functools import partial
 
 from grpc import StatusCode
 
 from lapwing.v1 import probes_pb2, probes_pb2_grpc
-from lapwing_detector.head_map import STATISTICS
+from lapwing_detector.head_map import STATISTICS, figure_bytes
+from lapwing_detector.pictures import draw
 from lapwing_detector.probe import Probe
 from lapwing_server import answers
 from lapwing_server.context import Context
@@ -75,7 +75,9 @@ class ProbesService(probes_pb2_grpc.ProbesServicer):
             image_format=request.image_format,
         )
         if request.image_format:
-            response.image = await self._artist.run(partial(head_map.render, FORMATS[request.image_format]))
+            response.image = await self._artist.run(
+                lambda: figure_bytes(draw(probe, statistic, [feature]), FORMATS[request.image_format])
+            )
         return response
 
     async def ActivateProbe(  # noqa: N802

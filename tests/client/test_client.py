@@ -120,7 +120,7 @@ def test_heatmap(client: Client) -> None:
     heatmap = client.heatmap("q_value", feature=LAPLACIAN)
     expected = a_probe().head_map(LAPLACIAN, "Q_VALUE").values
     assert heatmap.values.shape == (2, 3)
-    np.testing.assert_array_equal(heatmap.values.to_numpy(), expected)
+    np.testing.assert_array_equal(np.array(heatmap.values.rows, dtype=np.float32), expected)
     assert heatmap.values[1, 2] == expected[1, 2]
     assert heatmap.values.rows[0] == tuple(expected[0].tolist())
     assert (heatmap.statistic, heatmap.layers) == ("Q_VALUE", (1, 2))

@@ -38,7 +38,7 @@ def test_a_saved_and_loaded_model_is_the_same(identity, tokenizer, tmp_path):
     llama().save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
-    theirs = identity_of(loaded, AutoTokenizer.from_pretrained(tmp_path))
+    theirs = identity_of(loaded, AutoTokenizer.from_pretrained(tmp_path), "another name")
     assert theirs.name != identity.name
     assert what_differs(identity, theirs) == set()
     assert theirs.digest == identity.digest

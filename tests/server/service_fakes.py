@@ -227,6 +227,16 @@ def refused(call: Any, message: Any) -> Told:
     raise AssertionError(f"it was not refused but answered with {answers}")
 
 
+def wait_until(condition: Callable[[], bool]) -> None:
+    """Looks again and again until it holds."""
+    ticks = threading.Event()
+    for _ in range(int(WAIT / 0.005)):
+        if condition():
+            return
+        ticks.wait(0.005)
+    raise AssertionError("it did not come true")
+
+
 class Gate:
     """Holds whoever comes until it is opened, and lets a test see that somebody came."""
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import grpc
 import pytest
-from service_fakes import WAIT, FakeEngine, Gate, Running, refused, told
+from service_fakes import WAIT, FakeEngine, Gate, Running, refused, told, wait_until
 
 from lapwing.v1 import detection_pb2, detector_pb2, detector_pb2_grpc
 from lapwing_server.limits import Limits
@@ -257,13 +257,3 @@ def test_the_event_loop_answers_while_the_worker_computes() -> None:
         assert not engine.before.gate._open.is_set(), "it answered while the model was held"
         engine.before.gate.open()
         assert len(list(call)) == 3
-
-
-def wait_until(condition: Any) -> None:
-    """Looks again and again until it holds."""
-    ticks = threading.Event()
-    for _ in range(int(WAIT / 0.005)):
-        if condition():
-            return
-        ticks.wait(0.005)
-    raise AssertionError("it did not come true")

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import threading
 import weakref
 from collections.abc import Iterator
 
 import pytest
-from service_fakes import WAIT, Gate
+from service_fakes import WAIT, Gate, wait_until
 
 from lapwing_server.stream import Stream
 from lapwing_server.worker import Worker
@@ -81,9 +80,7 @@ def test_nothing_of_a_request_is_kept(worker: Worker) -> None:
     alive = weakref.ref(request)
     worker.post(lambda request=request: None).result(WAIT)  # type: ignore[misc]
     del request
-    worker.post(lambda: None).result(WAIT)
-    gc.collect()
-    assert alive() is None
+    wait_until(lambda: alive() is None)
 
 
 class Numbers:
@@ -128,6 +125,20 @@ def test_a_stopped_stream_begins_no_step_and_closes_its_iterator(worker: Worker)
     worker.post(lambda: None).result(WAIT)
     assert numbers.made == [1, 2]
     assert numbers.closed == 1
+
+
+def test_a_stopped_stream_closes_an_iterator_that_others_hold(worker: Worker) -> None:
+    numbers = Numbers()
+    held = numbers()
+
+    async def main() -> None:
+        stream = Stream(worker, lambda: held)
+        async for _ in stream:
+            stream.stop()
+
+    asyncio.run(main())
+    wait_until(lambda: numbers.closed == 1)
+    assert list(held) == []
 
 
 def test_a_stream_that_was_stopped_before_it_began_never_begins(worker: Worker) -> None:

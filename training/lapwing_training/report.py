@@ -71,7 +71,7 @@ def model_card(probe: Probe) -> str:
         _summary(probe),
         "## Use",
         "```python\nfrom lapwing_detector import Detector\n\n"
-        f'detector = Detector.from_pretrained("{probe.identity.name}", "path/of/this/directory")\n'
+        f'detector = Detector.from_pretrained(model, "path/of/this/directory")  # model: {probe.identity.name}\n'
         'print(detector.score("prompt", "response").probability)\n```',
         f"It scores {probe.identity.name} and refuses every other model. A sequence of fewer than "
         f"{probe.needed_tokens} tokens has no score.",

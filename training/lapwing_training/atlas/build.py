@@ -11,7 +11,7 @@ import json
 import shutil
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -80,7 +80,7 @@ def build(directory: Path, recipe: AtlasRecipe | None = None, until: str = "prob
     write_text(directory / "demo_questions.json", json.dumps(demo_set(facts), indent=1) + "\n")
     if "model" in stages:
         make_model(directory, facts, recipe)
-    loaded = LanguageModel.load(directory / "model")
+    loaded = replace(LanguageModel.load(directory / "model"), name="atlas")
     if "generations" in stages:
         make_generations(directory, facts, loaded)
     if "store" in stages:
