@@ -23,7 +23,11 @@ DIRECTIONS = {"token_count": 1.0, "log_probability": -1.0, "summed_attention_sco
 
 @dataclass(frozen=True)
 class Combination:
-    """Log-probability and attention in one small logistic regression, on standardised inputs."""
+    """Log-probability and attention in one small logistic regression, on standardised inputs.
+
+    The log-probability enters as the log-odds of the mean token probability. By itself it piles up just below zero,
+    where most of what it knows lies, and a straight line through its long tail loses that.
+    """
 
     weights: tuple[float, float]
     means: tuple[float, float]
@@ -32,7 +36,7 @@ class Combination:
     @classmethod
     def fit(cls, log_probabilities: Floats, logits: Floats, table: Table) -> Combination:
         """Fit on training rows; the logits are out-of-fold ones."""
-        columns = np.stack([log_probabilities, logits], axis=1)  # (rows, 2)
+        columns = np.stack([log_odds(log_probabilities), logits], axis=1)  # (rows, 2)
         means, scales = columns.mean(axis=0), np.maximum(columns.std(axis=0), 1e-12)
         model = LogisticRegression(class_weight="balanced").fit((columns - means) / scales, table.labels)
         first, second = (float(weight) for weight in model.coef_[0])
@@ -40,17 +44,23 @@ class Combination:
 
     def score(self, log_probabilities: Floats, logits: Floats) -> Floats:
         """(rows,)"""
-        columns = np.stack([log_probabilities, logits], axis=1)
+        columns = np.stack([log_odds(log_probabilities), logits], axis=1)
         return np.asarray((columns - np.array(self.means)) / np.array(self.scales) @ np.array(self.weights))
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON values; the inputs in the order log-probability, attention logit."""
+        """JSON values; the inputs in the order log-odds of the mean token probability, attention logit."""
         return {"weights": list(self.weights), "means": list(self.means), "scales": list(self.scales)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Combination:
         """From `to_dict`."""
         return cls(*(tuple(values[name]) for name in ("weights", "means", "scales")))
+
+
+def log_odds(log_probabilities: Floats) -> Floats:
+    """log(p / (1 - p)) of p = exp(log_probabilities); (rows,), the order unchanged."""
+    bounded = np.minimum(log_probabilities, -1e-9)  # float32 logits can't tell a larger p from 1
+    return np.asarray(bounded - np.log(-np.expm1(bounded)))
 
 
 def raw_scores(table: Table) -> dict[str, Floats]:

@@ -1,0 +1,115 @@
+"""What the demo prints, and what it does when its server does not come up."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from lapwing_client import demo, demo_report
+from lapwing_client.demo import Asked
+from lapwing_client.errors import Unavailable
+from lapwing_client.results import Detection
+
+SCORED = Detection(
+    state="SCORED",
+    reason=None,
+    message="",
+    probability=0.64,
+    logit=1.0,
+    bias=0.0,
+    flagged=True,
+    false_positive_rate=0.1,
+    flagged_at=(0.1,),
+    probe_name="atlas",
+    probe_revision="0" * 12,
+    prompt_tokens=3,
+    response_tokens=1,
+    token_ids=(1, 2, 3, 4),
+    token_contributions=(0.0, 0.0, 0.5, 0.5),
+    strongest_heads=(),
+    seconds={},
+)
+UNSCORED = replace(SCORED, state="UNSCORED", reason="TOO_SHORT", probability=None, logit=None, flagged=None)
+
+
+def asked(**changes: object) -> Asked:
+    values = {
+        "question": "where is it?",
+        "answer": "Peru",
+        "truth": "Chile",
+        "wrong": True,
+        "seen": False,
+        "trail": (0.0, 0.5, 1.0),
+        "detection": SCORED,
+    }
+    return Asked(**values | changes)  # type: ignore[arg-type]
+
+
+def test_a_row_shows_question_answer_truth_bar_trail_and_flag() -> None:
+    row = demo_report.row(asked())
+    assert row == ("where is it? *", "Peru", "Chile", "wrong", "██████░░░░ 0.64", "▁▅█", "FLAGGED")
+    assert demo_report.row(asked(seen=True, wrong=False))[0:4] == ("where is it?", "Peru", "Chile", "right")
+
+
+def test_no_score_never_looks_like_a_low_one() -> None:
+    row = demo_report.row(asked(detection=UNSCORED, trail=()))
+    assert row[4:] == ("no score (TOO_SHORT)", "", "?")
+
+
+def test_wrong_answers_are_counted_over_the_questions_only() -> None:
+    text = demo_report.answers([asked(), asked(wrong=False)], [asked(seen=None)], 0.1)
+    assert "1 of the 2 answers are wrong" in text
+    assert "10% of right answers" in text
+
+
+def test_text_of_a_model_stays_on_its_line() -> None:
+    row = demo_report.row(asked(answer="a\nb\x1b[31m" + "c" * 100))
+    assert row[1].isprintable()
+    assert len(row[1]) == 24
+
+
+def test_baselines_are_shown_also_where_they_win() -> None:
+    estimate = {"value": 0.9, "low": 0.8, "high": 0.95}
+    entry = {"auroc": estimate, "within": {"mean": estimate}}
+    metrics = {
+        "comparison": {
+            "lapwing/laplacian_eigenvalues.v1": entry | {"kind": "probe"},
+            "log_probability": entry | {"kind": "baseline"},
+            "token_count": entry | {"kind": "baseline"},
+            "log_probability+attention": entry | {"kind": "combination"},
+        },
+        "paired": {"difference": {"value": -0.01, "low": -0.02, "high": 0.0}},
+        "test": {"rows": 1000, "groups": 400, "base_rate": 0.5},
+    }
+
+    class Fitted:
+        def __init__(self) -> None:
+            self.metrics = metrics
+
+    text = demo_report.quality(Fitted())  # type: ignore[arg-type]
+    for part in (
+        "LapEigvals (recipe lapwing)",
+        "mean token log-probability",
+        "length only",
+        "-0.010 (-0.020 to +0.000)",
+    ):
+        assert part in text
+
+
+@pytest.mark.parametrize(("answer", "wrong"), [("Peru", False), (" peru.", False), ("Chile", True), ("", True)])
+def test_an_answer_is_right_if_it_is_one_of_the_accepted(answer: str, wrong: bool) -> None:
+    item = {"question": "?", "truth": "Peru", "accepted": ["Peru", "PER"]}
+    assert demo.judged(item, answer, None, (), SCORED).wrong is wrong
+
+
+def test_a_server_that_does_not_start_shows_its_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(Unavailable, match="did not start"), demo.running_server(["--port", "nonsense"]):
+        pass
+
+
+def test_the_shipped_questions_are_twelve_and_half_of_them_are_about_the_unknown() -> None:
+    shipped = demo.demo_questions(None)
+    assert len(shipped["questions"]) == 12
+    assert sum(item["seen"] for item in shipped["questions"]) == 6
+    assert all(item["truth"] in item["accepted"] for item in (*shipped["questions"], *shipped["texts"]))
