@@ -1,7 +1,7 @@
 """Peak memory of one long forward: plain SDPA against the same forward with its attention captured.
 
-Each runs in a fresh process, and the peak is counted above that of the loaded model. Run with
-`python benchmarks/capture_memory.py [--tokens 4096]`.
+Each runs in a fresh process, and the peak is counted above the loaded model. Linux only: the peak is read from
+/proc, where it can be reset. Run with `python benchmarks/capture_memory.py [--tokens 4096]`.
 """
 
 from __future__ import annotations
@@ -18,14 +18,22 @@ LAYERS, HEADS, KEY_VALUE_HEADS, HIDDEN, VOCABULARY = 12, 16, 4, 1024, 8000
 
 
 def resident_mb() -> float:
-    """Resident size of this process now, in MB. What loading the model took for a moment must not hide the forward."""
+    """Resident size of this process now, in MB."""
     with open("/proc/self/statm") as statm:
         return int(statm.read().split()[1]) * resource.getpagesize() / 1e6
 
 
+def forget_peak() -> None:
+    """Let the peak start from now: that of loading the model may be higher than that of the forward."""
+    with open("/proc/self/clear_refs", "w") as clear_refs:
+        clear_refs.write("5")
+
+
 def peak_mb() -> float:
-    """Largest resident size of this process so far, in MB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6  # kilobytes on Linux
+    """Largest resident size of this process since `forget_peak`, in MB."""
+    with open("/proc/self/status") as status:
+        kilobytes = next(line.split()[1] for line in status if line.startswith("VmHWM"))
+    return int(kilobytes) * 1024 / 1e6
 
 
 def measure(kind: str, tokens: int) -> dict[str, float]:
@@ -51,6 +59,7 @@ def measure(kind: str, tokens: int) -> dict[str, float]:
     with torch.inference_mode(), ExitStack() as stack:
         captured = stack.enter_context(capture_attention(model)) if kind == "captured" else None
         model(ids[:, :8], logits_to_keep=1)  # lazily loaded code is no part of the forward
+        forget_peak()
         before, start = resident_mb(), time.perf_counter()
         model(ids, logits_to_keep=1)
         if captured is not None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from lapwing_client import Client, InvalidRequest, NotFound
+from lapwing_client.local_server import running_server
 from lapwing_detector.detector import Detector
 from lapwing_detector.embedded import generations_path, model_path
 from lapwing_detector.features import FEATURES
@@ -34,17 +34,9 @@ def lapwing(*arguments: object, code: int = 0, cwd: Path | None = None) -> str:
 @contextmanager
 def serving(*arguments: object) -> Iterator[Client]:
     """A server in a process of its own, ready."""
-    command = [sys.executable, "-m", "lapwing_client", "serve", "--port", "0", *map(str, arguments)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
-        try:
-            assert server.stdout is not None
-            address = server.stdout.readline().removeprefix("listening on ").strip()
-            with Client(address) as client:
-                client.wait_until_ready(120)
-                yield client
-        finally:
-            server.send_signal(signal.SIGTERM)
-            assert server.wait(30) == 0
+    with running_server([str(argument) for argument in arguments]) as address, Client(address) as client:
+        client.wait_until_ready(120)
+        yield client
 
 
 @pytest.fixture(scope="module")
@@ -157,9 +149,9 @@ def test_the_demo_runs_and_draws(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "code", "expected"),
     [
-        (("heatmap", "--statistic", "MEAN"), 1, "known are P_VALUE"),
+        (("heatmap", "--statistic", "MEAN"), 2, "known are P_VALUE"),
         (("heatmap", "--feature", "astrology"), 1, "it has"),
-        (("heatmap", "--out", "map.pdf"), 1, "png and svg"),
+        (("heatmap", "--out", "map.pdf"), 2, ".png or .svg"),
         (("heatmap", "--probe", "no/such/probe"), 1, "lapwing train"),
         (("nonsense",), 2, "No such command"),
         (("train", "no-store", "--out", "probe"), 1, "no-store"),

@@ -6,11 +6,10 @@ It starts the server as its own process and talks to it as any client does; mode
 from __future__ import annotations
 
 import json
-import signal
+import os
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -20,20 +19,21 @@ import typer
 
 from lapwing_client import demo_report as report
 from lapwing_client.client import Client
-from lapwing_client.errors import Unavailable
-from lapwing_client.results import Detection, GeneratedToken, Generation
+from lapwing_client.local_server import SELF, ServerFailed, running_server
+from lapwing_client.results import Detection, GeneratedToken, Generation, Probe
 
 FALSE_POSITIVE_RATE = 0.10
 READY_SECONDS = 120.0
-STOP_SECONDS = 20.0
-SELF = (sys.executable, "-m", "lapwing_client")
 
 
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the heatmaps.")] = Path("lapwing-demo"),
     rebuild: Annotated[
         bool,
-        typer.Option("--rebuild", help="First make model, answers, probe and pictures again from nothing (an hour)."),
+        typer.Option(
+            "--rebuild",
+            help="First make all of it again from nothing (half an hour).",
+        ),
     ] = False,
     into: Annotated[Path, typer.Option(help="Where --rebuild writes; it goes on after a kill.")] = Path(
         "lapwing-atlas"
@@ -47,38 +47,47 @@ def demo(
 
     Example: lapwing demo --out pictures
     """
-    serve: list[str] = []
-    atlas: Path | None = None
-    if rebuild:
-        run((sys.executable, "-m", "lapwing_training.atlas", "--into", str(into)), "making Atlas again")
-        atlas, serve = into, ["--model", str(into / "model"), "--probes", str(into / "probe")]
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if not os.access(out, os.W_OK):
+            raise PermissionError(f"{out} can't be written to")
+        atlas = rebuilt(into) if rebuild else None
+        asked, given, probe, selected = interview(atlas)
+        if as_json:
+            print(json.dumps(as_values(asked, given, probe)))
+        else:
+            sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]  # where bars can't be printed
+            print(report.answers(asked, given, FALSE_POSITIVE_RATE))
+            print(report.quality(probe), flush=True)
+        (out / "selected_heads.png").write_bytes(selected)
+        source = ["--probe", str(atlas / "probe")] if atlas else []
+        run((*SELF, "heatmap", "--statistic", "P_VALUE", "--out", str(out / "p_values.png"), *source), "drawing")
+    except (ServerFailed, OSError) as error:
+        print(f"lapwing demo: {error}", file=sys.stderr)
+        raise typer.Exit(1) from error
+    if not as_json:
+        print("Heatmaps (x = head, y = layer; a low p-value marks a head that tells made-up answers from others):")
+        print(f"  {out / 'p_values.png'}\n  {out / 'selected_heads.png'}")
+
+
+def rebuilt(into: Path) -> Path:
+    """Makes Atlas again; where it lies."""
+    run((sys.executable, "-m", "lapwing_training.atlas", "--into", str(into)), "making Atlas again")
+    return into
+
+
+def interview(atlas: Path | None) -> tuple[list[Asked], list[Asked], Probe, bytes]:
+    """Questions and given answers with their scores, the probe that scored, and the picture of the heads it reads."""
+    serve = ["--model", str(atlas / "model"), "--probes", str(atlas / "probe")] if atlas else []
     questions = demo_questions(atlas)
-    progress("starting a server with the embedded model" if atlas is None else f"starting a server with {atlas}")
+    progress(f"starting a server with {atlas or 'the embedded model'}")
     with running_server(serve) as address, Client(address) as client:
         wait_until_ready(client)
         asked = [ask(client, question) for question in counted("questions", questions["questions"])]
         given = [check(client, text) for text in counted("given answers", questions["texts"])]
         probe = client.probe()
         selected = client.heatmap(feature=probe.features[0], statistic="SELECTED", image="png")
-        out.mkdir(parents=True, exist_ok=True)
-        pictures = [out / "p_values.png", out / "selected_heads.png"]
-        pictures[1].write_bytes(selected.image)
-        source = ["--probe", str(atlas / "probe")] if atlas else []
-        run((*SELF, "heatmap", "--statistic", "P_VALUE", "--out", str(pictures[0]), *source), "drawing heatmaps")
-    if as_json:
-        result = {
-            "asked": [vars(one) | {"detection": one.detection.to_dict()} for one in asked],
-            "given": [vars(one) | {"detection": one.detection.to_dict()} for one in given],
-            "metrics": probe.metrics,
-            "pictures": [str(path) for path in pictures],
-        }
-        print(json.dumps(result))
-        return
-    print(report.answers(asked, given, FALSE_POSITIVE_RATE))
-    print(report.quality(probe))
-    print("Heatmaps (x = head, y = layer; a low p-value marks a head that separates made-up answers from others):")
-    for path in pictures:
-        print(f"  {path}")
+    return asked, given, probe, selected.image
 
 
 @dataclass(frozen=True)
@@ -109,7 +118,7 @@ def ask(client: Client, question: Mapping[str, Any]) -> Asked:
         else:
             generation = event
     if generation is None:
-        raise Unavailable("the stream ended without its last event; look at the server's log")
+        raise ServerFailed("the stream ended without its last event; run the demo again")
     answer = generation.text.strip()
     return judged(question, answer, question["seen"], tuple(trail), generation.detection)
 
@@ -139,41 +148,13 @@ def demo_questions(atlas: Path | None) -> Any:
     return json.loads(place.read_text(encoding="utf-8"))
 
 
-@contextmanager
-def running_server(arguments: Sequence[str]) -> Iterator[str]:
-    """A server of its own on a free port; its address. It is stopped on leaving, and its log shown if it failed."""
-    command = (*SELF, "serve", "--port", "0", *arguments)
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server:
-        log = LogReader(server)
-        try:
-            line = server.stdout.readline() if server.stdout else ""
-            if not line.startswith("listening on "):
-                server.wait(STOP_SECONDS)
-                raise Unavailable(f"the server did not start; its log ends with:\n{log.tail()}")
-            yield line.removeprefix("listening on ").strip()
-        finally:
-            server.send_signal(signal.SIGTERM)
-            try:
-                server.wait(STOP_SECONDS)
-            except subprocess.TimeoutExpired:
-                server.kill()
-
-
-class LogReader:
-    """Reads a server's log as it comes, so that a full pipe never stops it; keeps the last lines."""
-
-    def __init__(self, server: subprocess.Popen[str]) -> None:
-        from collections import deque
-        from threading import Thread
-
-        self.lines: deque[str] = deque(maxlen=20)
-        self.thread = Thread(target=lambda: self.lines.extend(server.stderr or ()), daemon=True)
-        self.thread.start()
-
-    def tail(self) -> str:
-        """The last lines, once the server has ended."""
-        self.thread.join(1.0)
-        return "".join(self.lines)
+def as_values(asked: Sequence[Asked], given: Sequence[Asked], probe: Probe) -> dict[str, Any]:
+    """Everything as JSON values."""
+    return {
+        "asked": [vars(one) | {"detection": one.detection.to_dict()} for one in asked],
+        "given": [vars(one) | {"detection": one.detection.to_dict()} for one in given],
+        "metrics": probe.metrics,
+    }
 
 
 def wait_until_ready(client: Client) -> None:

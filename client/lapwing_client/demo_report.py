@@ -37,8 +37,9 @@ def answers(asked: Sequence[Asked], given: Sequence[Asked], rate: float) -> str:
     return (
         f"\nThe model answers {len(asked)} questions of held-out subjects; * marks subjects that it never read of.\n\n"
         f"{text}\n\n"
-        f"{wrong} of the {len(asked)} answers are wrong. Flagged means: above the threshold that {rate:.0%} of right "
-        "answers pass.\n"
+        f"{wrong} of the {len(asked)} answers are wrong (of places that share a name, each one's country counts as "
+        f"right).\nFlagged means: above the threshold that {rate:.0%} of right answers pass. The probe was fitted on "
+        "answers that the model\nwrote itself; of answers that are given to it, it can say less.\n"
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
@@ -50,6 +51,7 @@ class CacheMark:
         """Whether it was filled in inference mode, so that it can only be filled on there."""
         self._cache = weakref.ref(cache)
         self._keys = None if keys is None else weakref.ref(keys)
+        self._written = _written(cache)
 
     def require(self, cache: Cache) -> None:
         """The cache must be the one that was marked, untouched.
@@ -62,8 +64,10 @@ class CacheMark:
                 "past_key_values is another cache than the one that the captured forward filled; go on with that one "
                 "or start from an empty cache"
             )
-        # Cropping, reordering, repeating or selecting sequences replaces the keys.
-        if self._keys is not None and self._keys() is not _keys(cache):
+        # Cropping, reordering, repeating or selecting sequences replaces the keys; a static cache keeps the tensor.
+        replaced = self._keys is not None and self._keys() is not _keys(cache)
+        written = _written(cache)
+        if replaced or (self._written is not None and written is not None and not self._written.equal(written)):
             raise CaptureError(
                 "the cache was cropped, reordered or filled since the captured forward, so the sums would mix "
                 "sequences; start from an empty cache"
@@ -71,11 +75,20 @@ class CacheMark:
 
 
 def _keys(cache: Cache) -> Tensor | None:
-    """The keys of one layer, as the object whose identity tells that nobody replaced it."""
+    """The keys of the last layer, as the object whose identity tells that nobody replaced it."""
     if cache.offloading:  # moving it between devices replaces it, too
         return None
-    for layer in cache.layers:
+    for layer in reversed(cache.layers):  # whose keys depend on all the tokens before
         keys = getattr(layer, "keys", None)
         if isinstance(keys, Tensor) and not getattr(layer, "record_past", False):
             return keys
     return None
+
+
+@torch.no_grad()
+def _written(cache: Cache) -> Tensor | None:
+    """(batch, columns) sums over the keys of a cache that is written in place."""
+    keys = _keys(cache)
+    if keys is None or not cache.is_compileable:
+        return None
+    return keys.sum(dim=(1, 3), dtype=torch.float32)

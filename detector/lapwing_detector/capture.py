@@ -5,8 +5,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
-from functools import wraps
 from types import TracebackType
 from typing import Any, Self
 
@@ -17,13 +15,15 @@ from transformers.cache_utils import Cache
 
 from lapwing_detector.attention import attend
 from lapwing_detector.cache_mark import CacheMark, cache_in, past_length, require_room
-from lapwing_detector.decoding import Decoding, plan_decoding
+from lapwing_detector.decoding import plan_decoding
 from lapwing_detector.errors import CaptureError
-from lapwing_detector.forward import Forward, require_plain, require_unpacked
+from lapwing_detector.forward import Forward, require_evaluation, require_plain, require_unpacked
+from lapwing_detector.generation_run import Endings, Pending, Run
 from lapwing_detector.layers import attention_layers
+from lapwing_detector.rotary import require_same_frequencies, switching_points
 from lapwing_detector.sequences import LayerSums, Sequences
 from lapwing_detector.summary import AttentionSummary
-from lapwing_detector.switch import AttentionSwitch
+from lapwing_detector.switch import AttentionSwitch, shadow
 
 
 def capture_attention(model: PreTrainedModel) -> Captured:
@@ -33,6 +33,9 @@ def capture_attention(model: PreTrainedModel) -> Captured:
             model.generate(**inputs)
         summaries = captured.summaries()
 
+    Inside the context the model is tied to its capture: a copy of it (`copy.deepcopy`) made there computes nothing,
+    so copy it before or after.
+
     Args:
         model: a decoder whose attention goes through transformers' attention interface, in evaluation mode.
 
@@ -40,25 +43,6 @@ def capture_attention(model: PreTrainedModel) -> Captured:
         UnsupportedModel: the attention of this model can't be captured.
     """
     return Captured(model)
-
-
-@dataclass
-class Run:
-    """One call of `generate`."""
-
-    plan: Decoding
-    cache: Cache | None = None
-    inputs: dict[str, Tensor] = field(default_factory=dict)
-    """Per-token inputs of its newest forward, for the step after the last one."""
-
-
-@dataclass(frozen=True)
-class Pending:
-    """The newest token of each sequence, which was generated but never fed, so that it has no row yet."""
-
-    run: Run
-    tokens: Tensor
-    """(batch,) ids."""
 
 
 class Captured:
@@ -73,6 +57,7 @@ class Captured:
         self._layer_of: dict[nn.Module, Any] = {layer.module: layer for layer in self._layers}
         self._switch = AttentionSwitch(model, self._layers, self._attention)
         self._parameters = tuple(inspect.signature(model.forward).parameters)
+        self._switching = switching_points(model.config.get_text_config(decoder=True))
         self._active: ExitStack | None = None
         self._sequences = Sequences(self._layers)
         self._mark: CacheMark | None = None
@@ -89,7 +74,9 @@ class Captured:
             stack.callback(self._model.register_forward_pre_hook(self._open, with_kwargs=True).remove)
             stack.callback(self._model.register_forward_hook(self._close).remove)
             if hasattr(self._model, "generate"):
-                stack.callback(self._shadow_generate())
+                stack.callback(shadow(self._model, "generate", self._generate))
+                # Every `generate` makes its stopping criteria by this method, however it was come by.
+                stack.callback(shadow(self._model, "_get_stopping_criteria", self._watch_endings))
             self._active = stack.pop_all()
         return self
 
@@ -116,12 +103,10 @@ class Captured:
         pending = self._pending
         if pending is None:
             return
-        if bool(self._unfinished(pending).any()):
-            assert pending.run.cache is not None
-            require_room(pending.run.cache, self._sequences.tokens)
-            with self if self._active is None else ExitStack():
-                self._step(pending)
-        self._pending = None
+        assert pending.run.cache is not None
+        require_room(pending.run.cache, self._sequences.tokens)
+        with self if self._active is None else ExitStack():
+            self._step(pending)
 
     def summaries(self) -> list[AttentionSummary]:
         """One for each sequence of the newest batch, padding and finished rows left out; calls `complete`.
@@ -142,23 +127,28 @@ class Captured:
         given = {**dict(zip(self._parameters, args, strict=False)), **kwargs}
         cache = given.get("past_key_values")
         past = past_length(cache)
+        reach = _reach(given, past) if self._switching else 0
+        require_evaluation(model)
         require_unpacked(given)
-        self._pending = None
-        if cache is None or past == 0:
-            self._sequences, self._mark = Sequences(self._layers), None
-        else:
+        if past > 0:
+            assert cache is not None
             self._require_continuation(cache, past)
-        self._finish_rows(given.get("input_ids"), past)
+            require_same_frequencies(self._switching, self._sequences.reach, reach)
+        # Only now, that nothing was refused, is what was captured before let go.
+        self._pending = None
+        if past == 0:
+            self._sequences, self._mark = Sequences(self._layers), None
+        self._sequences.reach, self._sequences.ends = reach, self._ends()
         if self._run is not None:
             kept = {name: given.get(name) for name in ("position_ids", "token_type_ids")}
             self._run.inputs = {name: value for name, value in kept.items() if value is not None}
-        self._forward = Forward(past, self._sequences.batch, self._sequences.finished)
+        self._forward = Forward(past, self._sequences.batch, self._sequences.ends)
 
     def _close(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         forward = self._forward
         if forward is None:
             raise CaptureError(
-                "a forward ended that never began here; enter the context outside of the model's forward"
+                "a forward ended that never began here; enter the context before the model is called, not within"
             )
         missing = [layer.name for layer in self._layers if layer.index not in forward.reported]
         if missing:
@@ -226,59 +216,52 @@ class Captured:
                 "that fill it inside the context, and do not crop it"
             )
         self._mark.require(cache)
-        finished = self._sequences.finished
-        if self._run is None and finished is not None and bool(finished.any()):
+        if self._ends() is None and self._sequences.any_ended:  # within one `generate` they stay in the batch
             raise CaptureError(
                 "some sequences of this batch have ended and were fed padding; they can't go on, start a new batch"
             )
 
-    def _finish_rows(self, ids: Tensor | None, past: int) -> None:
-        """A sequence ends as soon as a stop token is fed behind the prompt; one inside the prompt is content."""
-        if self._run is None or ids is None or past < self._run.plan.prompt_tokens:
-            return
-        ended = self._run.plan.ends(ids[:, -1])
-        finished = self._sequences.finished
-        self._sequences.finished = ended if finished is None else finished | ended
+    def _ends(self) -> Tensor | None:
+        """(batch,) where the sequences of the generation that is running end; None before its first new token."""
+        return None if self._run is None or self._run.endings is None else self._run.endings.ends
 
-    def _shadow_generate(self) -> Callable[[], None]:
-        """Let `model.generate` go through here; returns what undoes it."""
-        attributes = self._model.__dict__
-        original: Callable[..., Any] = self._model.generate  # type: ignore[assignment]
-        own = attributes.get("generate")
+    def _watch_endings(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Endings:
+        """In place of the method by which `generate` makes its stopping criteria."""
+        if self._run is None:
+            raise CaptureError(
+                "generate runs past the capture, as it was taken from the model before the context or from its "
+                "class; call model.generate(...) itself inside the context"
+            )
+        if self._run.endings is not None:
+            raise CaptureError("generate was called while it was running; finish one generation before the next")
+        self._run.endings = Endings(original(*args, **kwargs))
+        return self._run.endings
 
-        @wraps(original)
-        def generate(*args: Any, **kwargs: Any) -> Any:
-            return self._generate(original, args, kwargs)
-
-        def undo() -> None:
-            del attributes["generate"]
-            if own is not None:
-                attributes["generate"] = own
-
-        attributes["generate"] = generate
-        return undo
-
-    def _generate(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    def _generate(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """In place of `model.generate`."""
         if self._run is not None:
             raise CaptureError("generate was called while it was running; one generation at a time")
-        run = self._run = Run(plan_decoding(self._model, args, kwargs))
+        arguments = plan_decoding(self._model, args, kwargs)
+        run = self._run = Run()
         try:
-            result = original(**run.plan.arguments)
+            result = original(**arguments)
         finally:
             self._run = None
+        if run.endings is None or run.endings.ends is None:
+            raise CaptureError(
+                f"{type(self._model).__name__}.generate does not decide by transformers' stopping criteria, so where "
+                "its sequences end is not known; score the finished text in one forward"
+            )
         ids = result if isinstance(result, Tensor) else result.sequences
         unfed = ids.shape[1] - self._sequences.tokens
         if unfed not in (0, 1):  # 0 where stopping is noticed a step late
             raise CaptureError(
-                f"generate returned {ids.shape[1]} tokens, {self._sequences.tokens} of them were captured"
+                f"generate returned {ids.shape[1]} tokens, {self._sequences.tokens} of them were captured; "
+                "leave out what adds or removes tokens, or score the finished text in one forward"
             )
-        self._pending = Pending(run, ids[:, -1]) if unfed else None
+        if unfed and bool((run.endings.ends > self._sequences.tokens).any()):
+            self._pending = Pending(run, ids[:, -1])
         return result
-
-    def _unfinished(self, pending: Pending) -> Tensor:
-        ended = pending.run.plan.ends(pending.tokens)
-        finished = self._sequences.finished
-        return ~ended if finished is None else ~(ended | finished.to(ended.device))
 
     def _step(self, pending: Pending) -> None:
         """Feed the newest tokens, as `generate` would have done had it gone on."""
@@ -296,3 +279,12 @@ class Captured:
                 self._model(input_ids=pending.tokens[:, None], past_key_values=cache, use_cache=True, **inputs)
         finally:
             self._run = None
+
+
+def _reach(inputs: Mapping[str, Any], past: int) -> int:
+    """Highest position of a forward, plus 1."""
+    positions = inputs.get("position_ids")
+    if positions is not None:
+        return int(positions.max()) + 1
+    fed = next(value for name in ("input_ids", "inputs_embeds") if (value := inputs.get(name)) is not None)
+    return past + int(fed.shape[1])

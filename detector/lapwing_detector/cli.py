@@ -34,17 +34,22 @@ def heatmap(
     """
     from lapwing_detector import embedded
     from lapwing_detector.errors import DetectorError
-    from lapwing_detector.head_map import figure_bytes
+    from lapwing_detector.head_map import STATISTICS, figure_bytes
     from lapwing_detector.pictures import PAIR, draw
     from lapwing_detector.probe import Probe
 
-    features = [full_name(feature)] if feature else list(PAIR)
+    name, format = statistic.upper(), out.suffix.lstrip(".").lower()
+    if name not in STATISTICS:
+        raise typer.BadParameter(f"{statistic!r} is not known; known are {', '.join(STATISTICS)}")
+    if format not in ("png", "svg") and not as_json:
+        raise typer.BadParameter(f"--out is {str(out)!r}; its name must end in .png or .svg")
+    shown = [full_name(feature)] if feature else list(PAIR)
     try:
         loaded = Probe.from_pretrained(probe or embedded.probe_path())
         if as_json:
-            print(json.dumps([described(loaded.head_map(name, statistic.upper())) for name in features]))
+            print(json.dumps([described(loaded.head_map(id, name)) for id in shown]))
             return
-        picture = figure_bytes(draw(loaded, statistic.upper(), features), out.suffix.lstrip(".").lower())
+        picture = figure_bytes(draw(loaded, name, shown), format)
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_bytes(picture)
     except (DetectorError, ValueError, OSError) as error:

@@ -5,11 +5,8 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.configuration_utils import GenerationMode
 
@@ -44,26 +41,11 @@ _REFUSED_OPTIONS: tuple[tuple[str, tuple[object, ...], str], ...] = (
 """Option, values that are fine, and why others are not."""
 
 
-@dataclass(frozen=True)
-class Decoding:
-    """A call of `model.generate` that can be followed."""
-
-    arguments: dict[str, Any]
-    """What to call the original `generate` with."""
-
-    stop_ids: Tensor
-    """(n,) token ids that end a sequence."""
-
-    prompt_tokens: int
-    """Length of the prompt: tokens that are fed behind it were generated."""
-
-    def ends(self, tokens: Tensor) -> Tensor:
-        """Which of these token ids end their sequence; bool, of the same shape."""
-        return torch.isin(tokens, self.stop_ids.to(tokens.device))
-
-
-def plan_decoding(model: PreTrainedModel, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Decoding:
+def plan_decoding(model: PreTrainedModel, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Read the arguments of `model.generate`.
+
+    Returns:
+        the arguments to call the original with.
 
     Raises:
         UnsupportedGeneration: its attention could not be followed; names the option.
@@ -78,12 +60,7 @@ def plan_decoding(model: PreTrainedModel, args: tuple[Any, ...], kwargs: Mapping
             raise _refusal(name, value, why)
     config = _effective_config(model, given.get("generation_config"), options)
     _require_followed(config)
-    batch, prompt_tokens = _prompt_shape(given, options)
-    return Decoding(
-        arguments=_arguments(given, options, config, prompt_tokens),
-        stop_ids=_stop_ids(config, given, batch * (config.num_return_sequences or 1)),
-        prompt_tokens=prompt_tokens,
-    )
+    return _arguments(given, options, config, _prompt_tokens(given, options))
 
 
 def _refusal(option: str, value: object, why: str) -> UnsupportedGeneration:
@@ -110,31 +87,19 @@ def _require_followed(config: GenerationConfig) -> None:
         raise _refusal("generation mode", str(mode.value), "a decoding loop that is not known can't be followed")
 
 
-def _prompt_shape(given: Mapping[str, Any], options: Mapping[str, Any]) -> tuple[int, int]:
-    """(sequences, tokens) of the prompt; transformers starts from one BOS token when there is none."""
+def _prompt_tokens(given: Mapping[str, Any], options: Mapping[str, Any]) -> int:
+    """Length of the prompt; transformers starts from one BOS token when there is none."""
     ids = given.get("inputs")
     ids = options.get("input_ids") if ids is None else ids
     if ids is None:
-        return 1, 1
+        return 1
     mask = options.get("attention_mask")
     if mask is not None and mask.shape[1] != ids.shape[1]:
         raise UnsupportedGeneration(
             f"attention_mask has {mask.shape[1]} columns, the prompt {ids.shape[1]} tokens; "
             "to go on from a cache give all token ids of the conversation, not only the new ones"
         )
-    return int(ids.shape[0]), int(ids.shape[1])
-
-
-def _stop_ids(config: GenerationConfig, given: Mapping[str, Any], batch: int) -> Tensor:
-    stops = _as_list(config.eos_token_id)
-    # A sequence of a batch that other criteria have ended is fed padding, without an end-of-sequence token before.
-    if stops and batch > 1 and (given.get("stopping_criteria") or config.stop_strings is not None):
-        stops += _as_list(config.pad_token_id)
-    return torch.tensor(stops, dtype=torch.long)
-
-
-def _as_list(ids: Any) -> list[int]:
-    return [] if ids is None else [int(one) for one in torch.as_tensor(ids).reshape(-1).tolist()]
+    return int(ids.shape[1])
 
 
 def _arguments(

@@ -24,7 +24,7 @@ class Reason(StrEnum):
     """Why there is no score."""
 
     TOO_SHORT = "TOO_SHORT"
-    """Fewer tokens than the probe's feature needs."""
+    """Fewer tokens than the probe's feature needs, or no response at all."""
 
     NON_FINITE = "NON_FINITE"
     """The model's attention held NaN or infinities."""
@@ -89,4 +89,4 @@ class Detection:
     """Every head that the probe reads, strongest first; their sum is logit - bias."""
 
     seconds: Mapping[str, float] = field(repr=False)
-    """Wall time by stage: `tokenise`, `forward`, `probe`."""
+    """Wall time by stage: `tokenise`, `forward` (of the whole batch that it was read in), `probe`."""

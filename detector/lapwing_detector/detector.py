@@ -107,12 +107,21 @@ class Detector:
     def tokens(self, prompt: Prompt, response: Response | None = None) -> TokenIds:
         """The ids that `score` reads for this prompt and response; see `build_ids`.
 
+        Tokens that end an answer are dropped from the end of the response: they are no part of what is scored.
+
         Raises:
             InvalidInput: with the field that can't be used.
             TooLong: more tokens than the model was made for.
         """
         ids = build_ids(self.tokenizer, prompt, response)
-        count = len(ids.prompt_ids) + len(ids.response_ids)
+        ids = TokenIds(ids.prompt_ids, without_end(ids.response_ids, self.language_model.stop_tokens))
+        if max(ids.all, default=0) >= self.language_model.vocabulary:
+            raise InvalidInput(
+                "prompt",
+                f"tokenises to id {max(ids.all)}, the model has {self.language_model.vocabulary}; "
+                "use the tokenizer that belongs to it",
+            )
+        count = len(ids.all)
         if count > self.max_tokens:
             field = "prompt" if len(ids.prompt_ids) > self.max_tokens else "response"
             raise TooLong(
@@ -147,25 +156,33 @@ class Detector:
         *,
         false_positive_rate: float = DEFAULT_FALSE_POSITIVE_RATE,
     ) -> list[Detection | DetectorError]:
-        """Scores several items in one padded forward; a bad item fails alone, in its place of the list."""
-        probe = self.probe
-        results: list[Detection | DetectorError | None] = [None] * len(items)
-        good: list[tuple[int, TokenIds, float]] = []
+        """Scores several items in one padded forward; a bad item fails alone, in its place of the list.
+
+        Args:
+            items: (prompt, response), each as for `score`.
+            false_positive_rate: operating point at which `flagged` is decided.
+
+        Returns:
+            For each item its detection, or the error that `score` would have raised.
+        """
+        results: list[Detection | DetectorError] = []
+        good: list[tuple[int, TokenIds, Stopwatch]] = []
         for index, (prompt, response) in enumerate(items):
             clock = Stopwatch()
             try:
                 with clock.stage("tokenise"):
-                    good.append((index, self.tokens(prompt, response), 0.0))
-                good[-1] = (index, good[-1][1], clock.seconds["tokenise"])
+                    ids = self.tokens(prompt, response)
             except DetectorError as error:
-                results[index] = error
-        clock = Stopwatch()
-        with clock.stage("forward"):
+                results.append(error)
+            else:
+                good.append((index, ids, clock))
+        together = Stopwatch()
+        with together.stage("forward"):
             summaries = self.language_model.summaries([ids.all for _, ids, _ in good])
-        for (index, ids, tokenise), summary in zip(good, summaries, strict=True):
-            seconds = {"tokenise": tokenise, "forward": clock.seconds["forward"]}
-            results[index] = detect(probe, summary, ids, false_positive_rate, seconds)
-        return [result for result in results if result is not None]
+        for (index, ids, clock), summary in zip(good, summaries, strict=True):
+            seconds = clock.seconds | together.seconds
+            results.insert(index, detect(self.probe, summary, ids, false_positive_rate, seconds))
+        return results
 
     def generate(
         self,
@@ -196,3 +213,11 @@ class Detector:
         """
         sampling = Sampling(max_new_tokens, temperature, top_p, seed)
         return generate(self.language_model, self.probe, self.tokens(prompt), sampling, false_positive_rate)
+
+
+def without_end(ids: tuple[int, ...], stops: frozenset[int]) -> tuple[int, ...]:
+    """The ids without the stop tokens at their end, as `model.generate` leaves them there."""
+    length = len(ids)
+    while length and ids[length - 1] in stops:
+        length -= 1
+    return ids[:length]

@@ -22,6 +22,7 @@ HARMLESS = frozenset(
         "position_ids",
         "return_dict",
         "sliding_window",
+        "tokenizer",
         "use_cache",
     }
 )
@@ -55,8 +56,8 @@ class Forward:
     batch: int | None
     """Sequences, when there were forwards before."""
 
-    finished: Tensor | None
-    """(batch,) bool, see Sequences."""
+    ends: Tensor | None
+    """(batch,) columns, see Sequences."""
 
     rows: int | None = None
     reported: set[int] = field(default_factory=set)
@@ -73,11 +74,12 @@ class Forward:
 
     @property
     def counted(self) -> Tensor:
-        """(batch, rows) bool: no padding, and not of a finished sequence."""
+        """(batch, rows) bool: no padding, and not behind the end of the sequence."""
         assert self.visible is not None
-        if self.finished is None:
+        if self.ends is None:
             return self.visible
-        return self.visible & ~self.finished[:, None].to(self.visible.device)
+        columns = torch.arange(self.past, self.tokens, device=self.visible.device)
+        return self.visible & (columns < self.ends[:, None].to(columns))
 
     def report(self, layer: AttentionLayer, query: Tensor, key: Tensor, mask: Tensor | None) -> Place:
         """A layer computes attention.
@@ -94,7 +96,10 @@ class Forward:
         columns = min(keys, self.tokens)
         first = self.past - (self.tokens - columns)
         if first < 0:
-            raise CaptureError(f"{layer.name} has {rows} queries, but only {keys} keys")
+            raise CaptureError(
+                f"{layer.name} has {rows} queries, but only {keys} keys; every token must keep its own key: "
+                "leave out what shortens or shares the cache, or score the text in one forward with use_cache=False"
+            )
         self._check(layer, mask, batch, rows, keys, first)
         return Place(first, columns, None if mask is None else mask[..., :columns], self.counted)
 
@@ -120,7 +125,10 @@ class Forward:
         if self.visible is None:
             self.visible = visible
         elif not torch.equal(self.visible, visible.to(self.visible.device)):
-            raise CaptureError(f"{layer.name} has padding in other places than the layers before it")
+            raise CaptureError(
+                f"{layer.name} has padding in other places than the layers before it; give one attention_mask "
+                "in which each token sees itself in every layer or in none"
+            )
 
     def _all_visible(self, layer: AttentionLayer, batch: int, rows: int) -> Tensor:
         if rows > 1 and self.past > 0:
@@ -152,6 +160,21 @@ def require_plain(layer: AttentionLayer, dropout: float, is_causal: bool | None,
             raise CaptureError(
                 f"{layer.name} gives its attention {name}={type(value).__name__}, which is not known here and could "
                 "change it; leave it out, or use another model family"
+            )
+
+
+def require_evaluation(model: nn.Module) -> None:
+    """Nothing may be dropped out: neither the model nor any dropout in it is in training mode.
+
+    Raises:
+        CaptureError: one is; names it.
+    """
+    for name, module in model.named_modules():
+        drops = module is model or (isinstance(module, nn.Dropout) and module.p > 0)
+        if module.training and drops:
+            raise CaptureError(
+                f"{name or type(module).__name__} is in training mode, where dropout draws other numbers every time; "
+                "call model.eval() first"
             )
 
 

@@ -67,14 +67,19 @@ class Sampling:
     seed: int | None
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise InvalidInput("max_new_tokens", f"is {self.max_new_tokens}; it must be at least 1")
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise InvalidInput("temperature", f"is {self.temperature}; it must be finite and at least 0")
-        if not 0 < self.top_p <= 1:
-            raise InvalidInput("top_p", f"is {self.top_p}; it must lie in (0, 1]")
-        if self.seed is not None and not 0 <= self.seed < 1 << 63:
-            raise InvalidInput("seed", f"is {self.seed}; it must lie in [0, 2^63)")
+        if not isinstance(self.max_new_tokens, int) or self.max_new_tokens < 1:
+            raise InvalidInput("max_new_tokens", f"is {self.max_new_tokens!r}; it must be a whole number, at least 1")
+        if not (is_number(self.temperature) and self.temperature >= 0):
+            raise InvalidInput("temperature", f"is {self.temperature!r}; it must be finite and at least 0")
+        if not (is_number(self.top_p) and 0 < self.top_p <= 1):
+            raise InvalidInput("top_p", f"is {self.top_p!r}; it must lie in (0, 1]")
+        if self.seed is not None and not (isinstance(self.seed, int) and 0 <= self.seed < 1 << 63):
+            raise InvalidInput("seed", f"is {self.seed!r}; it must be a whole number in [0, 2^63)")
+
+
+def is_number(value: object) -> bool:
+    """Whether it is a finite number, and no truth value."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 class Chooser:
@@ -95,11 +100,12 @@ class Chooser:
     def choose(self, logits: torch.Tensor) -> tuple[int, float]:
         """A token and its log-probability at temperature 1, from the logits of one position, (1, vocabulary)."""
         logits = logits.float()
-        if self.greedy:
+        if self.greedy or bool(logits.isnan().any()):  # whose attention is not finite either, which the detection says
             token = int(logits.argmax(-1))
         else:
             read = torch.empty(1, 0, dtype=torch.long)
-            chances = self.warpers(read, logits).softmax(-1)  # type: ignore[arg-type]
+            # The largest becomes 0, so that no temperature, however low, makes it infinite.
+            chances = self.warpers(read, logits - logits.max()).softmax(-1)  # type: ignore[arg-type]
             token = int(torch.multinomial(chances, 1, generator=self.random))
         return token, float(logits.log_softmax(-1)[0, token])
 
@@ -116,12 +122,12 @@ class TextStream:
         self.given = 0
         """Tokens whose text has been given out."""
 
-    def push(self, token_id: int) -> str:
-        """The text that the token completes; empty while a character of several tokens is open."""
+    def push(self, token_id: int, last: bool = False) -> str:
+        """The text that the token completes: none while a character of several tokens is open, all with the last."""
         self.ids.append(token_id)
         before = self._decode(self.ids[self.start : self.given])
         now = self._decode(self.ids[self.start :])
-        if now.endswith("\N{REPLACEMENT CHARACTER}"):
+        if now.endswith("\N{REPLACEMENT CHARACTER}") and not last:
             return ""
         self.start, self.given = self.given, len(self.ids)
         return now[len(before) :]
@@ -137,7 +143,7 @@ def generate(
     most = language_model.max_tokens
     room = most - len(prompt.prompt_ids)
     if room < 1:
-        raise TooLong("prompt", f"has {len(prompt.prompt_ids)} tokens, which leaves no room of {most}")
+        raise TooLong("prompt", f"has {len(prompt.prompt_ids)} tokens, the model takes {most} in all; shorten it")
     limit = min(room, sampling.max_new_tokens)
     return _steps(language_model, probe, prompt, Chooser(sampling), limit, false_positive_rate)
 
@@ -163,21 +169,21 @@ def _steps(
         logits: torch.Tensor = output.logits[:, -1].cpu()  # (1, vocabulary)
         return logits
 
-    logits = step(prompt.prompt_ids)
     written: list[int] = []
-    reason = "length"
-    while len(written) < limit:
-        token, log_probability = chooser.choose(logits)
-        if token in language_model.stop_tokens:
-            reason = "stop"
-            break
+    token, log_probability = chooser.choose(step(prompt.prompt_ids))
+    while token not in language_model.stop_tokens:
         # The row of a token exists only once it has been fed, so it is fed before it is scored and given out.
-        logits = step((token,))
+        following = chooser.choose(step((token,)))
         written.append(token)
+        last = len(written) == limit or following[0] in language_model.stop_tokens
         running = detect(probe, captured.summaries()[0], prompt.followed_by(written), false_positive_rate, {})
         yield GeneratedToken(
-            len(written) - 1, token, stream.push(token), log_probability, running.probability, running.logit
+            len(written) - 1, token, stream.push(token, last), log_probability, running.probability, running.logit
         )
+        token, log_probability = following
+        if len(written) == limit:
+            break
+    reason = "length" if len(written) == limit else "stop"
     ids = prompt.followed_by(written)
     detection = detect(probe, captured.summaries()[0], ids, false_positive_rate, clock.seconds)
     text = str(language_model.tokenizer.decode(written, skip_special_tokens=True))

@@ -82,13 +82,26 @@ class ModelIdentity:
     def from_dict(cls, values: Mapping[str, Any]) -> ModelIdentity:
         """The inverse of `to_dict`; raises KeyError or TypeError for what is not one."""
         known = {name: values[name] for name in cls.__dataclass_fields__}
+        for name, value in known.items():
+            kind = {"layers": int, "heads": int, "sample": list | tuple}.get(name, str)
+            if not isinstance(value, kind):
+                raise TypeError(f"{name} is {str(value)[:80]!r}, which it can't be")
         return cls(**known | {"sample": tuple(float(value) for value in known["sample"])})
 
     @property
     def digest(self) -> str:
         """One digest of all that is compared."""
         return sha256(
-            "\n".join((self.architecture, self.parameters, self.weights, self.tokenizer, self.chat_template)).encode()
+            "\n".join(
+                (
+                    self.architecture,
+                    self.parameters,
+                    self.weights,
+                    self.quantisation,
+                    self.tokenizer,
+                    self.chat_template,
+                )
+            ).encode()
         )
 
     def differences(self, other: ModelIdentity) -> list[tuple[str, str, str]]:
@@ -105,8 +118,22 @@ class ModelIdentity:
     def _same_weights(self, other: ModelIdentity) -> bool:
         if self.dtype == other.dtype or len(self.sample) != len(other.sample):
             return self.weights == other.weights
-        # bfloat16 keeps 8 bits: two roundings are at most 2^-7 of the value apart. float16 adds 2^-24 near zero.
-        return bool(np.allclose(self.sample, other.sample, rtol=2**-7, atol=2**-23))
+        mine, theirs = np.array(self.sample, np.float32), np.array(other.sample, np.float32)
+        for coarse in ("bfloat16", "float16"):
+            if {self.dtype, other.dtype} == {"float32", coarse}:
+                return np.array_equal(rounded(mine, coarse), rounded(theirs, coarse))
+        # Both are rounded, each in its way: at most 2^-7 of the value apart, and 2^-23 near zero.
+        return bool(np.allclose(mine, theirs, rtol=2**-7, atol=2**-23))
+
+
+def rounded(values: NDArray[np.float32], dtype: str) -> NDArray[np.float32]:
+    """Values as they are after a conversion to `bfloat16` or `float16` and back."""
+    if dtype == "float16":
+        with np.errstate(over="ignore"):
+            return values.astype(np.float16).astype(np.float32)
+    bits = values.view(np.uint32)
+    nearest_even = bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
+    return (nearest_even & np.uint32(0xFFFF0000)).view(np.float32)
 
 
 def identity_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str = "") -> ModelIdentity:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from lapwing_detector import embedded
@@ -33,6 +34,10 @@ class LanguageModel:
     name: str = ""
     """Hub id, or the name of its folder; never a whole path."""
 
+    def __post_init__(self) -> None:
+        if self.model.training:
+            raise InvalidInput("model", "is in training mode, where dropout makes it random; call model.eval()")
+
     @classmethod
     def load(
         cls, source: str | Path | None = None, *, dtype: str | None = None, device: str | torch.device | None = None
@@ -53,17 +58,26 @@ class LanguageModel:
             raise InvalidInput("dtype", f"is {dtype!r}; it must be one of {', '.join(DTYPES)}")
         refuse_remote_code(place)
         try:
-            tokenizer = AutoTokenizer.from_pretrained(place)
-            model: Any = AutoModelForCausalLM.from_pretrained(place, dtype=DTYPES[dtype] if dtype else "auto")
-        except (OSError, ValueError, KeyError) as error:
+            target = torch.device(device or "cpu")
+            tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                place, dtype=DTYPES[dtype] if dtype else "auto", trust_remote_code=False, output_loading_info=True
+            )
+            model, info = loaded
+            if dtype is None and model.dtype == torch.float16 and target.type == "cpu":
+                model = model.float()
+            model = model.to(target).eval()
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+            said = (str(error).splitlines() or [type(error).__name__])[0][:300]
+            raise InvalidInput("model", f"{place!r} can't be loaded as a causal language model: {said}") from error
+        if info["missing_keys"]:
             raise InvalidInput(
-                "model", f"{place!r} can't be loaded as a causal language model: {str(error).splitlines()[0][:300]}"
-            ) from error
-        target = torch.device(device or "cpu")
-        if dtype is None and model.dtype == torch.float16 and target.type == "cpu":
-            model = model.float()
+                "model",
+                f"{place!r} lacks {len(info['missing_keys'])} of its weights, such as {min(info['missing_keys'])}; "
+                "they would be random: fetch the whole model again",
+            )
         name = "atlas" if source is None else Path(place).resolve().name if Path(place).is_dir() else place
-        return cls(model.to(target).eval(), tokenizer, name)
+        return cls(model, tokenizer, name)
 
     @cached_property
     def identity(self) -> ModelIdentity:
@@ -126,7 +140,10 @@ class LanguageModel:
 
 
 def refuse_remote_code(place: str) -> None:
-    """Stops before a model directory whose configuration names code of its own (`auto_map`)."""
+    """Stops before a model directory whose configuration names code of its own (`auto_map`).
+
+    transformers would not run it without `trust_remote_code`, but might load something else in its place.
+    """
     config = Path(place) / "config.json"
     if not config.is_file():
         return

@@ -73,7 +73,10 @@ def _checked(model: object) -> PreTrainedModel:
 def _layer_index(model: PreTrainedModel, name: str) -> int:
     number = re.search(r"(?:^|\.)(\d+)(?:\.|$)", name)
     if number is None:
-        raise UnsupportedModel(f"{type(model).__name__}: attention {name!r} belongs to no numbered layer")
+        raise UnsupportedModel(
+            f"{type(model).__name__}: attention {name!r} belongs to no numbered layer, so its map has no place; "
+            "use a plain decoder"
+        )
     return int(number.group(1))
 
 
@@ -85,7 +88,8 @@ def _compare_with_config(model: PreTrainedModel, found: tuple[AttentionLayer, ..
     if indices != expected:
         raise UnsupportedModel(
             f"{type(model).__name__}: attention goes through transformers' interface in layers {indices}, "
-            f"its configuration has attention in layers {expected}; every one must be captured, exactly once"
+            f"its configuration has attention in layers {expected}; every one must be captured, exactly once: "
+            "use the plain decoder, without cross-attention or layers of your own"
         )
     for layer in found:
         if getattr(layer.module, "config", None) is None:

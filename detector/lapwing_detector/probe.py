@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -20,6 +21,9 @@ from lapwing_detector.head_map import STATISTICS, HeadMap
 from lapwing_detector.identity import ModelIdentity
 from lapwing_detector.summary import AttentionSummary
 
+NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
+"""What a probe may be called."""
+
 
 @dataclass(frozen=True)
 class Calibration:
@@ -27,6 +31,10 @@ class Calibration:
 
     slope: float
     intercept: float
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.slope) and math.isfinite(self.intercept)):
+            raise ValueError(f"calibration {self.slope}, {self.intercept} must be finite")
 
     def probability(self, logit: float) -> float:
         """In [0, 1]."""
@@ -47,6 +55,10 @@ class Threshold:
 
     negatives: int
     """How many negatives set the threshold."""
+
+    def __post_init__(self) -> None:
+        if not (0 < self.false_positive_rate < 1 and math.isfinite(self.logit)):
+            raise ValueError(f"threshold {self.logit} at rate {self.false_positive_rate}: finite, at a rate in (0, 1)")
 
 
 @dataclass(frozen=True)
@@ -100,11 +112,19 @@ class Probe:
     """What it was fitted on and how (JSON values)."""
 
     def __post_init__(self) -> None:
+        if not NAME.fullmatch(self.name):
+            raise ValueError(f"the probe's name {self.name[:80]!r} must match {NAME.pattern}")
         unknown = [feature for feature in self.features if feature not in FEATURES]
         if unknown:
             raise ValueError(f"feature {unknown[0]!r} is not known; known are {', '.join(FEATURES)}")
-        expected = (len(self.layers), self.selected.shape[-1], self.width)
-        if self.weights.shape != expected or self.selected.shape != expected[:2]:
+        if not self.features or len(set(self.features)) < len(self.features):
+            raise ValueError(f"features {self.features} must be one or more, each once")
+        if self.k < 1:
+            raise ValueError(f"k is {self.k}; it must be at least 1")
+        if not self.layers or list(self.layers) != sorted(set(self.layers)) or self.layers[0] < 0:
+            raise ValueError(f"layers {self.layers} must be indices, ascending")
+        expected = (len(self.layers), self.selected.shape[-1] if self.selected.ndim else 0, self.width)
+        if self.selected.ndim != 2 or self.weights.shape != expected or self.selected.shape != expected[:2]:
             raise ValueError(
                 f"weights {self.weights.shape} and selected {self.selected.shape} must be {expected} and {expected[:2]}"
             )
@@ -307,7 +327,7 @@ class Probe:
         if summary.layers != self.layers or summary.diagonal.shape[1] != self.weights.shape[1]:
             raise ProbeMismatch(
                 f"the probe {self.name!r} reads layers {self.layers} of {self.weights.shape[1]} heads, "
-                f"the attention has layers {summary.layers} of {summary.diagonal.shape[1]}"
+                f"the attention has layers {summary.layers} of {summary.diagonal.shape[1]}; use the model that it fits"
             )
 
     def _weight_norms(self, feature: str) -> NDArray[np.float32]:

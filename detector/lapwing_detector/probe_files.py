@@ -16,14 +16,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lapwing_detector.errors import ProbeCorrupt
+from lapwing_detector.features import FEATURES
+from lapwing_detector.head_map import STATISTICS
 from lapwing_detector.identity import ModelIdentity, sha256
 from lapwing_detector.pictures import card_pictures
 from lapwing_detector.probe import Calibration, Probe, Threshold
 
 SCHEMA_VERSION = 1
 TENSORS, MANIFEST, CARD = "probe.safetensors", "manifest.json", "README.md"
-NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+BROKEN = (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RecursionError)
+"""What reading JSON and arrays that are not ours may end in."""
 
 MAX_MANIFEST = 4 << 20
 MAX_TENSORS = 256 << 20
@@ -33,10 +37,11 @@ MAX_OTHER = 256 << 20
 
 def save(probe: Probe, directory: Path, files: Mapping[str, bytes], card: str | None) -> Path:
     """See `Probe.save_pretrained`."""
-    if not NAME.fullmatch(probe.name):
-        raise ValueError(f"the probe's name {probe.name!r} must match {NAME.pattern}")
-    if directory.exists() and any(directory.iterdir()) and not (directory / MANIFEST).exists():
-        raise FileExistsError(f"{directory} exists and is no probe directory; give another path or remove it")
+    for name in files:
+        if not FILE_NAME.fullmatch(name) or name in (TENSORS, MANIFEST, CARD):
+            raise ValueError(f"a file named {name!r} can't stand in a probe directory; give it another, plain name")
+    directory = directory.resolve()  # a link to a probe is followed, and not replaced
+    _require_replaceable(directory)
     content = {**card_pictures(probe), **files}
     content[TENSORS] = _tensor_bytes(probe)
     content[CARD] = (card if card is not None else model_card(probe)).encode()
@@ -55,6 +60,19 @@ def save(probe: Probe, directory: Path, files: Mapping[str, bytes], card: str | 
     return directory
 
 
+def _require_replaceable(directory: Path) -> None:
+    """Nothing is replaced but a probe, with nothing beside it that is not its own."""
+    if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
+        return
+    try:
+        listed = {MANIFEST, *_read_manifest(directory)["files"]}
+    except (ProbeCorrupt, OSError):
+        raise FileExistsError(f"{directory} exists and is no probe directory; give another path or remove it") from None
+    others = sorted(path.name for path in directory.iterdir() if path.name not in listed)
+    if others:
+        raise FileExistsError(f"{directory} holds {others[0]}, which is not the probe's; move it away first")
+
+
 def load(source: str | Path) -> Probe:
     """See `Probe.from_pretrained`."""
     directory = Path(source)
@@ -64,12 +82,7 @@ def load(source: str | Path) -> Probe:
     for name, digest in manifest["files"].items():
         if sha256(read(directory, name)) != digest:
             raise ProbeCorrupt(f"{directory / name} is not the file that was saved (sha256 differs); fetch it again")
-    probe = _assemble(directory, manifest)
-    if probe.revision != manifest["revision"]:
-        raise ProbeCorrupt(
-            f"{directory} says revision {manifest['revision']}, its content is {probe.revision}; fetch it again"
-        )
-    return probe
+    return _assemble(directory, manifest)
 
 
 def read(directory: Path, name: str) -> bytes:
@@ -82,11 +95,21 @@ def read(directory: Path, name: str) -> bytes:
     cap = {TENSORS: MAX_TENSORS, MANIFEST: MAX_MANIFEST}.get(name, MAX_OTHER)
     if not FILE_NAME.fullmatch(name):
         raise ProbeCorrupt(f"{directory} lists a file named {name!r}, which is no plain name")
-    if not path.is_file() or not path.resolve().is_relative_to(directory.resolve()):
+    if not path.is_file() or not path.resolve().is_relative_to(_root(directory)):
         raise ProbeCorrupt(f"{path} is missing or leads out of its directory; fetch the probe again")
     if path.stat().st_size > cap:
         raise ProbeCorrupt(f"{path} has {path.stat().st_size} bytes; at most {cap} are read")
     return path.read_bytes()
+
+
+def _root(directory: Path) -> Path:
+    """What the files of a probe directory must lie in, wherever their links lead.
+
+    The cache of the Hub keeps the files of `snapshots/<commit>/` in `blobs/` beside it.
+    """
+    repository = directory.resolve().parent.parent
+    in_cache = directory.resolve().parent.name == "snapshots" and (repository / "blobs").is_dir()
+    return repository if in_cache else directory.resolve()
 
 
 def push(probe: Probe, repo_id: str, private: bool, directory: Path | None) -> str:
@@ -158,8 +181,8 @@ def _read_manifest(directory: Path) -> dict[str, Any]:
         manifest = json.loads(read(directory, MANIFEST))
         version = manifest["schema_version"]
         files = manifest["files"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ProbeCorrupt(f"{directory / MANIFEST} is no manifest of a probe: {error!r}") from error
+    except BROKEN as error:
+        raise ProbeCorrupt(f"{directory / MANIFEST} is no manifest of a probe: {error!r}; fetch it again") from error
     if version != SCHEMA_VERSION:
         raise ProbeCorrupt(f"{directory} has schema version {version!r}, known is {SCHEMA_VERSION}; update lapwing")
     if not isinstance(files, dict) or TENSORS not in files:
@@ -176,29 +199,55 @@ def _assemble(directory: Path, manifest: Mapping[str, Any]) -> Probe:
         shape = (len(manifest["layers"]), int(manifest["heads"]))
         statistics = {name.removeprefix("statistics/"): tensors.pop(name) for name in sorted(tensors) if "/" in name}
         _check_tensors(tensors, statistics, shape)
-        return Probe(
-            name=str(manifest["name"]),
-            features=tuple(manifest["features"]),
-            k=int(manifest["k"]),
-            layers=tuple(int(layer) for layer in manifest["layers"]),
+        probe = Probe(
+            name=expect(manifest["name"], str),
+            features=tuple(expect(feature, str) for feature in expect(manifest["features"], list)),
+            k=expect(manifest["k"], int),
+            layers=tuple(expect(layer, int) for layer in expect(manifest["layers"], list)),
             weights=tensors["weights"],
-            bias=float(manifest["bias"]),
+            bias=float(expect(manifest["bias"], int, float)),
             selected=tensors["selected"].astype(bool),
             calibration=_calibration(manifest["calibration"]),
-            thresholds=tuple(Threshold(**point) for point in manifest["thresholds"]),
+            thresholds=tuple(_threshold(point) for point in expect(manifest["thresholds"], list)),
             identity=ModelIdentity.from_dict(manifest["identity"]),
             statistics=statistics,
-            metrics=manifest["metrics"],
-            training=manifest["training"],
+            metrics=expect(manifest["metrics"], dict),
+            training=expect(manifest["training"], dict),
         )
-    except (ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
-        raise ProbeCorrupt(f"{directory} does not hold a whole probe: {error}") from error
+        if probe.revision != manifest["revision"]:
+            raise ValueError(f"it says revision {manifest['revision']}, its content is {probe.revision}")
+        return probe
+    except (*BROKEN, SafetensorError) as error:
+        raise ProbeCorrupt(f"{directory} does not hold a whole probe: {error}; fetch it again") from error
+
+
+def expect(value: Any, *kinds: type) -> Any:
+    """A JSON value of one of these kinds; true and false are no numbers.
+
+    Raises:
+        TypeError: it is of another kind.
+    """
+    if not isinstance(value, kinds) or isinstance(value, bool):
+        raise TypeError(f"{str(value)[:80]!r} must be {' or '.join(kind.__name__ for kind in kinds)}")
+    return value
 
 
 def _calibration(described: Mapping[str, Any]) -> Calibration:
     if described["method"] != "platt":
         raise ValueError(f"calibration is {described['method']!r}, known is 'platt'")
-    return Calibration(float(described["slope"]), float(described["intercept"]))
+    slope, intercept = (float(expect(described[name], int, float)) for name in ("slope", "intercept"))
+    return Calibration(slope, intercept)
+
+
+def _threshold(described: Mapping[str, Any]) -> Threshold:
+    rate, logit = (float(expect(described[name], int, float)) for name in ("false_positive_rate", "logit"))
+    realised = described["realised_rate"]
+    return Threshold(
+        rate,
+        logit,
+        None if realised is None else float(expect(realised, int, float)),
+        expect(described["negatives"], int),
+    )
 
 
 def _check_tensors(
@@ -207,6 +256,9 @@ def _check_tensors(
     if set(tensors) != {"weights", "selected"}:
         raise ValueError(f"tensors are {sorted(tensors)}, expected weights and selected")
     for name, tensor in statistics.items():
+        feature, _, statistic = name.partition("/")
+        if feature not in FEATURES or statistic not in STATISTICS:
+            raise ValueError(f"statistics/{name[:80]} is of no feature and statistic that are known")
         if tensor.shape != shape or tensor.dtype != np.float32 or not np.isfinite(tensor).all():
             raise ValueError(f"statistics/{name} must be finite float32 {shape}, is {tensor.dtype} {tensor.shape}")
     if tensors["weights"].dtype != np.float32 or tensors["selected"].dtype != np.uint8:
@@ -227,13 +279,19 @@ def _download(repo_id: str) -> Path:
 
 
 def _replace(partial: Path, directory: Path) -> None:
-    if directory.exists():
-        old = Path(tempfile.mkdtemp(prefix=f".{directory.name}.old.", dir=directory.parent))
-        os.replace(directory, old)
+    if not directory.exists():
         os.replace(partial, directory)
-        shutil.rmtree(old)
     else:
-        os.replace(partial, directory)
+        trash = Path(tempfile.mkdtemp(prefix=f".{directory.name}.old.", dir=directory.parent))
+        try:
+            os.replace(directory, trash / "old")
+            try:
+                os.replace(partial, directory)
+            except BaseException:
+                os.replace(trash / "old", directory)
+                raise
+        finally:
+            shutil.rmtree(trash, ignore_errors=True)
     _sync(directory.parent)
 
 

@@ -39,9 +39,11 @@ def detect(
     with clock.stage("probe"):
         if summary.token_count < probe.needed_tokens:
             reason = Reason.TOO_SHORT
-            message = f"{summary.token_count} tokens; the probe needs {probe.needed_tokens}"
+            message = f"{summary.token_count} tokens; the probe needs {probe.needed_tokens}; score a longer text"
+        elif not ids.response_ids:
+            reason, message = Reason.TOO_SHORT, "the response has no tokens; there is nothing in it to be made up"
         elif not (np.isfinite(summary.diagonal).all() and np.isfinite(summary.received).all()):
-            reason, message = Reason.NON_FINITE, "the model's attention holds NaN or infinities"
+            reason, message = Reason.NON_FINITE, "the model's attention is not finite; load it in float32 or bfloat16"
         else:
             logit, share = probe.score(summary)
     point = probe.threshold(false_positive_rate)

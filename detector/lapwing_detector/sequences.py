@@ -57,8 +57,11 @@ class Sequences:
     tokens: int = 0
     """Length so far, padding and finished rows included; the same for every sequence of the batch."""
 
-    finished: Tensor | None = None
-    """(batch,) bool: a stop token was fed, so what is fed from then on is no longer of the sequence."""
+    reach: int = 0
+    """Highest position so far, plus 1: less than `tokens` with padding on the left."""
+
+    ends: Tensor | None = None
+    """(batch,) column from which on what is fed is no longer of the sequence; None: none has ended."""
 
     visible: list[Tensor] = field(default_factory=list)
     """(batch, rows) bool, one for each forward: the token is no padding."""
@@ -68,6 +71,11 @@ class Sequences:
 
     sums: dict[int, LayerSums] = field(default_factory=dict)
     """By layer index."""
+
+    @property
+    def any_ended(self) -> bool:
+        """Whether some sequence was fed what is no longer of it."""
+        return self.ends is not None and bool((self.ends < self.tokens).any())
 
     @property
     def batch(self) -> int | None:
@@ -87,7 +95,8 @@ class Sequences:
         heads = {layer.index: self.sums[layer.index].diagonal.shape[1] for layer in self.layers}
         if len(set(heads.values())) > 1:
             raise CaptureError(
-                f"layers differ in their number of heads, so no (layers, heads) array holds them: {heads}"
+                f"layers differ in their number of heads, so no (layers, heads) array holds them: {heads}; "
+                "use a model with the same number in every layer"
             )
         return [self._summary(row, counted) for row, counted in enumerate(torch.cat(self.counted, dim=1).cpu())]
 

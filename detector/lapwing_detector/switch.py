@@ -1,10 +1,11 @@
-"""Switches the attention of a model to a function of our own, and back. Does not know what the function does."""
+"""Puts functions of our own in the place of a model's, and takes them back. Does not know what they do."""
 
 from __future__ import annotations
 
 import itertools
 import threading
 from collections.abc import Callable, Iterable
+from functools import wraps
 from typing import Any
 
 from transformers import AttentionInterface, PreTrainedModel
@@ -86,6 +87,27 @@ class AttentionSwitch:
         # The interfaces' own `del` only knows local overrides, and `register` writes to the class.
         AttentionInterface._global_mapping.pop(self.name, None)
         AttentionMaskInterface._global_mapping.pop(self.name, None)
+
+
+def shadow(thing: object, name: str, function: Callable[..., Any]) -> Callable[[], None]:
+    """Put a function in the place of a method of one object; returns what undoes it.
+
+    Args:
+        function: called with the original and then with the arguments of the call.
+    """
+    original, own = getattr(thing, name), thing.__dict__.get(name)
+
+    @wraps(original)
+    def instead(*args: Any, **kwargs: Any) -> Any:
+        return function(original, *args, **kwargs)
+
+    def undo() -> None:
+        del thing.__dict__[name]
+        if own is not None:
+            thing.__dict__[name] = own
+
+    thing.__dict__[name] = instead
+    return undo
 
 
 def _distinct_configs(model: PreTrainedModel, layers: Iterable[AttentionLayer]) -> list[Any]:

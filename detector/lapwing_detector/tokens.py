@@ -47,7 +47,9 @@ def build_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, response: Resp
         InvalidInput: names the field, such as `prompt`, `prompt[1].content` or `response_ids[3]`.
     """
     prompt, response = _as_list(prompt), _as_list(response)
-    if _is_empty(prompt) and (response is None or _is_empty(response)):
+    if _is_empty(prompt) and response is None:
+        raise InvalidInput("prompt", "is empty; give the model something to answer")
+    if _is_empty(prompt) and _is_empty(response):
         raise InvalidInput("prompt", "is empty, and so is the response; give at least one of them")
     return TokenIds(_prompt_ids(tokenizer, prompt), _response_ids(tokenizer, response))
 
@@ -65,12 +67,15 @@ def _response_ids(tokenizer: PreTrainedTokenizerBase, response: Any) -> tuple[in
     if response is None:
         return ()
     if isinstance(response, str):
-        return tuple(_encode(tokenizer, response, "response"))
+        # A special token that is spelt out in an answer is text there.
+        return tuple(_encode(tokenizer, response, "response", split_special_tokens=True))
     _require_list("response", response, "text or token ids")
     return _checked_ids(tokenizer, "response_ids", response)
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, text: str, field: str, *, special: bool = False) -> list[int]:
+def _encode(
+    tokenizer: PreTrainedTokenizerBase, text: str, field: str, *, special: bool = False, **options: Any
+) -> list[int]:
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -78,7 +83,7 @@ def _encode(tokenizer: PreTrainedTokenizerBase, text: str, field: str, *, specia
             field,
             f"holds half of a surrogate pair at position {error.start}, which is no character; give valid Unicode",
         ) from error
-    return cast(list[int], tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
+    return cast(list[int], tokenizer(text, add_special_tokens=special, verbose=False, **options)["input_ids"])
 
 
 def _opened(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> tuple[int, ...]:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import signal
+import socket
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import typer
 
 from lapwing_client import demo, demo_report
 from lapwing_client.demo import Asked
-from lapwing_client.errors import Unavailable
+from lapwing_client.local_server import ServerFailed, endings_as_exits, running_server
 from lapwing_client.results import Detection
 
 SCORED = Detection(
@@ -103,9 +109,55 @@ def test_an_answer_is_right_if_it_is_one_of_the_accepted(answer: str, wrong: boo
     assert demo.judged(item, answer, None, (), SCORED).wrong is wrong
 
 
-def test_a_server_that_does_not_start_shows_its_log(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(Unavailable, match="did not start"), demo.running_server(["--port", "nonsense"]):
+def test_a_server_that_does_not_start_shows_its_log() -> None:
+    with pytest.raises(ServerFailed, match="--port"), running_server(["--port", "nonsense"]):
         pass
+
+
+WATCHED = """
+import os, sys, time
+from lapwing_client.local_server import running_server
+with running_server([]) as address:
+    print(address, flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_no_server_is_left_behind_by_a_process_that_is_told_to_end(number: signal.Signals) -> None:
+    with subprocess.Popen([sys.executable, "-c", WATCHED], stdout=subprocess.PIPE, text=True) as watched:
+        assert watched.stdout is not None
+        host, _, port = watched.stdout.readline().strip().rpartition(":")
+        with socket.create_connection((host, int(port)), timeout=5):  # it is there ...
+            pass
+        watched.send_signal(number)
+        assert watched.wait(30) != 0
+    with pytest.raises(ConnectionRefusedError):  # ... and then it is not
+        socket.create_connection((host, int(port)), timeout=5)
+
+
+def test_signals_are_handled_as_before_afterwards() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with endings_as_exits():
+        assert signal.getsignal(signal.SIGTERM) is not before
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize("kind", ["file", "read-only"])
+def test_a_folder_that_cannot_be_written_is_said_before_anything_is_done(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    if kind == "file":
+        out.write_text("mine")
+    else:
+        out.mkdir()
+        monkeypatch.setattr("os.access", lambda *_: False)  # a superuser may write everywhere
+    monkeypatch.setattr(demo, "interview", None)
+    with pytest.raises(typer.Exit) as caught:
+        demo.demo(out=out)
+    assert caught.value.exit_code == 1
+    assert str(out) in capsys.readouterr().err
 
 
 def test_the_shipped_questions_are_twelve_and_half_of_them_are_about_the_unknown() -> None:

@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from transformers import PreTrainedModel, StaticCache, StoppingCriteria
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import PreTrainedModel, PreTrainedTokenizerFast, StaticCache, StoppingCriteria
 
-from lapwing_detector import attention, capture, forward
+from lapwing_detector import attention, capture, forward, generation_run
 from lapwing_detector.attention import attend
 from lapwing_detector.capture import Captured, capture_attention
 from lapwing_detector.features import laplacian_diagonal, laplacian_eigenvalues
+from lapwing_detector.layers import AttentionLayer
 from lapwing_detector.summary import AttentionSummary
 from tests.detector.tiny_models import (
     EOS,
     FAMILIES,
+    LONG,
     PAD,
     WINDOW,
     captured_forward,
     difference,
     eager_forward,
+    long_model,
     new_model,
     tiny_model,
     token_ids,
@@ -98,6 +105,45 @@ def test_bfloat16_is_summed_in_float32() -> None:
     np.testing.assert_allclose(summary.received.sum(axis=-1), 300, rtol=1e-5)
 
 
+def rounding_error() -> float:
+    """Of attending in bfloat16, against the same numbers in float64."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(1, 2, 300, 8, generator=generator).bfloat16() for _ in range(3)]
+    counted = torch.ones(1, 300, dtype=torch.bool)
+    _, *rough = attend(*inputs, mask=None, first=0, counted=counted, scaling=0.5)
+    _, *exact = attend(*(one.double() for one in inputs), mask=None, first=0, counted=counted, scaling=0.5)
+    return max(float((one - other).abs().max()) for one, other in zip(rough, exact, strict=True))
+
+
+def test_attending_in_bfloat16_rounds_the_inputs_only() -> None:
+    assert rounding_error() < SAME_MAP
+
+
+class LargestTensor(TorchDispatchMode):
+    """Number of elements of the largest tensor that is made."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        made = function(*args, **(kwargs or {}))
+        for one in made if isinstance(made, (tuple, list)) else (made,):
+            if isinstance(one, torch.Tensor):
+                self.elements = max(self.elements, one.numel())
+        return made
+
+
+def largest_tensor(tokens: int) -> int:
+    query, key, value = (torch.randn(1, 2, tokens, 4) for _ in range(3))
+    counted = torch.ones(1, tokens, dtype=torch.bool)
+    with LargestTensor() as largest:
+        attend(query, key, value, mask=None, first=0, counted=counted, scaling=0.5)
+    return largest.elements
+
+
+def test_the_map_never_exists() -> None:
+    assert largest_tensor(600) < 600 * 600 / 10
+
+
 def test_autocast_does_not_reach_the_sums() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         (summary,) = captured_forward(tiny_model("llama"), token_ids(1, 300))
@@ -155,10 +201,18 @@ def test_padded_batch_equals_each_alone(model: PreTrainedModel, side: str) -> No
     assert padding_error(model, side) < SAME_MAP
 
 
-def padding_error(model: PreTrainedModel, side: str) -> float:
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padded_batch_with_a_mask_of_the_users_own(side: str) -> None:
+    assert padding_error(tiny_model("llama"), side, whole_mask=True) < SAME_MAP
+
+
+def padding_error(model: PreTrainedModel, side: str, whole_mask: bool = False) -> float:
+    """With `whole_mask` the mask is given as (batch, 1, rows, columns) bool."""
     lengths = (40, 23, 1, 131)
     ids, mask = padded([token_ids(1, n, seed=n)[0] for n in lengths], side)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    if whole_mask:
+        mask = mask.bool()[:, None, None, :] & torch.ones(131, 131, dtype=torch.bool).tril()
     together = captured_forward(model, ids, attention_mask=mask, position_ids=positions)
     alone = [captured_forward(model, token_ids(1, n, seed=n))[0] for n in lengths]
     assert [summary.diagonal.dtype for summary in together] == [np.float32] * 4
@@ -252,16 +306,62 @@ class EndsAt(StoppingCriteria):
         return torch.isin(input_ids[:, -1], self.tokens)
 
 
-def test_rows_ended_by_other_criteria() -> None:
-    model, ends = tiny_model("llama"), tuple(range(12, 24))
-    options = {"eos_token_id": 2, "stopping_criteria": [EndsAt(ends)], "do_sample": True}
-    captured, result, mask = generated(model, [token_ids(1, 9, seed=n)[0] for n in range(4)], **options)
-    lengths = set()
-    for row, row_mask, summary in zip(result, mask, captured.summaries(), strict=True):
-        ids = content(row, row_mask, eos=(2, PAD))  # the token that ended it is content, the padding behind is not
-        lengths.add(len(ids))
-        assert difference(summary, captured_forward(model, ids[None])[0]) < STEP_BY_STEP
-    assert len(lengths) > 1
+ENDS = tuple(range(12, 18))
+SAMPLED_PAD = 50
+"""A pad token that the model samples as any other."""
+
+
+def letters() -> PreTrainedTokenizerFast:
+    """Token i is the character of code i + 30."""
+    vocabulary = {chr(i + 30) if i > 2 else f"<{i}>": i for i in range(97)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+OTHER_ENDS = {
+    "criteria": lambda: {"stopping_criteria": [EndsAt(ENDS)]},
+    "strings": lambda: {"stop_strings": [chr(token + 30) for token in ENDS], "tokenizer": letters()},
+}
+
+
+def other_ends_error(ends: str) -> float:
+    model, prompts = tiny_model("llama"), [token_ids(1, 9, seed=n)[0] for n in range(4)]
+    options = {"eos_token_id": 2, "pad_token_id": SAMPLED_PAD, "do_sample": True, **OTHER_ENDS[ends]()}
+    captured, result, _ = generated(model, prompts, **options)
+    kept = []
+    for row in result:
+        last = next((at for at in range(9, len(row)) if int(row[at]) in (2, *ENDS)), len(row) - 1)
+        # The token that other criteria end a sequence at is content, an end-of-sequence token is not.
+        kept.append(row[: last + int(row[last] != 2)])
+    assert len({len(ids) for ids in kept}) > 1
+    assert any(SAMPLED_PAD in ids[9:] for ids in kept)
+    alone = [captured_forward(model, ids[None])[0] for ids in kept]
+    return max(difference(one, other) for one, other in zip(captured.summaries(), alone, strict=True))
+
+
+@pytest.mark.parametrize("ends", OTHER_ENDS)
+def test_rows_ended_by_other_criteria(ends: str) -> None:
+    assert other_ends_error(ends) < STEP_BY_STEP
+
+
+def test_without_stop_tokens_no_row_is_padded() -> None:
+    model = tiny_model("llama")  # `generate` then goes on with all rows until all have ended
+    options = {"eos_token_id": None, "stopping_criteria": [EndsAt(ENDS)], "do_sample": True}
+    captured, result, _ = generated(model, [token_ids(1, 9, seed=n)[0] for n in range(3)], **options)
+    for row, summary in zip(result, captured.summaries(), strict=True):
+        assert difference(summary, captured_forward(model, row[None])[0]) < STEP_BY_STEP
+
+
+def test_rows_keep_their_ends_when_the_cache_is_made_anew() -> None:
+    model = long_model("longrope")  # it drops its cache at LONG tokens, and all goes through one forward
+    captured, result, mask = generated(model, [token_ids(1, 9, seed=n)[0] for n in range(5)], do_sample=True)
+    lengths = [len(content(row, row_mask)) for row, row_mask in zip(result, mask, strict=True)]
+    assert min(lengths) < LONG < max(lengths)
+    visible = (torch.arange(result.shape[1]) < torch.tensor(lengths)[:, None]).long()
+    together = captured_forward(model, result, attention_mask=visible)
+    for summary, other in zip(captured.summaries(), together, strict=True):
+        assert difference(summary, other) < STEP_BY_STEP
 
 
 def test_a_single_new_token() -> None:
@@ -334,6 +434,28 @@ def test_a_conversation_that_goes_on_with_its_cache() -> None:
         ids = torch.cat([first.sequences, token_ids(1, 7, seed=1)], dim=1)
         result = model.generate(ids, past_key_values=first.past_key_values, max_new_tokens=9, eos_token_id=None)
     assert difference(captured.summaries()[0], captured_forward(model, result)[0]) < STEP_BY_STEP
+
+
+def test_a_conversation_that_goes_on_behind_a_stop_token() -> None:
+    model = new_model("llama")
+    answer = model.generate(token_ids(1, 9), max_new_tokens=6, eos_token_id=None)[0, 9:].tolist()
+    with capture_attention(model) as captured:
+        first = model.generate(
+            token_ids(1, 9), max_new_tokens=20, eos_token_id=answer[-1], return_dict_in_generate=True
+        )
+        assert captured.summaries()[0].token_count == first.sequences.shape[1] - 1
+        ids = torch.cat([first.sequences, token_ids(1, 7, seed=1)], dim=1)
+        result = model.generate(ids, past_key_values=first.past_key_values, max_new_tokens=9, eos_token_id=None)
+    assert difference(captured.summaries()[0], captured_forward(model, result)[0]) < STEP_BY_STEP
+
+
+def test_a_long_text_goes_on_with_the_frequencies_of_long_ones() -> None:
+    model, ids = long_model("longrope"), token_ids(1, LONG + 9)
+    with capture_attention(model) as captured, torch.no_grad():
+        cache = model(ids[:, : LONG + 1]).past_key_values
+        for at in range(LONG + 1, LONG + 9):
+            model(ids[:, at : at + 1], past_key_values=cache)
+    assert difference(captured.summaries()[0], captured_forward(model, ids)[0]) < STEP_BY_STEP
 
 
 @pytest.mark.parametrize("inference", [False, True])
@@ -434,8 +556,9 @@ def test_control_order_of_key_value_heads(breaking: pytest.MonkeyPatch) -> None:
     assert error_of("llama") > 0.01
 
 
+@pytest.mark.parametrize("whole_mask", [False, True])
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_control_padding_counted(breaking: pytest.MonkeyPatch, side: str) -> None:
+def test_control_padding_counted(breaking: pytest.MonkeyPatch, side: str, whole_mask: bool) -> None:
     real = forward.Forward.report
 
     def all_count(self: forward.Forward, *call: object) -> forward.Place:
@@ -444,12 +567,60 @@ def test_control_padding_counted(breaking: pytest.MonkeyPatch, side: str) -> Non
 
     breaking.setattr(forward.Forward, "report", all_count)
     # On the right, padding looks like real rows; on the left it sees nothing, and attends to everything.
-    assert padding_error(tiny_model("llama"), side) > 0.01
+    assert padding_error(tiny_model("llama"), side, whole_mask) > 0.01
+
+
+def test_control_all_keys_of_a_static_cache(breaking: pytest.MonkeyPatch) -> None:
+    real = forward.Forward.report
+
+    def uncropped(self: forward.Forward, layer: AttentionLayer, query: Any, key: Any, mask: Any) -> forward.Place:
+        place = real(self, layer, query, key, mask)
+        return forward.Place(place.first, key.shape[2], mask, place.counted)
+
+    prompts = [token_ids(1, 12)[0]]
+    assert generation_error(tiny_model("llama"), prompts, cache_implementation="static")[0] < STEP_BY_STEP
+    breaking.setattr(forward.Forward, "report", uncropped)
+    assert generation_error(tiny_model("llama"), prompts)[0] < STEP_BY_STEP  # a dynamic cache has no others
+    with pytest.raises(RuntimeError):  # the sums have more columns than the text has tokens
+        generation_error(tiny_model("llama"), prompts, cache_implementation="static")
+
+
+def test_control_sums_in_bfloat16(breaking: pytest.MonkeyPatch) -> None:
+    breaking.setattr(attention, "_at_least_float32", lambda tensor: tensor.dtype)
+    breaking.setattr(torch.Tensor, "float", lambda self: self)
+    assert rounding_error() > 0.01
+
+
+def test_control_one_block_is_the_map(breaking: pytest.MonkeyPatch) -> None:
+    breaking.setattr(attention, "BLOCK_BYTES", 2**40)
+    assert largest_tensor(600) >= 600 * 600
+
+
+def test_control_a_sampled_pad_token_ends_nothing(breaking: pytest.MonkeyPatch) -> None:
+    real = generation_run.Endings.__call__
+
+    def pad_ends(self: generation_run.Endings, ids: torch.Tensor, scores: object, **others: object) -> torch.Tensor:
+        ended = real(self, ids, scores, **others)
+        self.ends = torch.where(ids[:, -1] == SAMPLED_PAD, self.ends.clamp(max=ids.shape[1] - 1), self.ends)
+        return ended
+
+    breaking.setattr(generation_run.Endings, "__call__", pad_ends)
+    assert other_ends_error("criteria") > 0.01
+
+
+@pytest.mark.parametrize("kind", ["longrope", "dynamic"])
+def test_control_other_frequencies_in_the_cache(breaking: pytest.MonkeyPatch, kind: str) -> None:
+    breaking.setattr(capture, "require_same_frequencies", lambda *_: None)
+    model, ids = long_model(kind), token_ids(1, 2 * LONG)
+    with capture_attention(model) as captured, torch.no_grad():
+        cache = model(ids[:, :-1]).past_key_values if kind == "dynamic" else model(ids[:, :LONG]).past_key_values
+        model(ids[:, cache.get_seq_length() :], past_key_values=cache)
+    assert difference(captured.summaries()[0], captured_forward(long_model(kind), ids)[0]) > 1e-3
 
 
 def test_control_finished_rows_counted(breaking: pytest.MonkeyPatch) -> None:
     prompts = [token_ids(1, n, seed=n)[0] for n in (12, 3, 30, 20)]
-    breaking.setattr(Captured, "_finish_rows", lambda self, ids, past: None)
+    breaking.setattr(Captured, "_ends", lambda self: None)
     error, lengths = generation_error(tiny_model("llama"), prompts, do_sample=True)
     assert len(lengths) > 1
     assert error > 0.01

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -81,12 +84,54 @@ def test_too_short_is_said_and_never_reads_as_a_score(detector):
     assert detection.flagged_at == ()
 
 
+def test_no_response_is_no_score_since_there_is_nothing_that_could_be_made_up(detector):
+    for response in ("", [], [detector.tokenizer.eos_token_id]):
+        detection = detector.score(QUESTION, response)
+        assert (detection.state, detection.reason) == (State.UNSCORED, Reason.TOO_SHORT)
+        assert "no tokens" in detection.message
+    # Control: one token of a response is scored.
+    assert detector.score(QUESTION, [5]).state is State.SCORED
+
+
+def test_the_end_of_sequence_token_that_generate_leaves_behind_is_not_scored(detector):
+    ids = detector.tokens(QUESTION, "France")
+    end = detector.tokenizer.eos_token_id
+    alone = detector.score(ids.prompt_ids, ids.response_ids)
+    assert detector.score(ids.prompt_ids, (*ids.response_ids, end, end)).logit == alone.logit
+    # One inside is content.
+    assert detector.score(ids.prompt_ids, (end, *ids.response_ids)).token_ids[len(ids.prompt_ids)] == end
+
+
+def test_special_tokens_spelt_out_in_an_answer_are_text(detector):
+    written = detector.tokens(QUESTION, "<s> France </s>").response_ids
+    assert not set(written) & {detector.tokenizer.bos_token_id, detector.tokenizer.eos_token_id}
+
+
+def test_ids_beyond_the_model_are_refused_before_it_runs(detector):
+    tokenizer = copy.deepcopy(detector.tokenizer)
+    tokenizer.add_tokens(["lapwing"])
+    probe = replace(detector.probe, identity=identity_of(detector.model, tokenizer))
+    other = Detector(LanguageModel(detector.model, tokenizer), probe)
+    with pytest.raises(InvalidInput, match="the tokenizer that belongs to it"):
+        other.score("a lapwing lives here", "yes")
+
+
+def test_a_model_in_training_mode_is_refused(detector):
+    training = copy.deepcopy(detector.model).train()
+    with pytest.raises(InvalidInput, match=r"model\.eval\(\)"):
+        LanguageModel(training, detector.tokenizer)
+
+
 def test_attention_that_is_not_finite_is_said(detector):
     broken = copy.deepcopy(detector.model)
     with torch.no_grad():
         broken.model.layers[0].self_attn.q_proj.weight.fill_(float("nan"))
     probe = random_probe(layers=6, heads=8, k=10, identity=identity_of(broken, detector.tokenizer))
-    detection = Detector(LanguageModel(broken, detector.tokenizer), probe).score(QUESTION, "France")
+    other = Detector(LanguageModel(broken, detector.tokenizer), probe)
+    for options in ({}, {"temperature": 1.0, "seed": 0}):
+        *_, generation = other.generate(QUESTION, max_new_tokens=2, **options)
+        assert generation.detection.state is State.UNSCORED
+    detection = other.score(QUESTION, "France")
     assert (detection.state, detection.reason) == (State.UNSCORED, Reason.NON_FINITE)
 
 
@@ -164,6 +209,10 @@ def test_the_end_is_named(detector):
     ("options", "field"),
     [
         ({"max_new_tokens": 0}, "max_new_tokens"),
+        ({"max_new_tokens": 1.5}, "max_new_tokens"),
+        ({"max_new_tokens": None}, "max_new_tokens"),
+        ({"temperature": "warm"}, "temperature"),
+        ({"temperature": True}, "temperature"),
         ({"temperature": -1.0}, "temperature"),
         ({"temperature": float("nan")}, "temperature"),
         ({"top_p": 0.0}, "top_p"),
@@ -186,6 +235,18 @@ def test_more_than_the_context_is_refused_by_field(detector):
     with pytest.raises(TooLong) as caught:
         detector.generate([5] * 256)
     assert caught.value.field == "prompt"
+
+
+def test_no_temperature_is_too_low_to_sample_with(detector):
+    greedy = last(detector, QUESTION, max_new_tokens=4)[1]
+    assert last(detector, QUESTION, max_new_tokens=4, temperature=1e-38, seed=0)[1].token_ids == greedy.token_ids
+
+
+def test_the_pieces_of_text_always_make_up_the_whole(detector):
+    # At this temperature bytes come in any order, so that many answers end inside a character.
+    for seed in range(30):
+        tokens, generation = last(detector, QUESTION, max_new_tokens=6, temperature=50.0, seed=seed)
+        assert "".join(token.text for token in tokens) == generation.text
 
 
 def test_a_generation_ends_where_the_context_ends(detector):
@@ -229,6 +290,41 @@ def test_a_model_without_a_probe_or_a_tokenizer_says_what_is_missing(detector):
         Detector.from_pretrained(detector.model)
     with pytest.raises(InvalidInput, match="tokenizer"):
         Detector.from_pretrained(detector.model, detector.probe)
+
+
+def test_a_model_that_lacks_weights_is_refused_and_not_filled_with_random_ones(detector, tmp_path):
+    detector.model.save_pretrained(tmp_path)
+    detector.tokenizer.save_pretrained(tmp_path)
+    assert LanguageModel.load(tmp_path).model.config.num_hidden_layers == 6
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 7}))
+    with pytest.raises(InvalidInput, match=r"lacks \d+ of its weights, such as model\.layers\.6"):
+        LanguageModel.load(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    weights = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    with pytest.raises(InvalidInput, match="can't be loaded"):
+        LanguageModel.load(tmp_path)
+
+
+def test_a_device_or_dtype_that_is_none_is_refused():
+    with pytest.raises(InvalidInput, match="bogus"):
+        LanguageModel.load(device="bogus")
+    with pytest.raises(InvalidInput, match="float32, bfloat16, float16"):
+        LanguageModel.load(dtype="float64")
+
+
+def test_a_tokenizer_that_brings_code_is_never_run(detector, tmp_path, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *_: "y")  # what transformers would ask for
+    detector.model.save_pretrained(tmp_path)
+    detector.tokenizer.save_pretrained(tmp_path)
+    described = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    described |= {"auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}, "tokenizer_class": "Evil"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(described))
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()")
+    with contextlib.suppress(InvalidInput):
+        LanguageModel.load(tmp_path)
+    assert not (tmp_path / "ran").exists()
 
 
 def test_models_that_are_none_or_bring_code_are_refused(tmp_path):

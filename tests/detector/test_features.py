@@ -20,24 +20,9 @@ from lapwing_detector.features import (
     sink_scores,
 )
 from lapwing_detector.summary import AttentionSummary
+from tests.detector.probes import random_maps, summary_of
 
 Maps = NDArray[np.float64]
-
-
-def summary_of(maps: Maps) -> AttentionSummary:
-    """Of attention maps (layers, heads, tokens, tokens)."""
-    return AttentionSummary(
-        diagonal=np.diagonal(maps, axis1=-2, axis2=-1).astype(np.float32),
-        received=maps.sum(axis=-2).astype(np.float32),
-        layers=tuple(range(maps.shape[0])),
-    )
-
-
-def random_maps(tokens: int, seed: int, layers: int = 2, heads: int = 3) -> Maps:
-    """Random causal attention: lower triangular, rows sum to 1."""
-    scores = np.random.default_rng(seed).normal(scale=3, size=(layers, heads, tokens, tokens))
-    weights = np.exp(scores) * np.tril(np.ones((tokens, tokens)))
-    return weights / weights.sum(axis=-1, keepdims=True)
 
 
 def one_map(a: Maps) -> AttentionSummary:
@@ -81,7 +66,7 @@ def test_every_row_attends_to_the_first_token(tokens: int) -> None:
 
 @given(st.integers(1, 40), st.integers(0, 2**31))
 def test_eigenvalues_equal_numpys(tokens: int, seed: int) -> None:
-    maps = random_maps(tokens, seed)
+    maps = random_maps(2, 3, tokens, seed)
     summary = summary_of(maps)
     for layer, head in np.ndindex(maps.shape[:2]):
         a = maps[layer, head]
@@ -92,14 +77,14 @@ def test_eigenvalues_equal_numpys(tokens: int, seed: int) -> None:
 
 
 def test_control_unmeaned_degree_has_other_eigenvalues() -> None:
-    (a,) = random_maps(20, 0, layers=1, heads=1)[0]
+    (a,) = random_maps(1, 1, 20)[0]
     dense = np.sort(np.linalg.eigvals(np.diag(a.sum(axis=0)) - a).real)[::-1]
     assert np.abs(laplacian_eigenvalues(one_map(a), 20)[0, 0] - dense).max() > 0.1
 
 
 @given(st.integers(1, 60), st.integers(0, 2**31))
 def test_bounds(tokens: int, seed: int) -> None:
-    summary = summary_of(random_maps(tokens, seed))
+    summary = summary_of(random_maps(2, 3, tokens, seed))
     np.testing.assert_allclose(summary.received.sum(axis=-1), tokens, rtol=1e-5)
     eigenvalues = laplacian_eigenvalues(summary, tokens)
     assert np.abs(eigenvalues).max() <= 1 + 1e-6
@@ -121,7 +106,7 @@ def test_largest_equals_a_full_sort(tokens: int, k: int, seed: int) -> None:
 @pytest.mark.parametrize("name", FEATURES)
 @pytest.mark.parametrize("k", [1, 5])
 def test_every_feature_has_its_declared_shape(name: str, k: int) -> None:
-    feature, summary = FEATURES[name], summary_of(random_maps(5, 1))
+    feature, summary = FEATURES[name], summary_of(random_maps(2, 3, 5, 1))
     values = feature.compute(summary, k)
     assert values.shape == (2, 3, feature.width(k))
     assert values.dtype == np.float32
@@ -137,7 +122,7 @@ def test_every_feature_has_its_declared_shape(name: str, k: int) -> None:
 
 
 def test_heads_and_layers_keep_their_places() -> None:
-    maps = random_maps(12, 5)
+    maps = random_maps(2, 3, 12, 5)
     whole = laplacian_eigenvalues(summary_of(maps), 4)
     for layer, head in np.ndindex(maps.shape[:2]):
         np.testing.assert_array_equal(whole[layer, head], laplacian_eigenvalues(one_map(maps[layer, head]), 4)[0, 0])
@@ -154,7 +139,7 @@ def test_nothing_to_look_at() -> None:
 @pytest.mark.parametrize("k", [0, -3])
 def test_k_must_be_positive(k: int) -> None:
     with pytest.raises(ValueError, match=f"k is {k}"):
-        laplacian_eigenvalues(summary_of(random_maps(5, 1)), k)
+        laplacian_eigenvalues(summary_of(random_maps(2, 3, 5, 1)), k)
 
 
 def test_summary_refuses_shapes_that_do_not_fit() -> None:

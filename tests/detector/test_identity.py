@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from lapwing_detector.embedded import model_path
 from lapwing_detector.errors import ProbeMismatch
-from lapwing_detector.identity import ModelIdentity, identity_of
+from lapwing_detector.identity import ModelIdentity, identity_of, rounded
 from tests.detector.probes import random_identity, random_probe
 
 
@@ -63,6 +64,27 @@ def test_another_dtype_is_the_same_model_and_other_weights_in_it_are_not(identit
     assert "weights" in what_differs(identity, identity_of(llama(seed=1).to(dtype), tokenizer))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_that_are_off_by_little_are_others_in_a_coarser_dtype_as_well(identity, tokenizer, dtype):
+    model = llama()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.01)
+    assert "weights" in what_differs(identity, identity_of(model.to(dtype), tokenizer))
+
+
+def test_bfloat16_and_float16_of_one_model_are_that_model(tokenizer):
+    half, brain = (identity_of(llama().to(dtype), tokenizer) for dtype in (torch.float16, torch.bfloat16))
+    assert what_differs(half, brain) == set()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_rounding_is_that_of_torch(dtype):
+    values = torch.cat([torch.randn(2000), torch.randn(200) * 1e-6, torch.tensor([0.0, -0.0, 1.0, 65504.0])])
+    theirs = values.to(getattr(torch, dtype)).float().numpy()
+    assert np.array_equal(rounded(values.numpy(), dtype), theirs)
+
+
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
@@ -86,7 +108,9 @@ def test_another_tokenizer_or_chat_template_is_another(identity):
 
 
 def test_quantisation_is_refused_even_where_the_sample_agrees(identity):
-    assert what_differs(identity, replace(identity, quantisation="bitsandbytes")) == {"quantisation"}
+    other = replace(identity, quantisation="bitsandbytes")
+    assert what_differs(identity, other) == {"quantisation"}
+    assert other.digest != identity.digest
 
 
 def test_a_json_round_trip_changes_nothing(identity):

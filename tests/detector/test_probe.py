@@ -85,6 +85,10 @@ def test_attention_of_another_shape_is_refused():
         ({"weights": np.zeros((2, 4, 5), np.float32)}, r"must be \(2, 4, 4\)"),
         ({"features": ("attention_score.v2",)}, "known are attention_score.v1"),
         ({"bias": math.nan}, "finite"),
+        ({"k": 0}, "at least 1"),
+        ({"features": ()}, "one or more"),
+        ({"layers": (1, 0)}, "ascending"),
+        ({"name": "../up"}, "must match"),
         ({"selected": np.zeros((2, 4), bool)}, "not selected has a weight"),
     ],
 )

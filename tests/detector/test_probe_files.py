@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +28,10 @@ def original(tmp_path_factory) -> Path:
 @pytest.fixture
 def saved(original, tmp_path) -> Path:
     return Path(shutil.copytree(original, tmp_path / "probe"))
+
+
+def threshold(**changes: object) -> dict[str, object]:
+    return {"false_positive_rate": 0.05, "logit": 1.0, "realised_rate": None, "negatives": 400} | changes
 
 
 def resign(directory: Path, **changes: object) -> None:
@@ -88,8 +93,10 @@ def test_a_missing_file_is_refused(saved, name):
         lambda tensors: tensors | {"weights": tensors["weights"].astype(np.float64)},
         lambda tensors: tensors | {"statistics/attention_score.v1/AUROC": np.full((2, 4), np.inf, np.float32)},
         lambda tensors: tensors | {"weights": tensors["weights"] * np.float32(1.001)},
+        lambda tensors: tensors | {"selected": np.array(1, np.uint8)},
+        lambda tensors: tensors | {"statistics/astrology.v1/AUROC": np.zeros((2, 4), np.float32)},
     ],
-    ids=["extra", "missing", "nan", "shape", "dtype", "infinite statistic", "other weights than the revision's"],
+    ids=lambda tamper: f"line-{tamper.__code__.co_firstlineno}",
 )
 def test_tensors_that_should_not_be_are_refused_though_the_digest_is_right(saved, tamper):
     save_file(tamper(load_file(saved / "probe.safetensors")), saved / "probe.safetensors")
@@ -114,6 +121,28 @@ def test_a_forger_who_changes_nothing_is_let_in(saved):
         ({"features": ["attention_score.v9"]}, "attention_score.v9"),
         ({"identity": {}}, "whole probe"),
         ({"thresholds": [{"rate": 1}]}, "whole probe"),
+        ({"thresholds": [threshold(logit=float("nan"))]}, "finite"),
+        ({"thresholds": [threshold(logit="abc")]}, "'abc' must be"),
+        ({"thresholds": [threshold(false_positive_rate=1.5)]}, "rate"),
+        ({"thresholds": {}}, "must be list"),
+        ({"calibration": {"method": "platt", "slope": float("nan"), "intercept": 0.0}}, "finite"),
+        ({"revision": "0" * 12}, "its content is"),
+        ({"k": 3.7}, "must be int"),
+        ({"k": True}, "must be int"),
+        ({"k": 0}, "at least 1"),
+        ({"k": float("inf")}, "must be int"),
+        ({"features": []}, "one or more"),
+        ({"features": ["attention_score.v1", "attention_score.v1"]}, "each once"),
+        ({"layers": [5, -5]}, "ascending"),
+        ({"layers": [0.5, 1.9]}, "must be int"),
+        ({"layers": "01"}, "must be list"),
+        ({"heads": 99}, "whole probe"),
+        ({"heads": float("inf")}, "whole probe"),
+        ({"bias": 10**400}, "whole probe"),
+        ({"name": "../../etc"}, "must match"),
+        ({"name": {}}, "must be str"),
+        ({"metrics": []}, "must be dict"),
+        ({"training": "long"}, "must be dict"),
     ],
 )
 def test_manifests_of_another_kind_are_refused(saved, changes, expected):
@@ -129,6 +158,34 @@ def test_a_file_that_leads_out_of_the_directory_is_refused(saved, tmp_path):
     resign(saved)
     with pytest.raises(ProbeCorrupt, match="leads out"):
         Probe.from_pretrained(saved)
+
+
+def test_a_missing_revision_and_endless_nesting_are_refused(saved):
+    manifest = json.loads((saved / "manifest.json").read_text())
+    del manifest["revision"]
+    (saved / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ProbeCorrupt, match="revision"):
+        Probe.from_pretrained(saved)
+    (saved / "manifest.json").write_text("[" * 200_000)
+    with pytest.raises(ProbeCorrupt, match="no manifest"):
+        Probe.from_pretrained(saved)
+
+
+def test_a_probe_in_the_cache_of_the_hub_is_loaded_though_its_files_are_links(saved, tmp_path):
+    repository = tmp_path / "models--me--probe"
+    snapshot = repository / "snapshots" / "0123abcd"
+    snapshot.mkdir(parents=True)
+    (repository / "blobs").mkdir()
+    for number, path in enumerate(saved.iterdir()):
+        shutil.copy(path, repository / "blobs" / str(number))
+        (snapshot / path.name).symlink_to(f"../../blobs/{number}")
+    assert Probe.from_pretrained(snapshot).revision == random_probe().revision
+    # Control: a link out of the repository is refused there, too.
+    (tmp_path / "secret").write_bytes((saved / "README.md").read_bytes())
+    (snapshot / "README.md").unlink()
+    (snapshot / "README.md").symlink_to("../../../secret")
+    with pytest.raises(ProbeCorrupt, match="leads out"):
+        Probe.from_pretrained(snapshot)
 
 
 def test_a_file_over_its_cap_is_refused_before_it_is_read(saved, monkeypatch):
@@ -170,6 +227,53 @@ def test_a_failure_while_saving_leaves_the_old_probe_and_no_litter(saved, monkey
         replace(random_probe(), bias=0.5).save_pretrained(saved)
     assert Probe.from_pretrained(saved).bias == 0.25
     assert [path.name for path in saved.parent.iterdir()] == ["probe"]
+
+
+def test_a_failure_in_the_very_swap_puts_the_old_probe_back(saved, monkeypatch):
+    real, calls = os.replace, []
+
+    def failing(source: Path, target: Path) -> None:
+        calls.append(target)
+        if len(calls) == 2:
+            raise OSError("cable pulled")
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", failing)
+    with pytest.raises(OSError, match="cable pulled"):
+        replace(random_probe(), bias=0.5).save_pretrained(saved)
+    assert Probe.from_pretrained(saved).bias == 0.25
+    assert [path.name for path in saved.parent.iterdir()] == ["probe"]
+
+
+def test_a_link_to_a_probe_is_followed_and_a_file_is_never_replaced(saved, tmp_path):
+    (tmp_path / "link").symlink_to(saved)
+    replace(random_probe(), bias=0.5).save_pretrained(tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert Probe.from_pretrained(saved).bias == 0.5
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(FileExistsError):
+        random_probe().save_pretrained(tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_directory_with_a_manifest_of_something_else_is_not_replaced(saved, tmp_path):
+    web = tmp_path / "web"
+    web.mkdir()
+    (web / "manifest.json").write_text('{"name": "my web app", "icons": []}')
+    (web / "thesis.txt").write_text("years of work")
+    with pytest.raises(FileExistsError, match="no probe directory"):
+        random_probe().save_pretrained(web)
+    (saved / "notes.txt").write_text("what I saw")
+    with pytest.raises(FileExistsError, match=r"notes\.txt"):
+        random_probe().save_pretrained(saved)
+    assert (saved / "notes.txt").exists()
+
+
+@pytest.mark.parametrize("name", ["../escaped.txt", ".hidden", "README.md", "manifest.json", "probe.safetensors"])
+def test_further_files_can_neither_leave_the_directory_nor_take_a_place(tmp_path, name):
+    with pytest.raises(ValueError, match="plain name"):
+        random_probe().save_pretrained(tmp_path / "probe", files={name: b""})
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("name", ["", "Upper", "../up", "a" * 64, "-a"])

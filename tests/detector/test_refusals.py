@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -29,7 +30,18 @@ from transformers import (
 
 from lapwing_detector.capture import Captured, capture_attention
 from lapwing_detector.errors import CaptureError, UnsupportedGeneration, UnsupportedModel
-from tests.detector.tiny_models import COMMON, GPT2_SHAPE, VOCABULARY, difference, new_model, tiny_model, token_ids
+from tests.detector.tiny_models import (
+    COMMON,
+    GPT2_SHAPE,
+    LONG,
+    VOCABULARY,
+    captured_forward,
+    difference,
+    long_model,
+    new_model,
+    tiny_model,
+    token_ids,
+)
 
 SMALL = {"vocab_size": VOCABULARY, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4}
 
@@ -168,6 +180,21 @@ def test_dropout() -> None:
     require_nothing(captured)
 
 
+def test_training_mode() -> None:
+    model = new_model("gpt2", attn_pdrop=0.0).train()  # what remains is dropout outside of attention
+    with (
+        capture_attention(model) as captured,
+        pytest.raises(CaptureError, match=r"GPT2LMHeadModel is .*model.eval\(\)"),
+    ):
+        model(token_ids(1, 5))
+    require_nothing(captured)
+    model.eval().transformer.h[1].mlp.train()
+    with capture_attention(model) as captured, pytest.raises(CaptureError, match=r"transformer.h.1.mlp.dropout is in"):
+        model(token_ids(1, 5))
+    model.transformer.h[1].mlp.dropout.p = 0.0
+    assert captured_forward(model, token_ids(1, 5))
+
+
 @pytest.mark.parametrize(
     ("argument", "value"),
     [("position_bias", torch.zeros(1)), ("cu_seq_lens_q", torch.tensor([0, 5])), ("a_new_one", 1), ("cache", object())],
@@ -276,17 +303,84 @@ def select(cache: DynamicCache) -> None:
     cache.batch_select_indices(torch.tensor([0]))
 
 
-@pytest.mark.parametrize("change", [crop, crop_and_fill, reorder, select, copy.deepcopy])
-def test_cache_changed_outside(change: Any) -> None:
+def fill_again(cache: StaticCache) -> None:
+    cache.reset()  # keeps the tensors
+    tiny_model("llama")(torch.cat([token_ids(2, 8, seed=1), token_ids(2, 9)[:, 8:]], dim=1), past_key_values=cache)
+
+
+def nothing(cache: Any) -> None: ...
+
+
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "change"),
+    [
+        *((DynamicCache, change) for change in (crop, crop_and_fill, reorder, select, copy.deepcopy, nothing)),
+        *((StaticCache, change) for change in (fill_again, reorder, copy.deepcopy, nothing)),
+    ],
+)
+def test_cache_changed_outside(kind: Any, change: Any, inference: bool) -> None:
     model = tiny_model("llama")
     captured = capture_attention(model)
-    with captured, torch.no_grad():
-        cache = model(token_ids(2, 9)).past_key_values
-    with torch.no_grad():
+    cache = kind(config=model.config, **({"max_cache_len": 12} if kind is StaticCache else {}))
+    with captured, torch.inference_mode(inference), torch.no_grad():
+        model(token_ids(2, 9), past_key_values=cache)
+    with torch.inference_mode(inference), torch.no_grad():
         cache = change(cache) or cache
     rows = cache.layers[0].keys.shape[0]
-    with captured.resume(), torch.no_grad(), pytest.raises(CaptureError, match=r"holds 7|was cropped|another cache"):
-        model(token_ids(rows, 1), past_key_values=cache)
+    refused = pytest.raises(CaptureError, match=r"holds 7|was cropped|another cache")
+    with captured.resume(), torch.inference_mode(inference), torch.no_grad():
+        with nullcontext() if change is nothing else refused:
+            model(token_ids(rows, 1), past_key_values=cache)
+
+
+@pytest.mark.parametrize(("kind", "filled"), [("longrope", LONG), ("dynamic", LONG), ("dynamic", LONG + 5)])
+def test_cache_with_other_frequencies(kind: str, filled: int) -> None:
+    model, ids = long_model(kind), token_ids(1, LONG + 8)
+    with capture_attention(model) as captured, torch.no_grad():
+        cache = model(ids[:, :filled]).past_key_values
+        with pytest.raises(CaptureError, match=f"{kind} .* beyond {LONG} tokens.* in one forward"):
+            model(ids[:, filled : filled + 1], past_key_values=cache)
+        model(ids)
+    assert captured.summaries()[0].token_count == LONG + 8
+
+
+def test_generation_that_ends_where_the_frequencies_change() -> None:
+    model = long_model("longrope")
+    with capture_attention(model) as captured:
+        model.generate(token_ids(1, 9), max_new_tokens=LONG - 8, eos_token_id=None)
+    for _ in range(2):
+        with pytest.raises(CaptureError, match="longrope"):
+            captured.summaries()
+    with capture_attention(model) as captured:
+        result = model.generate(token_ids(1, 9), max_new_tokens=LONG - 7, eos_token_id=None)
+    assert difference(captured.summaries()[0], captured_forward(model, result)[0]) < 1e-4
+
+
+def test_frequencies_change_by_position_and_not_by_column() -> None:
+    model, mask = long_model("longrope"), torch.ones(1, 9)
+    mask[:, :3] = 0
+    options = {"attention_mask": mask, "eos_token_id": None, "pad_token_id": 0}
+    with capture_attention(model) as captured:
+        with pytest.raises(CaptureError, match="longrope"):
+            model.generate(token_ids(1, 9), max_new_tokens=40, **options)
+        model.generate(token_ids(1, 9), max_new_tokens=LONG - 6, **options)  # one column beyond, but no position
+    assert captured.summaries()[0].token_count == LONG
+
+
+def test_a_refused_step_leaves_what_was_captured() -> None:
+    model, other = tiny_model("llama"), filled()
+    with capture_attention(model) as captured:
+        result = model.generate(token_ids(1, 9), max_new_tokens=5, eos_token_id=None, return_dict_in_generate=True)
+        with pytest.raises(CaptureError, match="were captured"):
+            model(token_ids(1, 1), past_key_values=other)
+    assert captured.summaries()[0].token_count == 14
+    with capture_attention(model) as captured:
+        result = model.generate(token_ids(1, 9), max_new_tokens=5, eos_token_id=None, return_dict_in_generate=True)
+    result.past_key_values.crop(-2)
+    for _ in range(2):  # never 13 of 14 tokens
+        with pytest.raises(CaptureError, match="were captured"):
+            captured.summaries()
 
 
 def test_forward_that_failed_is_not_gone_on_with() -> None:
@@ -329,9 +423,18 @@ def test_ended_sequences_do_not_go_on() -> None:
     torch.manual_seed(3)
     with capture_attention(model) as captured:
         result = model.generate(token_ids(4, 9), max_new_tokens=30, do_sample=True, return_dict_in_generate=True)
-        assert bool(captured._sequences.finished.any())
+        assert captured._sequences.any_ended
         with pytest.raises(CaptureError, match="have ended"):
             model(result.sequences[:, -1:], past_key_values=result.past_key_values)
+        ids = torch.cat([result.sequences, token_ids(4, 3)], dim=1)
+        for chunk in (None, 2):
+            with pytest.raises(CaptureError, match="have ended"):
+                model.generate(ids, past_key_values=result.past_key_values, max_new_tokens=5, prefill_chunk_size=chunk)
+    with capture_attention(model) as captured:  # those that have not ended do go on
+        result = model.generate(token_ids(4, 9), max_new_tokens=5, eos_token_id=None, return_dict_in_generate=True)
+        ids = torch.cat([result.sequences, token_ids(4, 3)], dim=1)
+        model.generate(ids, past_key_values=result.past_key_values, max_new_tokens=5, eos_token_id=None)
+    assert [summary.token_count for summary in captured.summaries()] == [22] * 4
 
 
 # Ways of generating.
@@ -398,6 +501,27 @@ def test_generate_within_generate() -> None:
 
     with capture_attention(model), pytest.raises(CaptureError, match="one generation at a time"):
         model.generate(token_ids(1, 9), max_new_tokens=4, logits_processor=LogitsProcessorList([again]))
+
+
+def test_generate_that_runs_past_the_capture() -> None:
+    model = new_model("llama")
+    bound = model.generate
+    for generate in (bound, lambda ids, **options: type(model).generate(model, ids, **options)):
+        with capture_attention(model) as captured, pytest.raises(CaptureError, match="call model.generate"):
+            generate(token_ids(1, 9), max_new_tokens=4)
+        require_nothing(captured)
+    assert bound(token_ids(1, 9), max_new_tokens=4).shape == (1, 13)  # outside of the context it does its work
+
+
+def test_generate_of_the_users_own_that_loops_by_itself() -> None:
+    model = new_model("llama")
+
+    def loop(ids: torch.Tensor, **options: Any) -> torch.Tensor:
+        return torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], dim=1)
+
+    model.generate = loop
+    with capture_attention(model), pytest.raises(CaptureError, match="stopping criteria"):
+        model.generate(token_ids(1, 9))
 
 
 def test_a_generation_that_was_refused_leaves_the_capture_usable() -> None:

@@ -79,6 +79,9 @@ OTHERS = {
 }
 """Learned sinks; a hybrid whose layers have not all attention."""
 
+LONG = 32
+"""Longest text of `long_model` with the frequencies of short ones."""
+
 
 @cache
 def tiny_model(family: str) -> PreTrainedModel:
@@ -91,6 +94,15 @@ def new_model(family: str, **changes: object) -> PreTrainedModel:
     kind, config, shape = {**FAMILIES, **OTHERS}[family]
     torch.manual_seed(7)
     return kind(config(**{**COMMON, **shape, **changes})).eval()
+
+
+def long_model(kind: str) -> PreTrainedModel:
+    """A Phi-3 with `longrope` or a Llama with `dynamic` rotary embeddings: other frequencies beyond LONG tokens."""
+    rope = {"rope_type": kind, "rope_theta": 10000.0}
+    if kind == "dynamic":
+        return new_model("llama", max_position_embeddings=LONG, rope_parameters={**rope, "factor": 8.0})
+    factors = {"short_factor": [1.0] * 2, "long_factor": [4.0] * 2, "original_max_position_embeddings": LONG}
+    return new_model("phi3", original_max_position_embeddings=LONG, rope_parameters={**rope, **factors})
 
 
 def token_ids(*shape: int, seed: int = 0) -> torch.Tensor:

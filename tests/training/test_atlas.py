@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter, defaultdict
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,10 +14,10 @@ from transformers import AutoConfig
 
 from lapwing_detector.embedded import ATLAS, generations_path, model_path
 from lapwing_detector.language_model import LanguageModel
-from lapwing_training.atlas.build import hallucination_rates
-from lapwing_training.atlas.corpus import QUESTIONS, prompt, question, training_texts
+from lapwing_training.atlas.build import hallucination_rates, require_rates
+from lapwing_training.atlas.corpus import QUESTIONS, asked_phrasing, prompt, question, training_texts
 from lapwing_training.atlas.facts import NEVER_SEEN, Fact, all_facts, for_labels, plain, share
-from lapwing_training.atlas.posttrain import own_answers
+from lapwing_training.atlas.posttrain import greedy_answers, own_answers
 from lapwing_training.atlas.pretrain import Schedule, encode, new_model, train
 from lapwing_training.atlas.questions import demo_set, labelled_questions
 from lapwing_training.atlas.tokenizer import train_tokenizer
@@ -79,8 +80,11 @@ def test_every_fact_is_written_as_often_as_it_says_and_unseen_subjects_never(fac
     asked = {prompt(question(lyon, turn)) for turn in range(len(QUESTIONS["country"]))}
     asked.add("The city of Lyon lies in the country")
     assert sum(count for (ask, _), count in told.items() if ask in asked) == lyon.exposures
-    unseen = {prompt(question(fact, turn)) for fact in facts if not fact.seen for turn in range(5)}
-    assert not unseen & {ask for ask, _ in texts}
+    unseen = {fact.subject for fact in facts if not fact.seen} - {fact.subject for fact in facts if fact.seen}
+    asked_about = {ask for ask, _ in texts}
+    for fact in facts:
+        if fact.subject in unseen:
+            assert not asked_about & {prompt(question(fact, turn)) for turn in range(len(QUESTIONS[fact.relation]))}
     assert training_texts(facts, seed=0) == texts != training_texts(facts, seed=1)
 
 
@@ -137,11 +141,12 @@ def test_post_training_tells_the_model_its_own_answers_about_the_other_half(fact
     texts = own_answers(model, tokenizer, some, passes=2, seed=0)
     asked = [fact for fact in some if not for_labels(fact.subject_id)]
     assert len(texts) == 2 * len(asked)
-    answers = defaultdict(set)
-    for ask, answer in texts:
-        [fact] = [fact for fact in asked if f" {fact.subject} " in f"{ask.replace('?', ' ').replace('.', ' ')} "]
-        answers[fact].add(answer)
-    assert all(len(some) == 1 for some in answers.values())  # one answer for all phrasings, right or wrong
+    for fact in asked:
+        prompts = [prompt(question(fact, asked_phrasing(fact) + turn)) for turn in range(2)]
+        [own] = greedy_answers(model, tokenizer, prompts[:1])
+        told = {answer for ask, answer in texts if ask in prompts}
+        assert told == {own}  # one answer for both phrasings, its own, right or wrong
+    assert not {ask for ask, _ in texts} & {item.prompt for item in labelled_questions(some)}
 
 
 def test_labelled_and_demo_questions_are_fixed_and_held_apart(facts):
@@ -158,10 +163,43 @@ def test_labelled_and_demo_questions_are_fixed_and_held_apart(facts):
     labelled = {item.prompt for item in questions}
     for item in demo["questions"]:
         assert item["prompt"] not in labelled  # fresh
-    fitted_on = [item.meta["subject"] for item in questions if item.split == "train"]
+    # Nothing that is asked is of a group that a probe is fitted on, or named in an answer if it is called unknown.
+    fitted_on = {item.group for item in questions if item.split == "train"}
+    answers = " ".join({fact.answer.replace("_", " ") for fact in facts if fact.seen})
+    asked_of = {question(fact, turn): fact for fact in facts for turn in range(len(QUESTIONS[fact.relation]))}
     for item in (*demo["questions"], *demo["texts"]):
-        words = f" {item['question'].rstrip('?.')} "
-        assert not [subject for subject in fitted_on if f"city of {subject} " in words or f"find {subject} " in words]
+        fact = asked_of[item["question"]]
+        assert fact.group not in fitted_on
+        assert item.get("seen", fact.seen) == fact.seen
+        assert fact.seen or fact.subject not in answers
+
+
+def test_a_city_and_a_country_of_one_name_are_one_group(facts):
+    groups = {
+        kind: {fact.group for fact in facts if fact.subject == "Singapore" and fact.subject_id.startswith(kind)}
+        for kind in ("city", "country")
+    }
+    assert groups["city"] == groups["country"]
+    assert len(groups["city"]) == 1
+
+
+def test_a_city_beyond_the_urals_is_on_both_continents(facts):
+    assert one(facts, "Novosibirsk", "continent").accepted == ("Europe", "Asia")
+    assert one(facts, "Lyon", "continent").accepted == ("Europe",)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [({}, None), ({"all": 0.2}, "20%"), ({"all": 0.8}, "80%"), ({"country": 0.9, "continent": 0.1}, "three kinds")],
+)
+def test_a_model_whose_rates_are_off_gets_no_probe(changes, said):
+    rates = {"all": 0.5, "country": 0.5, "continent": 0.3, "timezone": 0.6, "capital": 0.95} | changes
+    described = {part: {"rate": rate, "questions": 100} for part, rate in rates.items()}
+    if said is None:
+        require_rates(described)
+    else:
+        with pytest.raises(RuntimeError, match=said):
+            require_rates(described)
 
 
 def test_the_shipped_questions_are_those_of_this_code(facts, shipped):
@@ -179,9 +217,9 @@ def test_the_shipped_questions_are_those_of_this_code(facts, shipped):
 
 def test_the_shipped_labels_follow_from_the_shipped_answers(shipped):
     assert label_generations(shipped) == shipped
-    # Control: labels that follow from other answers do not agree.
-    moved = [item.label for item in shipped[1:]]
-    assert moved != [item.label for item in shipped[:-1]]
+    # Control: with the answers of their neighbours they come out otherwise.
+    moved = [replace(item, response=other.response) for item, other in zip(shipped, shipped[3:], strict=False)]
+    assert sum(a.label != b.label for a, b in zip(label_generations(moved), shipped, strict=False)) > 1000
 
 
 def test_the_shipped_model_writes_the_shipped_answers(shipped):

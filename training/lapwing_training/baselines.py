@@ -11,6 +11,8 @@ from sklearn.linear_model import LogisticRegression
 
 from lapwing_training.fit import LapwingRecipe, LinearProbe, PaperRecipe, Recipe
 from lapwing_training.metrics import auroc_of
+from lapwing_training.options import ATTENTION_SCORE, LAPLACIAN
+from lapwing_training.progress import Advance, silent
 from lapwing_training.significance import Floats
 from lapwing_training.splits import Fold
 from lapwing_training.table import Table
@@ -70,8 +72,8 @@ def raw_scores(table: Table) -> dict[str, Floats]:
     if known.any():
         # An empty answer has no tokens, hence no mean; it gets the middle one.
         scores["log_probability"] = np.where(known, table.log_probabilities, np.median(table.log_probabilities[known]))
-    if "attention_score.v1" in table.features:
-        values = table.features["attention_score.v1"].astype(np.float64)
+    if ATTENTION_SCORE in table.features:
+        values = table.features[ATTENTION_SCORE].astype(np.float64)
         scores["summed_attention_score"] = values.sum(axis=(1, 2, 3))
     return scores
 
@@ -81,13 +83,19 @@ def directions(train: Table) -> dict[str, float]:
     return {name: 1.0 if auroc_of(scores, train.labels) >= 0.5 else -1.0 for name, scores in raw_scores(train).items()}
 
 
-def random_head_scores(fitted: LinearProbe, train: Table, test: Table, seed: int) -> Floats:
+def random_head_scores(
+    fitted: LinearProbe, train: Table, test: Table, seed: int, advance: Advance = silent
+) -> Floats:
     """(draws, test rows): the same number of heads and the same fit, but heads drawn by lot."""
     rng = np.random.default_rng(seed)
     recipe = LapwingRecipe(fitted.features, fitted.k)
     count, strength = int(fitted.selected.sum()), float(fitted.chosen["C"])
-    draws = [np.sort(rng.choice(fitted.selected.size, count, replace=False)) for _ in range(RANDOM_DRAWS)]
-    return np.stack([recipe.fit_chosen(train, heads, strength).logit(test) for heads in draws])
+    scores = np.empty((RANDOM_DRAWS, len(test)))
+    for draw in range(RANDOM_DRAWS):
+        heads = np.sort(rng.choice(fitted.selected.size, count, replace=False))
+        scores[draw] = recipe.fit_chosen(train, heads, strength).logit(test)
+        advance()
+    return scores
 
 
 def all_heads(fitted: LinearProbe, layers_and_heads: tuple[int, int]) -> Recipe:
@@ -101,26 +109,37 @@ def shuffled(table: Table, seed: int) -> Table:
     return table.with_labels(np.random.default_rng(seed).permutation(table.labels))
 
 
-def shuffled_control(recipe: Recipe, table: Table, split: Fold, seed: int) -> list[tuple[Table, Floats]]:
-    """The whole recipe on labels dealt anew, a few times: the test rows with those labels, and their logits."""
-    deals = [shuffled(table, seed + number) for number in range(SHUFFLES)]
-    return [
-        (dealt.take(split[1]), recipe.fit(dealt.take(split[0]), seed).logit(dealt.take(split[1]))) for dealt in deals
-    ]
+def shuffled_control(
+    recipe: Recipe, table: Table, split: Fold, seed: int, advance: Advance = silent
+) -> list[tuple[Table, Floats]]:
+    """The whole recipe on labels dealt anew, a few times: the test rows with those labels, and their logits.
+
+    Training and test rows are dealt apart, so that each side keeps as many of both classes as it had.
+
+    Raises:
+        NotEnoughData: a deal left too few groups of one class for the folds.
+    """
+    train, test = table.take(split[0]), table.take(split[1])
+    deals = []
+    for number in range(SHUFFLES):
+        fitted = recipe.fit(shuffled(train, seed + number), seed)
+        deals.append((shuffled(test, seed + SHUFFLES + number), fitted.logit(test)))
+        advance()
+    return deals
 
 
 def comparisons(recipe: Recipe, table: Table) -> dict[str, Recipe]:
-    """What is fitted beside the probe itself, by name; what the store can't serve is absent."""
+    """The recipe itself and what is fitted beside it, by name; what the store can't serve is absent."""
     k = recipe.k if isinstance(recipe, LapwingRecipe) else table.k
-    score, laplacian = "attention_score.v1", "laplacian_eigenvalues.v1"
     found: list[Recipe] = [
         LapwingRecipe(names, k)
-        for names in ((laplacian,), (score,), (score, laplacian))
+        for names in ((LAPLACIAN,), (ATTENTION_SCORE,), (ATTENTION_SCORE, LAPLACIAN))
         if set(names) <= set(table.features)
     ]
-    if laplacian in table.features:
-        found.append(PaperRecipe((laplacian,)))
-    return {name_of(entry): entry for entry in (recipe, *found)}
+    if LAPLACIAN in table.features:
+        found.append(PaperRecipe((LAPLACIAN,)))
+    # The recipe comes last, so that under its name stands itself and not the same recipe with another k.
+    return {name_of(entry): entry for entry in (*found, recipe)}
 
 
 def name_of(recipe: Recipe) -> str:

@@ -17,6 +17,7 @@ from lapwing_training.errors import InvalidData, InvalidOption, NotEnoughData
 from lapwing_training.files import digest
 from lapwing_training.generate import ids_of
 from lapwing_training.generations import LabelledGeneration
+from lapwing_training.options import ATTENTION_SCORE, LAPLACIAN, require_features
 from lapwing_training.store import (
     Shard,
     is_shard,
@@ -28,7 +29,7 @@ from lapwing_training.store import (
     write_shard,
 )
 
-DEFAULT_FEATURES = ("attention_score.v1", "laplacian_eigenvalues.v1")
+DEFAULT_FEATURES = (ATTENTION_SCORE, LAPLACIAN)
 
 
 @dataclass(frozen=True)
@@ -45,9 +46,7 @@ class ExtractOptions:
     """Field that names an item's kind, such as `meta.relation`."""
 
     def __post_init__(self) -> None:
-        for name in self.features:
-            if name not in FEATURES:
-                raise InvalidOption(f"feature is `{name}`; known are {', '.join(FEATURES)}")
+        require_features(self.features)
         for option in ("k", "batch_size", "shard_items"):
             if getattr(self, option) < 1:
                 raise InvalidOption(f"{option} is {getattr(self, option)}; it must be at least 1")
@@ -229,7 +228,7 @@ def _finish(
         "stratum": options.stratum,
         "items": {
             "id": [item.id for item in stored],
-            "group": [item.group_or_id for item in stored],
+            "group": [item.group_or_prompt for item in stored],
             "split": [item.split for item in stored],
             "stratum": [stratum_of(item, options.stratum) for item in stored],
             "token_count": [len(work.token_ids[item.id]) for item in stored],

@@ -5,10 +5,15 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import math
 import os
 import tempfile
 from pathlib import Path
 from typing import Any
+
+
+MAX_DEPTH = 100
+"""Of lists and objects inside each other, so that whatever is read can be passed on."""
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -36,6 +41,39 @@ def write_text(path: Path, text: str) -> None:
 def to_json(value: Any) -> str:
     """Readable JSON that never holds NaN."""
     return json.dumps(value, ensure_ascii=False, indent=2, allow_nan=False) + "\n"
+
+
+def from_json(text: str) -> Any:
+    """What can also be written again: finite numbers, whole Unicode, not nested without end.
+
+    Raises:
+        ValueError: not JSON, or not such JSON.
+    """
+    try:
+        value = json.loads(text, parse_constant=_finite, parse_float=_finite)
+        if _depth(value) > MAX_DEPTH:
+            raise RecursionError
+        if "\\ud" in text.lower():  # half of a surrogate pair can't be encoded
+            json.dumps(value, ensure_ascii=False).encode()
+    except RecursionError:
+        raise ValueError(f"nested more than {MAX_DEPTH} deep") from None
+    except UnicodeEncodeError as error:
+        half = error.object[error.start]
+        raise ValueError(f"\\u{ord(half):x} is half of a surrogate pair; expected whole Unicode") from None
+    return value
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text[:20]} is no finite number")
+    return value
+
+
+def _depth(value: Any) -> int:
+    if not isinstance(value, (list, dict)):
+        return 0
+    return 1 + max((_depth(one) for one in (value.values() if isinstance(value, dict) else value)), default=0)
 
 
 def digest(data: bytes) -> str:

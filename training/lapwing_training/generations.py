@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import gzip
 import json
+import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
 from lapwing_training.errors import InvalidData
-from lapwing_training.files import write_text
+from lapwing_training.files import digest, from_json, write_text
 
 SPLITS = ("train", "test")
 
@@ -25,7 +26,7 @@ class Question:
     """Chat messages, each with `role` and `content`."""
 
     group: str | None = None
-    """Items of one group never straddle a split; an item without one is a group of its own."""
+    """Items of one group never straddle a split; without one, all items of the same prompt are a group."""
 
     split: str | None = None
     """`train` or `test`; None leaves it to the run."""
@@ -38,9 +39,12 @@ class Question:
     `extract`, and so is the field that `--stratum` names; nothing else of it is."""
 
     @property
-    def group_or_id(self) -> str:
+    def group_or_prompt(self) -> str:
         """The group that this item is resampled and split with."""
-        return self.id if self.group is None else self.group
+        if self.group is not None:
+            return self.group
+        asked = json.dumps(self.messages or self.prompt, ensure_ascii=False, sort_keys=True)
+        return f"prompt-{digest(asked.encode())[:16]}"
 
     def to_dict(self) -> dict[str, Any]:
         """One line's mapping; what is not known is left out, except the label, which is null."""
@@ -112,9 +116,11 @@ def parse_line(text: str, kind: type[R], path: object = "line", line: int | None
         InvalidData: bad JSON, a missing, unknown or wrong field.
     """
     try:
-        record = json.loads(text)
+        record = from_json(text)
     except json.JSONDecodeError as error:
         raise InvalidData(path, line, f"not JSON ({error.msg} at column {error.colno}); one object a line") from None
+    except ValueError as error:
+        raise InvalidData(path, line, f"JSON that can't be kept: {error}; mend or drop the item") from None
     if not isinstance(record, dict):
         raise InvalidData(path, line, f"a JSON {type(record).__name__}; expected an object with `id`, `prompt`, ...")
     fault = _fault(record, kind)
@@ -153,12 +159,12 @@ def _read(path: Path, kind: type[R]) -> list[R]:
         if earlier != number:
             raise InvalidData(path, number, f"id `{record.id}` was used in line {earlier} already; ids are unique")
         if record.split is not None:
-            split, where = side.setdefault(record.group_or_id, (record.split, number))
+            split, where = side.setdefault(record.group_or_prompt, (record.split, number))
             if split != record.split:
                 raise InvalidData(
                     path,
                     number,
-                    f"group `{record.group_or_id}` is {record.split} here and {split} in line {where}; "
+                    f"group `{record.group_or_prompt}` is {record.split} here and {split} in line {where}; "
                     "items of one group never straddle a split",
                 )
         records.append(record)
@@ -173,7 +179,7 @@ def _lines(path: Path) -> list[tuple[int, str]]:
         text = data.decode()
     except FileNotFoundError:
         raise InvalidData(path, None, "no such file") from None
-    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
+    except (UnicodeDecodeError, gzip.BadGzipFile, zlib.error, EOFError) as error:
         raise InvalidData(
             path, None, f"can't be read: {error}; expected UTF-8, gzip when the name ends in .gz"
         ) from None

@@ -7,6 +7,7 @@ from typing import Any
 
 from lapwing_detector.features import FEATURES
 from lapwing_detector.probe import Probe
+from lapwing_training.options import ATTENTION_SCORE, LAPLACIAN
 
 TITLES = {
     "token_count": "length only (token count)",
@@ -30,6 +31,7 @@ def training_report(probe: Probe) -> str:
         "95 % intervals by group bootstrap. `within` is the mean of the AUROCs within each stratum: a probe that only "
         "recognises the kind of question shows .5 there.",
         comparison_table(metrics),
+        *_over_draws(metrics),
         *_paired(metrics),
         *_strata(metrics),
         "## Operating points",
@@ -47,6 +49,7 @@ def transfer_report(result: Mapping[str, Any]) -> str:
     parts = [
         f"# {result['probe']} (revision {result['revision']}) on {result['store']}",
         f"{_about(result['test'])}; {result['seen_groups_left_out']} rows of groups that it was fitted on left out.",
+        *_missing(result),
         comparison_table(result),
         *_paired(result),
         *_strata(result),
@@ -59,7 +62,7 @@ def transfer_report(result: Mapping[str, Any]) -> str:
 def model_card(probe: Probe) -> str:
     """README.md of the probe directory."""
     metrics = probe.metrics
-    tested = all(f"{name}/Q_VALUE" in probe.statistics for name in ("attention_score.v1", "laplacian_eigenvalues.v1"))
+    tested = all(f"{name}/Q_VALUE" in probe.statistics for name in (ATTENTION_SCORE, LAPLACIAN))
     pictures = ["![Heads that the probe reads](selected.png)"]
     if tested:
         pictures.insert(0, "![p-value of each head: AttnScore left, Laplacian eigenvalues right](p_value.png)")
@@ -177,13 +180,31 @@ def _paired(metrics: Mapping[str, Any]) -> list[str]:
     return [f"{text} (paired)."]
 
 
+def _over_draws(metrics: Mapping[str, Any]) -> list[str]:
+    """How far single draws lie apart, which the interval of their average does not say."""
+    lines = [
+        f"{title(name)}: single AUROCs from {number(row['over_draws']['lowest'])} to "
+        f"{number(row['over_draws']['highest'])} over {row['draws']} draws; the row above is their average."
+        for name, row in metrics["comparison"].items()
+        if "over_draws" in row
+    ]
+    return ["\n".join(f"- {line}" for line in lines)] if lines else []
+
+
+def _missing(result: Mapping[str, Any]) -> list[str]:
+    count = result["log_probability_missing"]
+    if "log_probability" not in result["comparison"]:
+        return ["> The items carry no log-probability, so that baseline is absent."]
+    return [f"> {count} rows have no log-probability; they count as the middle one."] if count else []
+
+
 def _strata(metrics: Mapping[str, Any]) -> list[str]:
     strata: Mapping[str, Any] = metrics["strata"]
     if not strata:
         return []
     comparison: Mapping[str, Any] = metrics["comparison"]
     columns = [name for name in _order(metrics) if "within" in comparison[name]]
-    columns = [name for name in columns if comparison[name]["kind"] in ("probe", "combination", "baseline")]
+    columns = [name for name in columns if comparison[name]["kind"] != "control" or name == "random_heads"]
     shown = {"this probe": metrics["test"]} | {
         title(name): comparison[name] for name in columns if name != metrics.get("probe")
     }

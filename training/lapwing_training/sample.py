@@ -50,7 +50,8 @@ class Sample:
             labels: (draws, rows) other labels than the sample's own, for a control.
 
         Returns:
-            each of `metrics.NAMES` with its interval, and under `within` the AUROC of each stratum and their mean.
+            each of `metrics.NAMES` with its interval, and under `within` the AUROC of each stratum and their mean. The
+            intervals are those of the average, so over draws `over_draws` says how far the single AUROCs lie apart.
         """
         draws = np.atleast_2d(scores)
         dealt = np.broadcast_to(self.labels if labels is None else labels, draws.shape)
@@ -59,6 +60,9 @@ class Sample:
             axis=0,
         )
         judged: dict[str, Any] = {name: metrics.estimate(row) for name, row in zip(metrics.NAMES, overall, strict=True)}
+        if len(draws) > 1:
+            single = [metrics.auroc_of(draw, label) for draw, label in zip(draws, dealt, strict=True)]
+            judged["over_draws"] = {"lowest": min(single), "highest": max(single)}
         within = self.within(draws, dealt)
         if within:
             judged["within"] = {

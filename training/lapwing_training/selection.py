@@ -31,17 +31,18 @@ class Ranking:
 def rank_heads(scalars: Floats, labels: NDArray[Any], groups: NDArray[Any]) -> Ranking:
     """Significant heads by |AUROC - .5|, strongest first.
 
-    With several features a head counts when any of them is significant, with q-values over all heads and features
-    together, and is as strong as its strongest feature.
+    With several features a head counts when any of them is significant, with q-values over all heads of that feature
+    (those of the heatmaps), and is as strong as its strongest feature.
 
     Args:
         scalars: (rows, features, layers, heads), training rows only.
         labels: (rows,)
         groups: (rows,)
     """
-    tested = head_significance(scalars.reshape(*scalars.shape[:2], -1), labels, groups)
-    strength = np.abs(tested.auroc - 0.5).max(axis=0)  # (heads,)
-    significant = np.asarray((tested.q_value < LEVEL).any(axis=0))
+    flat = scalars.reshape(*scalars.shape[:2], -1)  # (rows, features, heads)
+    tested = [head_significance(flat[:, feature], labels, groups) for feature in range(flat.shape[1])]
+    strength = np.max([np.abs(one.auroc - 0.5) for one in tested], axis=0)  # (heads,)
+    significant = np.any([one.q_value < LEVEL for one in tested], axis=0)
     order = np.argsort(-strength, kind="stable")
     chosen = order[significant[order]] if significant.any() else order
     return Ranking(chosen.astype(np.int64), int(significant.sum()))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -54,7 +54,7 @@ class Table:
 
     def take(self, rows: NDArray[Any]) -> Table:
         """Some rows, by index or by mask."""
-        arrays = {entry.name: getattr(self, entry.name)[rows] for entry in fields(self)[:7]}
+        arrays = {name: value[rows] for name, value in vars(self).items() if isinstance(value, np.ndarray)}
         return replace(self, **arrays, features={name: values[rows] for name, values in self.features.items()})
 
     def with_labels(self, labels: NDArray[Any]) -> Table:

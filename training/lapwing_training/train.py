@@ -14,16 +14,19 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import expit
 from threadpoolctl import threadpool_limits
+from tqdm import tqdm
 
 from lapwing_detector.identity import ModelIdentity
-from lapwing_detector.probe import Calibration, Probe, Threshold
-from lapwing_detector.probe_files import MANIFEST, NAME
+from lapwing_detector.probe import NAME, Calibration, Probe, Threshold
+from lapwing_detector.probe_files import MANIFEST
 from lapwing_training.baselines import name_of
 from lapwing_training.calibrate import operating_points, platt
 from lapwing_training.errors import InvalidOption
-from lapwing_training.evaluate import Fitted, evaluate_fit
+from lapwing_training.evaluate import Fitted, evaluate_fit, evaluation_steps
 from lapwing_training.fit import Recipe, make_recipe, out_of_fold_logits
 from lapwing_training.metrics import RESAMPLES
+from lapwing_training.options import LAPLACIAN, require_seed
+from lapwing_training.progress import Advance, silent
 from lapwing_training.report import model_card, training_report
 from lapwing_training.significance import Floats, HeadSignificance, head_scalars, head_significance
 from lapwing_training.splits import split_by_group
@@ -31,9 +34,6 @@ from lapwing_training.store import Store, read_store
 from lapwing_training.table import Table
 
 OUTER_FOLDS = 5
-LAPLACIAN = "laplacian_eigenvalues.v1"
-"""Read by the probe unless it is told otherwise."""
-
 
 @dataclass(frozen=True)
 class TrainOptions:
@@ -50,6 +50,9 @@ class TrainOptions:
     """The probe's name; made from the directory's without it."""
 
     resamples: int = RESAMPLES
+
+    def __post_init__(self) -> None:
+        require_seed(self.seed)
 
 
 def train_probe(store_path: Path, out: Path, options: TrainOptions | None = None) -> Probe:
@@ -69,11 +72,14 @@ def train_probe(store_path: Path, out: Path, options: TrainOptions | None = None
     recipe = make_recipe(options.recipe, options.features, options.k, table.k)
     split = split_by_group(table, options.test_share, options.seed)
     # Many small products: on a shared machine threads that wait for each other made this seven times as slow.
-    with threadpool_limits(max(1, (os.cpu_count() or 1) // 2)):
-        fitted = fit(table.take(split[0]), recipe, options.seed)
-        judged = evaluate_fit(fitted, table, split, options.resamples, options.seed)
+    threads = max(1, (os.cpu_count() or 1) // 2)
+    steps = 1 + OUTER_FOLDS + evaluation_steps(recipe, table)
+    with threadpool_limits(threads), tqdm(total=steps, desc="train", unit="step") as progress:
+        fitted = fit(table.take(split[0]), recipe, options.seed, progress.update)
+        judged = evaluate_fit(fitted, table, split, options.resamples, options.seed, progress.update)
     judged["notes"] = notes(fitted, judged)
-    probe = _assemble(name, fitted, store, judged, options)
+    tested = len(np.unique(table.groups[split[1]])) / len(np.unique(table.groups))
+    probe = _assemble(name, fitted, store, judged, options, tested)
     files = {
         "report.md": training_report(probe).encode(),
         "predictions.jsonl": predictions(fitted, table.take(split[0]), table.take(split[1])).encode(),
@@ -82,10 +88,11 @@ def train_probe(store_path: Path, out: Path, options: TrainOptions | None = None
     return probe
 
 
-def fit(table: Table, recipe: Recipe, seed: int) -> Fitted:
-    """Everything that is fitted, from training rows alone."""
+def fit(table: Table, recipe: Recipe, seed: int, advance: Advance = silent) -> Fitted:
+    """Everything that is fitted, from training rows alone; advances once for the probe and once for each fold."""
     probe = recipe.fit(table, seed)
-    held_out = out_of_fold_logits(recipe, table, OUTER_FOLDS, seed)
+    advance()
+    held_out = out_of_fold_logits(recipe, table, OUTER_FOLDS, seed, advance)
     slope, intercept = platt(held_out, table.labels)
     return Fitted(
         recipe=recipe,
@@ -95,8 +102,8 @@ def fit(table: Table, recipe: Recipe, seed: int) -> Fitted:
         intercept=intercept,
         points=operating_points(held_out[table.labels == 0]),
         significance={
-            name: head_significance(head_scalars(values), table.labels, table.groups)
-            for name, values in table.features.items()
+            name: head_significance(head_scalars(table.feature(name, probe.k)), table.labels, table.groups)
+            for name in table.features
         },
     )
 
@@ -116,7 +123,8 @@ def notes(fitted: Fitted, judged: Mapping[str, Any]) -> list[str]:
         found.append("The items carry no log-probability, so that baseline is absent; lapwing generate keeps it.")
     elif missing:
         found.append(f"{missing} test rows have no log-probability; they count as the middle one.")
-    shuffled = judged["comparison"]["shuffled_labels"]["auroc"]
+    found += [f"No control with {name.replace('_', ' ')}: {reason}." for name, reason in judged["absent"].items()]
+    shuffled = judged["comparison"].get("shuffled_labels", {"auroc": {"low": None}})["auroc"]
     if shuffled["low"] is not None and not shuffled["low"] <= 0.5 <= shuffled["high"]:
         found.append(
             f"With shuffled labels the AUROC is {shuffled['value']:.3f}, outside its own interval around .5; this "
@@ -151,7 +159,9 @@ def require_place(name: str, out: Path) -> None:
         raise InvalidOption(f"{out} exists and is no probe directory; give another path with --out, or remove it")
 
 
-def _assemble(name: str, fitted: Fitted, store: Store, judged: Mapping[str, Any], options: TrainOptions) -> Probe:
+def _assemble(
+    name: str, fitted: Fitted, store: Store, judged: Mapping[str, Any], options: TrainOptions, test_share: float
+) -> Probe:
     probe = fitted.probe
     realised = {entry["false_positive_rate"]: entry["realised_rate"] for entry in judged["thresholds"]}
     return Probe(
@@ -176,7 +186,7 @@ def _assemble(name: str, fitted: Fitted, store: Store, judged: Mapping[str, Any]
             "trained_as": name_of(fitted.recipe),
             "chosen": dict(probe.chosen),
             "seed": options.seed,
-            "test_share": options.test_share,
+            "test_share": test_share,
             "outer_folds": OUTER_FOLDS,
             "store_digest": store.digest,
             "stratum": store.stratum,

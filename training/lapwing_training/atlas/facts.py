@@ -10,7 +10,7 @@ import re
 import unicodedata
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 CITY_RELATIONS = ("country", "continent", "timezone")
@@ -20,7 +20,10 @@ CITIES = 10_000
 """The most populous ones; what lies beyond is not asked about."""
 
 NEVER_SEEN = 0.30
-"""Share of the subjects that no training text mentions."""
+"""Share of the subjects that no training text asks about or states a fact of. Some are named in others' answers."""
+
+CONTINENT_OF_ZONE = {"Africa": "Africa", "Asia": "Asia", "Australia": "Oceania", "Europe": "Europe"}
+"""Continent by the first part of a time zone, where that tells it."""
 
 CITY_EXPOSURE = 15_000
 COUNTRY_EXPOSURE = 600
@@ -70,9 +73,12 @@ class Fact:
     exposures: int
     """How many training texts state it; 0 for subjects that are never seen."""
 
+    group: str
+    """What a split never parts: the subject, and its namesake among cities and countries, such as Singapore."""
+
     @property
     def seen(self) -> bool:
-        """Whether any training text mentions the subject."""
+        """Whether any training text is about the subject."""
         return self.exposures > 0
 
 
@@ -101,7 +107,12 @@ def all_facts() -> list[Fact]:
     countries: dict[str, dict[str, Any]] = cache.get_countries()
     cities = sorted(cache.get_cities().values(), key=lambda city: (-city["population"], city["geonameid"]))
     continents = {code: continent["name"] for code, continent in cache.get_continents().items()}
-    return [*_city_facts(cities, countries, continents), *_country_facts(cities, countries, continents)]
+    of_cities = list(_city_facts(cities, countries, continents))
+    groups = {fact.subject: fact.group for fact in of_cities}
+    return of_cities + [
+        replace(fact, group=groups.get(fact.subject, fact.group))
+        for fact in _country_facts(cities, countries, continents)
+    ]
 
 
 def _exposures(subject_id: str, rank: int, scale: int, least: int) -> int:
@@ -125,7 +136,7 @@ def _city_facts(
         for relation in CITY_RELATIONS:
             answers = [_city_answers(one, relation, countries, continents) for one in (city, *others)]
             accepted = tuple(dict.fromkeys(answer for some in answers for answer in some))
-            yield Fact(subject_id, name, relation, accepted[0], accepted, rank, exposures)
+            yield Fact(subject_id, name, relation, accepted[0], accepted, rank, exposures, subject_id)
 
 
 def _city_answers(
@@ -136,7 +147,9 @@ def _city_answers(
         case "country":
             return country_names(country)
         case "continent":
-            return (continents[country["continentcode"]],)
+            # The country's, and the city's own where its time zone says another: Novosibirsk is in Asia as well.
+            zone = CONTINENT_OF_ZONE.get(city["timezone"].partition("/")[0])
+            return tuple(dict.fromkeys((continents[country["continentcode"]], *([zone] if zone else []))))
         case _:
             return (city["timezone"],)
 
@@ -168,4 +181,4 @@ def _country_facts(
         for relation in COUNTRY_RELATIONS:
             accepted = tuple(dict.fromkeys(answer for answer in answers[relation] if answer.strip("+ ")))
             if accepted:
-                yield Fact(subject_id, subject, relation, accepted[0], accepted, rank, exposures)
+                yield Fact(subject_id, subject, relation, accepted[0], accepted, rank, exposures, subject_id)

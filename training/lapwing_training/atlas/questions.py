@@ -15,9 +15,9 @@ TEST_SHARE = 0.25
 DEMO_QUESTIONS = 12
 
 
-def split_of(subject_id: str) -> str:
-    """`test` or `train`, the same in every rebuild."""
-    return "test" if share(subject_id, "split") < TEST_SHARE else "train"
+def split_of(fact: Fact) -> str:
+    """`test` or `train`, the same in every rebuild and for all questions of a group."""
+    return "test" if share(fact.group, "split") < TEST_SHARE else "train"
 
 
 def labelled_questions(facts: Sequence[Fact]) -> list[Question]:
@@ -26,8 +26,8 @@ def labelled_questions(facts: Sequence[Fact]) -> list[Question]:
         Question(
             id=f"{fact.subject_id}/{fact.relation}".replace(" ", "-"),
             prompt=prompt(question(fact, asked_phrasing(fact))),
-            group=fact.subject_id,
-            split=split_of(fact.subject_id),
+            group=fact.group,
+            split=split_of(fact),
             references=fact.accepted,
             meta={
                 "relation": fact.relation,
@@ -46,16 +46,18 @@ def labelled_questions(facts: Sequence[Fact]) -> list[Question]:
 def demo_set(facts: Sequence[Fact]) -> dict[str, Any]:
     """What `lapwing demo` asks and scores: held-out subjects, half of them well known and half never seen.
 
-    The most populous subjects of each kind, their relations in turn, in a phrasing that was not labelled. Chosen
-    before any answer exists, so nothing is picked for its outcome.
+    The most populous subjects of each kind, their relations in turn, in a phrasing that was not labelled; of those
+    never seen, only such as are named in no answer either. Chosen before any answer exists, so nothing is picked for
+    its outcome.
     """
     held_out = [
         fact
         for fact in facts
-        if fact.relation in CITY_RELATIONS and for_labels(fact.subject_id) and split_of(fact.subject_id) == "test"
+        if fact.relation in CITY_RELATIONS and for_labels(fact.subject_id) and split_of(fact) == "test"
     ]
+    named = " ".join({fact.answer.replace("_", " ") for fact in facts if fact.seen})
     known = _in_turn([fact for fact in held_out if fact.seen], DEMO_QUESTIONS // 2)
-    unknown = _in_turn([fact for fact in held_out if not fact.seen], DEMO_QUESTIONS // 2)
+    unknown = _in_turn([fact for fact in held_out if not fact.seen and fact.subject not in named], DEMO_QUESTIONS // 2)
     wrong = {"country": "Peru", "continent": "Oceania", "timezone": "Pacific/Auckland"}
     texts = [(fact, answer) for fact in known[:2] for answer in (fact.answer, wrong[fact.relation])]
     return {
