@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Collection, Sequence
 from importlib.metadata import EntryPoint, entry_points
@@ -68,13 +69,19 @@ def call(entry: EntryPoint, arguments: list[str]) -> int:
         verb: Callable[..., Any] = entry.load()
         app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
         app.command()(verb)
-        return run(app, arguments, f"lapwing {entry.name}")
+        code = run(app, arguments, f"lapwing {entry.name}")
+        sys.stdout.flush()
+        return code
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]
         print(f"lapwing {entry.name}: {how_to_mend(entry, missing)}", file=sys.stderr)
         return 1
     except LapwingError as error:
         print(f"lapwing {entry.name}: {error} ({error.who_acts})", file=sys.stderr)
+        return 1
+    except OSError as error:  # a file or pipe that can't be read or written: nothing that a traceback would explain
+        drop_unwritten()
+        print(f"lapwing {entry.name}: {error}", file=sys.stderr)
         return 1
     except Exception as error:
         if not speaks_for_itself(error):
@@ -90,6 +97,14 @@ def run(app: typer.Typer, arguments: list[str], name: str) -> int:
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else int(end.code is not None)
     return 0
+
+
+def drop_unwritten() -> None:
+    """Writes what standard output still holds or, where that fails, drops it: Python tries again at its very end."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def how_to_mend(entry: EntryPoint, missing: str) -> str:

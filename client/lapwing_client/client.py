@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import json
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
@@ -13,15 +14,35 @@ import grpc
 
 from lapwing.v1 import detector_pb2, detector_pb2_grpc, probes_pb2, probes_pb2_grpc
 from lapwing_client import replies, requests, results
-from lapwing_client.errors import Cancelled, DeadlineExceeded, LapwingError, Unavailable, error_of_call
+from lapwing_client.errors import (
+    Cancelled,
+    DeadlineExceeded,
+    LapwingError,
+    PermissionDenied,
+    Unavailable,
+    Unimplemented,
+    error_of_call,
+)
 from lapwing_client.requests import Prompt, Response
 
 Reply = TypeVar("Reply")
 
+SERVICES = (
+    detector_pb2.DESCRIPTOR.services_by_name["Detector"],
+    probes_pb2.DESCRIPTOR.services_by_name["Probes"],
+)
+
 RETRIES = {
     "methodConfig": [
         {
-            "name": [{"service": "lapwing.v1.Detector"}, {"service": "lapwing.v1.Probes"}],
+            # No streams: gRPC 1.85.1 never ends a stream, not even at its deadline, whose connection breaks while it
+            # begins and that a retry policy covers.
+            "name": [
+                {"service": service.full_name, "method": method.name}
+                for service in SERVICES
+                for method in service.methods
+                if not (method.client_streaming or method.server_streaming)
+            ],
             "retryPolicy": {
                 "maxAttempts": 4,
                 "initialBackoff": "0.1s",
@@ -48,21 +69,23 @@ class Client:
         target: HOST:PORT, or any other address that gRPC resolves.
         token: sent with every call; only to a server on this machine, because the connection is not encrypted.
         timeout: seconds that a call may take unless it is given its own.
-        retry: whether calls to a server that does not answer are tried again, up to four times.
+        retry: whether calls to a server that does not answer are tried again, up to four times; Generate never is.
 
     Raises:
-        ValueError: the token would leave this machine.
+        InvalidRequest: the token would leave this machine or can't be sent, or the timeout is no number of seconds.
     """
 
     def __init__(
         self, target: str = "localhost:50051", *, token: str | None = None, timeout: float = 60.0, retry: bool = True
     ) -> None:
         if token is not None and not is_local(target):
-            raise ValueError(
-                f"target is {target!r}: a token goes only to this machine, the connection is not encrypted"
-            )
+            message = f"is {target!r}; a token goes only to this machine, the connection is not encrypted"
+            raise requests.unusable("target", message)
+        if token is not None and not (token.isascii() and token.isprintable()):
+            raise requests.unusable("token", "has characters that no header can hold; give printable ASCII")
         self.target = target
-        self.timeout = timeout
+        self.timeout = patience(timeout)
+        self._closed = False
         self._metadata = (("authorization", f"Bearer {token}"),) if token is not None else ()
         self._channel = grpc.insecure_channel(target, options=channel_options(retry))
         self._detector = detector_pb2_grpc.DetectorStub(self._channel)  # type: ignore[no-untyped-call]
@@ -181,7 +204,8 @@ class Client:
 
     def probe(self, name: str = "", *, timeout: float | None = None) -> results.Probe:
         """One probe; the active one without a name."""
-        return replies.probe_of(self._call(self._probes.GetProbe, probes_pb2.GetProbeRequest(name=name), timeout).probe)
+        request = probes_pb2.GetProbeRequest(name=requests.text(name, "name"))
+        return replies.probe_of(self._call(self._probes.GetProbe, request, timeout).probe)
 
     def server_info(self, *, timeout: float | None = None) -> results.ServerInfo:
         """What runs there; answers also while the model is loading."""
@@ -195,31 +219,29 @@ class Client:
         Raises:
             Unavailable: the server said that its model could not be loaded.
             DeadlineExceeded: it took longer than the timeout.
+            PermissionDenied, Unimplemented: waiting would not help.
         """
-        patience = self._patience(timeout)
-        ends = time.monotonic() + patience
+        seconds = self._patience(timeout)
+        ends = time.monotonic() + seconds
         last = f"nobody answers at {self.target}"
         while (left := ends - time.monotonic()) > 0:
             try:
-                if self._health(b"", timeout=min(left, 1.0), wait_for_ready=True, metadata=self._metadata) == SERVING:
+                if self._healthy(min(left, 1.0)):
                     return self.server_info(timeout=max(left, 1.0))
                 info = self.server_info(timeout=left)
-            except grpc.RpcError as error:
-                if error.code() is grpc.StatusCode.UNIMPLEMENTED:
-                    raise error_of_call(error, self.target) from None
-                continue
             except (Unavailable, DeadlineExceeded):
-                continue
-            except ValueError as error:
-                raise closed(error) from None
-            last = info.message
-            if info.state == "FAILED":
-                raise Unavailable(f"{self.target} is not serving: {last}", reason="SERVER_FAILED", code="UNAVAILABLE")
+                pass
+            else:
+                last = info.message
+                if info.state == "FAILED":
+                    message = f"{self.target} is not serving: {last}"
+                    raise Unavailable(message, reason="SERVER_FAILED", code="UNAVAILABLE")
             time.sleep(min(0.05, left))
-        raise DeadlineExceeded(f"not ready after {patience:g} s: {last}", code="DEADLINE_EXCEEDED")
+        raise DeadlineExceeded(f"not ready after {seconds:g} s: {last}", code="DEADLINE_EXCEEDED")
 
     def close(self) -> None:
         """Ends every call and the connection."""
+        self._closed = True
         self._channel.close()
 
     def __enter__(self) -> Self:
@@ -230,16 +252,27 @@ class Client:
     ) -> None:
         self.close()
 
-    def _call(self, method: Callable[..., Reply], request: Any, timeout: float | None) -> Reply:
+    def _call(self, method: Callable[..., Reply], request: Any, timeout: float | None, **options: Any) -> Reply:
         try:
-            return method(request, timeout=self._patience(timeout), metadata=self._metadata)
+            return method(request, timeout=self._patience(timeout), metadata=self._metadata, **options)
         except grpc.RpcError as error:
             raise error_of_call(error, self.target) from None
-        except ValueError as error:
-            raise closed(error) from None
+        except ValueError:  # what gRPC raises for a closed channel, and for other things
+            if not self._closed:
+                raise
+            raise Cancelled("the client is closed; make another one", code="CANCELLED") from None
+
+    def _healthy(self, timeout: float) -> bool:
+        """Whether the server says that it is serving; Unavailable for every error that may pass."""
+        try:
+            return self._call(self._health, b"", timeout, wait_for_ready=True) == SERVING
+        except LapwingError as error:
+            if isinstance(error, Cancelled | PermissionDenied | Unimplemented):
+                raise
+            raise Unavailable(error.message, code=error.code) from None
 
     def _patience(self, timeout: float | None) -> float:
-        return self.timeout if timeout is None else timeout
+        return self.timeout if timeout is None else patience(timeout)
 
 
 class GenerationStream(Iterator[results.GeneratedToken | results.Generation]):
@@ -268,9 +301,16 @@ class GenerationStream(Iterator[results.GeneratedToken | results.Generation]):
         self.close()
 
 
-def closed(error: ValueError) -> LapwingError:
-    """The error of a call after `close`: gRPC raises a ValueError only then."""
-    return Cancelled(f"the client is closed ({error}); make another one", code="CANCELLED")
+def patience(timeout: float) -> float:
+    """The timeout in seconds; what has passed already is one, too.
+
+    Raises:
+        InvalidRequest: it is not a finite number.
+    """
+    seconds = requests.real(timeout, "timeout")
+    if seconds is None or not math.isfinite(seconds):
+        raise requests.unusable("timeout", f"is {timeout}; give a finite number of seconds")
+    return seconds
 
 
 def channel_options(retry: bool) -> list[tuple[str, Any]]:

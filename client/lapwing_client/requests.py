@@ -15,6 +15,9 @@ Prompt = str | Sequence[Message] | Sequence[int]
 Response = str | Sequence[int]
 """Text or token ids."""
 
+PROMPT_FORMS = "text, a list of messages, or a list of token ids"
+RESPONSE_FORMS = "text or a list of token ids"
+
 
 def prompt_message(prompt: Prompt, field: str = "prompt") -> detection_pb2.Prompt:
     """A prompt in the form in which it is given.
@@ -24,18 +27,19 @@ def prompt_message(prompt: Prompt, field: str = "prompt") -> detection_pb2.Promp
     """
     if isinstance(prompt, str):
         return detection_pb2.Prompt(text=text(prompt, field))
-    items = listed(prompt, field)
+    items = listed(prompt, field, PROMPT_FORMS)
     if items and all(isinstance(item, Mapping) for item in items):
         turns = [chat_message(item, f"{field}.messages[{i}]") for i, item in enumerate(items)]
         return detection_pb2.Prompt(messages=turns)
-    return detection_pb2.Prompt(token_ids=token_ids(items, field))
+    return detection_pb2.Prompt(token_ids=token_ids(items, field, PROMPT_FORMS))
 
 
 def response_message(response: Response, field: str = "response") -> detection_pb2.Response:
     """A response in the form in which it is given; raises like `prompt_message`."""
     if isinstance(response, str):
         return detection_pb2.Response(text=text(response, field))
-    return detection_pb2.Response(token_ids=token_ids(listed(response, field), field))
+    items = listed(response, field, RESPONSE_FORMS)
+    return detection_pb2.Response(token_ids=token_ids(items, field, RESPONSE_FORMS))
 
 
 def chat_message(turn: Mapping[str, Any], field: str) -> detection_pb2.ChatMessage:
@@ -46,8 +50,10 @@ def chat_message(turn: Mapping[str, Any], field: str) -> detection_pb2.ChatMessa
     return detection_pb2.ChatMessage(role=role, content=content)
 
 
-def text(value: str, field: str) -> str:
-    """The text; refuses what UTF-8 can't hold."""
+def text(value: Any, field: str) -> str:
+    """The text; refuses what is none and what UTF-8 can't hold."""
+    if not isinstance(value, str):
+        raise unusable(field, f"is {value!r:.40}; give text")
     try:
         value.encode()
     except UnicodeEncodeError as error:
@@ -57,12 +63,12 @@ def text(value: str, field: str) -> str:
     return value
 
 
-def token_ids(items: Sequence[Any], field: str) -> list[int]:
+def token_ids(items: Sequence[Any], field: str, forms: str) -> list[int]:
     """The ids as whole numbers of 32 bits; numpy's and torch's whole numbers count."""
     ids = []
     for i, item in enumerate(items):
-        if isinstance(item, bool | float | str) or not hasattr(item, "__index__"):
-            raise unusable(f"{field}.token_ids[{i}]", f"is {item!r:.40}; give whole numbers, text, or chat messages")
+        if not is_whole(item):
+            raise unusable(f"{field}.token_ids[{i}]", f"is {item!r:.40}; give {forms}")
         number = item.__index__()
         if not -(2**31) <= number < 2**31:
             raise unusable(f"{field}.token_ids[{i}]", f"is {number}; no vocabulary is that large")
@@ -70,10 +76,15 @@ def token_ids(items: Sequence[Any], field: str) -> list[int]:
     return ids
 
 
-def listed(value: Any, field: str) -> list[Any]:
+def is_whole(value: Any) -> bool:
+    """Whether it is a whole number, of any library; a truth value is none."""
+    return hasattr(value, "__index__") and not isinstance(value, bool)
+
+
+def listed(value: Any, field: str, forms: str) -> list[Any]:
     """The items of a sequence."""
     if isinstance(value, bytes | Mapping) or not hasattr(value, "__iter__"):
-        raise unusable(field, f"is a {type(value).__name__}; give text, a list of messages, or a list of token ids")
+        raise unusable(field, f"is a {type(value).__name__}; give {forms}")
     return list(value)
 
 
@@ -89,7 +100,7 @@ def score_request(
     return detector_pb2.ScoreRequest(
         prompt=prompt_message(prompt),
         response=response_message(response),
-        false_positive_rate=false_positive_rate,
+        false_positive_rate=real(false_positive_rate, "false_positive_rate"),
     )
 
 
@@ -105,7 +116,7 @@ def score_batch_request(
             )
             for i, (prompt, response) in enumerate(items)
         ],
-        false_positive_rate=false_positive_rate,
+        false_positive_rate=real(false_positive_rate, "false_positive_rate"),
     )
 
 
@@ -121,28 +132,39 @@ def generate_request(
     return detector_pb2.GenerateRequest(
         prompt=prompt_message(prompt),
         max_new_tokens=fitting(max_new_tokens, 32, "max_new_tokens"),
-        temperature=temperature,
-        top_p=top_p,
+        temperature=real(temperature, "temperature"),
+        top_p=real(top_p, "top_p"),
         seed=fitting(seed, 64, "seed"),
-        false_positive_rate=false_positive_rate,
+        false_positive_rate=real(false_positive_rate, "false_positive_rate"),
     )
 
 
 def heatmap_request(statistic: str, probe: str, feature: str, image: str | None) -> probes_pb2.GetHeatmapRequest:
     """One number of every layer and head of a probe."""
     return probes_pb2.GetHeatmapRequest(
-        probe=probe,
-        feature=feature,
+        probe=text(probe, "probe"),
+        feature=text(feature, "feature"),
         statistic=value_of(probes_pb2.Statistic, "STATISTIC", statistic, "statistic"),
         image_format=value_of(probes_pb2.ImageFormat, "IMAGE_FORMAT", image or "UNSPECIFIED", "image"),
     )
 
 
-def fitting(number: int | None, bits: int, field: str) -> int | None:
-    """The number; refuses one that has more bits."""
-    if number is not None and not -(2 ** (bits - 1)) <= number < 2 ** (bits - 1):
-        raise unusable(field, f"is {number}; give a number of at most {bits} bits")
-    return number
+def fitting(number: Any, bits: int, field: str) -> int | None:
+    """The whole number; refuses what is none and what has more bits."""
+    if number is None:
+        return None
+    if not (is_whole(number) and -(2 ** (bits - 1)) <= number < 2 ** (bits - 1)):
+        raise unusable(field, f"is {number!r:.40}; give a whole number of at most {bits} bits")
+    return int(number)
+
+
+def real(number: Any, field: str) -> float | None:
+    """The number, of any library; refuses text and truth values. The server knows the ranges."""
+    if number is None:
+        return None
+    if isinstance(number, bool | str | bytes) or not hasattr(number, "__float__"):
+        raise unusable(field, f"is {number!r:.40}; give a number")
+    return float(number)
 
 
 def value_of(enum: Any, prefix: str, name: str, field: str) -> str:
@@ -152,6 +174,6 @@ def value_of(enum: Any, prefix: str, name: str, field: str) -> str:
         InvalidRequest: there is no value of this name.
     """
     known = [key.removeprefix(f"{prefix}_") for key, _ in enum.items()]
-    if name.upper() not in known:
+    if text(name, field).upper() not in known:
         raise unusable(field, f"is {name!r}; known are {', '.join(known[1:])}")
     return f"{prefix}_{name.upper()}"

@@ -8,17 +8,20 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, BinaryIO
 
 import typer
 
 from lapwing_client.client import Client
-from lapwing_client.errors import LapwingError
-from lapwing_client.requests import Prompt, Response, prompt_message, response_message
-from lapwing_client.results import Detection
+from lapwing_client.errors import LapwingError, TooLarge
+from lapwing_client.requests import Prompt, Response, prompt_message, response_message, unusable
+from lapwing_client.results import Detection, plain
 
 BATCH = 16
 """Lines in one call: few enough that progress moves."""
+
+BATCH_BYTES = 2 * 2**20
+"""Bytes of the lines in one call, but for a line that has more: well below the 8 MiB that a server reads."""
 
 QUIET_SECONDS = 2.0
 """Nothing is said of the progress of what is done by then."""
@@ -44,7 +47,7 @@ def score(
     Example: lapwing score --server localhost:50051 --prompt "What is the capital of France?" --response "Paris."
     """
     single = prompt is not None and response is not None
-    if single == (jsonl is not None) or (jsonl is not None and (prompt or response) is not None):
+    if single == (jsonl is not None) or (jsonl is not None and (prompt is not None or response is not None)):
         raise typer.BadParameter("give either --prompt and --response, or --jsonl FILE")
     with Client(server, timeout=timeout) as client:
         if jsonl is not None:
@@ -99,13 +102,23 @@ class Line:
     error: str
     """Why there is no content."""
 
+    size: int
+    """Bytes of the line."""
+
 
 def score_file(client: Client, path: Path, false_positive_rate: float | None) -> int:
     """Scores every line; returns the exit code, 1 if one of them failed."""
     bad = done = 0
     begun = said = time.monotonic()
     for batch in batches(read_lines(path)):
-        for line, outcome in zip(batch, outcomes(client, batch, false_positive_rate), strict=True):
+        try:
+            answers = outcomes(client, batch, false_positive_rate)
+        except LapwingError as error:
+            print(
+                f"line {batch[0].number} and all after it are not scored: {error} ({error.who_acts})", file=sys.stderr
+            )
+            return 1
+        for line, outcome in zip(batch, answers, strict=True):
             if not isinstance(outcome, Detection):
                 bad += 1
                 message = outcome if isinstance(outcome, str) else str(outcome)
@@ -123,32 +136,39 @@ def score_file(client: Client, path: Path, false_positive_rate: float | None) ->
 def outcomes(
     client: Client, lines: list[Line], false_positive_rate: float | None
 ) -> list[Detection | LapwingError | str]:
-    """What became of each line; a line that the client refuses fails alone."""
+    """What became of each line; one that is refused fails alone.
+
+    Raises:
+        LapwingError: no line can be scored.
+    """
     good = [line.content for line in lines if line.content is not None]
     if not good:
         return [line.error for line in lines]
-    answered = iter(client.score_batch(good, false_positive_rate=false_positive_rate))
+    try:
+        answered = iter(client.score_batch(good, false_positive_rate=false_positive_rate))
+    except TooLarge as error:
+        if len(lines) > 1:
+            return [outcome for line in lines for outcome in outcomes(client, [line], false_positive_rate)]
+        return [error]
     return [line.error if line.content is None else next(answered) for line in lines]
 
 
 def written(line: Line, outcome: Detection | LapwingError | str) -> dict[str, Any]:
     """The line of output."""
-    head: dict[str, Any] = {"line": line.number} | ({} if line.id is None else {"id": line.id})
-    if isinstance(outcome, Detection):
-        return head | outcome.to_dict()
-    if isinstance(outcome, LapwingError):
-        return head | outcome.to_dict()
-    return head | {"error": "InvalidLine", "message": outcome}
+    head: dict[str, Any] = {"line": line.number} | ({} if line.id is None else {"id": plain(line.id)})
+    if isinstance(outcome, str):
+        return head | {"error": "InvalidLine", "message": outcome}
+    return head | outcome.to_dict()
 
 
 def batches(lines: Iterator[Line]) -> Iterator[list[Line]]:
-    """Lines in groups."""
+    """Lines in groups, neither too many nor too large."""
     batch: list[Line] = []
     for line in lines:
-        batch.append(line)
-        if len(batch) == BATCH:
+        if len(batch) == BATCH or (batch and sum(one.size for one in batch) + line.size > BATCH_BYTES):
             yield batch
             batch = []
+        batch.append(line)
     if batch:
         yield batch
 
@@ -156,36 +176,50 @@ def batches(lines: Iterator[Line]) -> Iterator[list[Line]]:
 def read_lines(path: Path) -> Iterator[Line]:
     """Every line that is not blank."""
     if str(path) == "-":
-        yield from read_open(sys.stdin)
+        yield from read_open(sys.stdin.buffer)
         return
     try:
-        with path.open(encoding="utf-8", errors="surrogateescape") as file:
+        with path.open("rb") as file:
             yield from read_open(file)
     except OSError as error:
         raise typer.BadParameter(f"--jsonl {path} can't be read: {error.strerror}") from error
 
 
-def read_open(file: Any) -> Iterator[Line]:
+def read_open(file: BinaryIO) -> Iterator[Line]:
     """Every line of an open file that is not blank."""
-    for number, text in enumerate(file, 1):
-        if text.strip():
-            yield read_line(number, text)
+    for number, data in enumerate(file, 1):
+        if data.strip():
+            yield read_line(number, data)
 
 
-def read_line(number: int, text: str) -> Line:
+def read_line(number: int, data: bytes) -> Line:
     """What a line says, or why it can't be scored."""
     try:
-        fields = json.loads(text)
-    except ValueError as error:
-        return Line(number, None, None, f"is no JSON ({error})")
+        fields = json.loads(data.decode())
+    except (ValueError, RecursionError) as error:
+        return Line(number, None, None, f"is no JSON ({error})", len(data))
     if not isinstance(fields, dict):
-        return Line(number, None, None, 'is no object; write {"prompt": "...", "response": "..."}')
+        return Line(number, None, None, 'is no object; write {"prompt": "...", "response": "..."}', len(data))
+    name = fields.get("id")
+    if not isinstance(name, str | int | float | None):
+        return Line(number, None, None, f"id is a {type(name).__name__}; give text or a number", len(data))
+    try:
+        return Line(number, name, content_of(fields), "", len(data))
+    except LapwingError as error:
+        return Line(number, name, None, str(error), len(data))
+
+
+def content_of(fields: dict[str, Any]) -> tuple[Prompt, Response]:
+    """Prompt and response of a line.
+
+    Raises:
+        InvalidRequest: they are missing, given twice, or can't be sent.
+    """
+    if fields.get("prompt") and fields.get("messages"):
+        raise unusable("prompt", "is given, and messages, too; give one of them")
     prompt, response = fields.get("prompt") or fields.get("messages"), fields.get("response")
     if not prompt or not response:
-        return Line(number, fields.get("id"), None, "needs prompt (or messages) and response, neither of them empty")
-    try:
-        prompt_message(prompt)
-        response_message(response)
-    except LapwingError as error:
-        return Line(number, fields.get("id"), None, str(error))
-    return Line(number, fields.get("id"), (prompt, response), "")
+        raise unusable("line", "needs prompt (or messages) and response, neither of them empty")
+    prompt_message(prompt)
+    response_message(response)
+    return prompt, response

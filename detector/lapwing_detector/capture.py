@@ -98,7 +98,8 @@ class Captured:
         the cache. A second call does nothing.
 
         Raises:
-            CaptureError: the generation's static cache has no room for it.
+            CaptureError: the generation's static cache has no room for it, was changed, or holds other rotary
+                frequencies than the step needs.
         """
         pending = self._pending
         if pending is None:

@@ -17,7 +17,8 @@ def serve(
         str | None, typer.Option(help="Hub id or path of a causal language model; the embedded one without it.")
     ] = None,
     probes: Annotated[
-        Path | None, typer.Option(help="A probe directory, or a directory of them; the embedded one without it.")
+        Path | None,
+        typer.Option(exists=True, help="A probe directory, or a directory of them; the embedded one without it."),
     ] = None,
     probe: Annotated[str | None, typer.Option(help="Name of the probe that scores; the first one without it.")] = None,
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 50051,
@@ -42,8 +43,9 @@ def serve(
             err=True,
         )
         raise typer.Exit(2)
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s %(message)s")
-    logging.getLogger("lapwing").setLevel(logging.DEBUG if verbose else logging.INFO)
+    if model is not None and probes is None:
+        raise typer.BadParameter("--model needs --probes: the embedded probe was fitted on the embedded model only")
+    log_to_standard_error(verbose)
     from lapwing_server.engine import loader
     from lapwing_server.server import Settings
     from lapwing_server.server import serve as serve_until_told
@@ -56,6 +58,14 @@ def serve(
         raise typer.Exit(1) from error
 
 
+def log_to_standard_error(verbose: bool) -> None:
+    """Our own log; of libraries only what went wrong."""
+    logging.basicConfig(
+        level=logging.WARNING, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s %(message)s"
+    )
+    logging.getLogger("lapwing").setLevel(logging.DEBUG if verbose else logging.INFO)
+
+
 def is_loopback(host: str) -> bool:
     """Whether only this machine reaches the address."""
     try:
@@ -65,5 +75,12 @@ def is_loopback(host: str) -> bool:
 
 
 def announce(address: str) -> None:
-    """One line for whoever started the server."""
-    print(f"listening on {address}", flush=True)
+    """One line for whoever started the server.
+
+    Raises:
+        OSError: nobody can read it.
+    """
+    try:
+        print(f"listening on {address}", flush=True)
+    except OSError as error:
+        raise OSError(f"listening on {address}, but standard output can't be written: {error.strerror}") from error

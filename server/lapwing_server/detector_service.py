@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import platform
 import time
-from collections.abc import AsyncIterator, Callable
-from functools import cache, partial
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from functools import cache
 from importlib import metadata
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from grpc import StatusCode
 
@@ -16,18 +18,26 @@ from lapwing.v1 import detector_pb2, detector_pb2_grpc
 from lapwing_detector.detection import Detection
 from lapwing_detector.errors import DetectorError
 from lapwing_server import answers
-from lapwing_server.context import Context, at_end
+from lapwing_server.context import Context
 from lapwing_server.engine import Prompt, Response
 from lapwing_server.guard import to_refusal
+from lapwing_server.limits import Room
 from lapwing_server.readiness import Readiness
 from lapwing_server.readings import fingerprint, read_prompt, read_rate, read_response, read_sampling
 from lapwing_server.refusal import Refusal, invalid
 from lapwing_server.stream import Stream
 from lapwing_server.worker import Worker
 
+if TYPE_CHECKING:
+    from lapwing_detector import GeneratedToken, Generation
+
 log = logging.getLogger("lapwing.server")
 
 Result = TypeVar("Result")
+Item = tuple[Prompt, Response]
+
+PORTION_BYTES = 16_384
+"""Bytes of one forward of a batch, padding counted: about 4,096 tokens, which are counted only after it began."""
 
 
 class DetectorService(detector_pb2_grpc.DetectorServicer):
@@ -40,47 +50,59 @@ class DetectorService(detector_pb2_grpc.DetectorServicer):
 
     async def Score(self, request: detector_pb2.ScoreRequest, context: Context) -> detector_pb2.ScoreResponse:  # noqa: N802
         """One response."""
-        engine = self._readiness.loaded.engine
-        prompt, response = read_prompt(request.prompt), read_response(request.response)
-        rate = read_rate(request)
-        log.info("Score prompt %s response %s", fingerprint(prompt), fingerprint(response))
-        waited, detection = await self._timed(partial(engine.score, prompt, response, false_positive_rate=rate))
-        return detector_pb2.ScoreResponse(detection=answers.detection_message(detection, waited))
+        engine, room, rate = self._readiness.loaded.engine, self._room, read_rate(request)
+        prompt, response = read_prompt(request.prompt, room), read_response(request.response, room)
+
+        def score(waited: float) -> detector_pb2.ScoreResponse:
+            log.info("Score prompt %s response %s", fingerprint(prompt), fingerprint(response))
+            detection = engine.score(prompt, response, false_positive_rate=rate)
+            return detector_pb2.ScoreResponse(detection=answers.detection_message(detection, waited))
+
+        return await self._timed(score)
 
     async def ScoreBatch(  # noqa: N802
         self, request: detector_pb2.ScoreBatchRequest, context: Context
     ) -> detector_pb2.ScoreBatchResponse:
-        """Several responses; one bad item fails alone."""
-        engine, most = self._readiness.loaded.engine, self._readiness.limits.batch_items
+        """Several responses, a portion at a time; one bad item fails alone."""
+        engine, room, most = self._readiness.loaded.engine, self._room, self._readiness.limits.batch_items
         if not 1 <= len(request.items) <= most:
             raise invalid("items", f"has {len(request.items)} items; give 1 to {most}", "BATCH_SIZE")
         rate = read_rate(request)
-        read = [read_item(item) for item in request.items]
-        good = [item for item in read if not isinstance(item, Refusal)]
+        read = [read_item(item, room) for item in request.items]
+        good = {i: item for i, item in enumerate(read) if not isinstance(item, Refusal)}
         log.info("ScoreBatch of %d items, %d of them readable", len(read), len(good))
-        waited, scores = await self._timed(partial(engine.score_batch, good, false_positive_rate=rate))
-        scores_in_order = iter(scores)
-        outcomes = [item if isinstance(item, Refusal) else next(scores_in_order) for item in read]
-        results = [result_message(outcome, f"items[{i}]", waited) for i, outcome in enumerate(outcomes)]
-        return detector_pb2.ScoreBatchResponse(results=results)
+        results = {i: result_message(item, i) for i, item in enumerate(read) if isinstance(item, Refusal)}
+        # Between two portions other work gets its turn, and a call that was cancelled ends.
+        for portion in portions({i: request.items[i].ByteSize() for i in good}):
 
-    async def Generate(  # noqa: N802
-        self, request: detector_pb2.GenerateRequest, context: Context
-    ) -> AsyncIterator[detector_pb2.GenerateResponse]:
-        """A new response, scored while it is written."""
+            def score(waited: float, portion: Sequence[int] = portion) -> dict[int, detector_pb2.ScoreResult]:
+                outcomes = engine.score_batch([good[i] for i in portion], false_positive_rate=rate)
+                return {i: result_message(one, i, waited) for i, one in zip(portion, outcomes, strict=True)}
+
+            results |= await self._timed(score)
+        return detector_pb2.ScoreBatchResponse(results=[results[i] for i in range(len(read))])
+
+    async def Generate(self, request: detector_pb2.GenerateRequest, context: Context) -> None:  # noqa: N802
+        """A new response, scored while it is written.
+
+        Writes by itself and does not yield, so that the time limit and the end also reach it while it waits for a
+        client that does not read.
+        """
         engine, limits = self._readiness.loaded.engine, self._readiness.limits
-        prompt, sampling = read_prompt(request.prompt), read_sampling(request, limits)
-        self._admit(context)
-        log.info("Generate prompt %s at most %d tokens", fingerprint(prompt), sampling["max_new_tokens"])
-        stream = Stream(self._worker, partial(engine.generate, prompt, **sampling))
-        # Runs as soon as the client leaves, also while the server waits for it to read.
-        at_end(context, stream.stop)
-        ends = time.monotonic() + limits.stream_seconds
-        async for event in stream:
-            if time.monotonic() > ends:
+        prompt, sampling = read_prompt(request.prompt, self._room), read_sampling(request, limits)
+
+        def start() -> Iterator[GeneratedToken | Generation]:
+            log.info("Generate prompt %s at most %d tokens", fingerprint(prompt), sampling["max_new_tokens"])
+            return engine.generate(prompt, **sampling)
+
+        with self._place(), closing(Stream(self._worker, start)) as stream:
+            try:
+                async with asyncio.timeout(limits.stream_seconds):
+                    async for event in stream:
+                        await context.write(answers.event_message(event))
+            except TimeoutError:
                 message = f"a stream may take {limits.stream_seconds:g} s; ask for fewer tokens"
-                raise Refusal(StatusCode.DEADLINE_EXCEEDED, "STREAM_TOO_LONG", message)
-            yield answers.event_message(event)
+                raise Refusal(StatusCode.DEADLINE_EXCEEDED, "STREAM_TOO_LONG", message) from None
 
     async def ScoreAttention(  # noqa: N802
         self, request_iterator: AsyncIterator[detector_pb2.ScoreAttentionRequest], context: Context
@@ -107,8 +129,13 @@ class DetectorService(detector_pb2_grpc.DetectorServicer):
             info.probe_name, info.probe_revision = loaded.engine.probe.name, loaded.engine.probe.revision
         return info
 
-    def _admit(self, context: Context) -> None:
-        """Counts the stream until it ends.
+    @property
+    def _room(self) -> Room:
+        return self._readiness.limits.room(self._readiness.loaded.engine.max_tokens)
+
+    @contextmanager
+    def _place(self) -> Iterator[None]:
+        """Counts a stream while it runs.
 
         Raises:
             Refusal: there are as many as the server takes.
@@ -118,31 +145,45 @@ class DetectorService(detector_pb2_grpc.DetectorServicer):
             message = f"{self._streams} streams run, the server takes {most} at the same time; try again"
             raise Refusal(StatusCode.RESOURCE_EXHAUSTED, "TOO_MANY_STREAMS", message, retry_after=1.0)
         self._streams += 1
-
-        def leave() -> None:
+        try:
+            yield
+        finally:
             self._streams -= 1
 
-        at_end(context, leave)
-
-    async def _timed(self, call: Callable[[], Result]) -> tuple[float, Result]:
-        """Seconds until the worker began, and what the call returned."""
+    async def _timed(self, call: Callable[[float], Result]) -> Result:
+        """What the call returns in the worker; it is told how many seconds it waited for it."""
         asked = time.monotonic()
-        return await self._worker.run(lambda: (time.monotonic() - asked, call()))
+        return await self._worker.run(lambda: call(time.monotonic() - asked))
 
 
-def read_item(item: detector_pb2.ScoreItem) -> tuple[Prompt, Response] | Refusal:
+def portions(sizes: Mapping[int, int]) -> Iterator[list[int]]:
+    """Neighbouring places whose padded forward stays within the budget; one alone may be over it."""
+    portion: list[int] = []
+    for place in sizes:
+        longest = max(sizes[one] for one in (*portion, place))
+        if portion and (len(portion) + 1) * longest > PORTION_BYTES:
+            yield portion
+            portion = []
+        portion.append(place)
+    if portion:
+        yield portion
+
+
+def read_item(item: detector_pb2.ScoreItem, room: Room) -> Item | Refusal:
     """The prompt and response of an item, or why they can't be read."""
     try:
-        return read_prompt(item.prompt), read_response(item.response)
+        return read_prompt(item.prompt, room), read_response(item.response, room)
     except Refusal as refusal:
         return refusal
 
 
-def result_message(outcome: Detection | DetectorError | Refusal, path: str, waited: float) -> detector_pb2.ScoreResult:
-    """What became of the item at the path."""
+def result_message(
+    outcome: Detection | DetectorError | Refusal, place: int, waited: float = 0.0
+) -> detector_pb2.ScoreResult:
+    """What became of the item at the place."""
     if isinstance(outcome, Detection):
         return detector_pb2.ScoreResult(detection=answers.detection_message(outcome, waited))
-    return detector_pb2.ScoreResult(error=to_refusal(outcome, "ScoreBatch").under(path).status())
+    return detector_pb2.ScoreResult(error=to_refusal(outcome, "ScoreBatch").under(f"items[{place}]").status())
 
 
 def unimplemented(method: str, mend: str) -> Refusal:

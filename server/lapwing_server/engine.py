@@ -100,9 +100,12 @@ def loader(
 def real_detector(model: str | None, probe: Probe) -> Engine:
     """The detector of a model; imports torch, which takes seconds."""
     import torch
+    from transformers.utils import logging as transformers_logging
 
     from lapwing_detector.detector import Detector
 
+    # In a log it would be a line for every step.
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(os.cpu_count() or 1)
     return Detector.from_pretrained(model, probe)

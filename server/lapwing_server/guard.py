@@ -154,7 +154,7 @@ class Guard(grpc.aio.ServerInterceptor):
 
         make: Callable[..., Handler] = getattr(grpc, f"{kind}_rpc_method_handler")
         return make(
-            stream if handler.response_streaming else unary,
+            stream if inspect.isasyncgenfunction(behavior) else unary,  # a stream may also write by itself
             request_deserializer=parser(handler.request_deserializer),
             response_serializer=handler.response_serializer,
         )

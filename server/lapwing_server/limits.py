@@ -23,3 +23,22 @@ class Limits:
     heatmap_pixels: int = 4_000_000
 
     page_size: int = 100
+
+    messages: int = 1000
+    """Turns of one prompt."""
+
+    characters_per_token: int = 64
+    """What has more characters for each token that the model takes is refused before it is tokenised."""
+
+    def room(self, tokens: int) -> Room:
+        """The sizes that may fit into a model that takes so many tokens."""
+        return Room(tokens, tokens * self.characters_per_token, self.messages)
+
+
+@dataclass(frozen=True)
+class Room:
+    """What a prompt or response may hold, so that a hopeless one never takes the worker's time."""
+
+    tokens: int
+    characters: int
+    messages: int

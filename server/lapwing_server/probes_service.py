@@ -59,9 +59,6 @@ class ProbesService(probes_pb2_grpc.ProbesServicer):
         probe = sound(find(self._readiness.loaded.shelf, request.probe, "probe"))
         feature, statistic = read_map(request, probe)
         head_map = probe.head_map(feature, statistic)
-        most = self._readiness.limits.heatmap_pixels
-        if head_map.values.size > most:
-            raise invalid("probe", f"has {head_map.values.size} heads, a heatmap at most {most} pixels", "TOO_LARGE")
         response = probes_pb2.GetHeatmapResponse(
             probe_name=probe.name,
             probe_revision=probe.revision,
@@ -75,9 +72,8 @@ class ProbesService(probes_pb2_grpc.ProbesServicer):
             image_format=request.image_format,
         )
         if request.image_format:
-            response.image = await self._artist.run(
-                lambda: figure_bytes(draw(probe, statistic, [feature]), FORMATS[request.image_format])
-            )
+            most, format = self._readiness.limits.heatmap_pixels, FORMATS[request.image_format]
+            response.image = await self._artist.run(lambda: picture(probe, feature, statistic, format, most))
         return response
 
     async def ActivateProbe(  # noqa: N802
@@ -91,6 +87,20 @@ class ProbesService(probes_pb2_grpc.ProbesServicer):
     ) -> probes_pb2.ReloadProbesResponse:
         """Not there yet."""
         raise unimplemented("ReloadProbes", "restart the server")
+
+
+def picture(probe: Probe, feature: str, statistic: str, format: str, most: int) -> bytes:
+    """The drawn map as a file.
+
+    Raises:
+        Refusal: it has more pixels than the server draws.
+    """
+    figure = draw(probe, statistic, [feature])
+    width, height = (int(side * figure.dpi) for side in figure.get_size_inches())
+    if width * height > most:
+        message = f"the picture has {width} x {height} pixels, the server draws {most}; leave it out for the numbers"
+        raise invalid("image_format", message, "TOO_LARGE")
+    return figure_bytes(figure, format)
 
 
 def find(shelf: Shelf, name: str, field: str) -> Shelved:
@@ -132,8 +142,8 @@ def read_map(request: probes_pb2.GetHeatmapRequest, probe: Probe) -> tuple[str, 
         known = ", ".join(probe.mapped_features)
         raise invalid("feature", f"{feature[:63]!r} is not in probe {probe.name}; known are {known}", "UNKNOWN_FEATURE")
     known_statistics = answers.statistics_of(probe, feature)
-    statistic = probes_pb2.Statistic.keys()[request.statistic] if request.statistic in range(1, 7) else ""
-    name = statistic.removeprefix("STATISTIC_")
+    names = {number: name.removeprefix("STATISTIC_") for name, number in probes_pb2.Statistic.items()}
+    name = names.get(request.statistic, "")
     if name not in known_statistics:
         said = name or f"number {request.statistic}"
         raise invalid(

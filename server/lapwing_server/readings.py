@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Sequence
 from typing import TypedDict
 
 from lapwing.v1 import detection_pb2, detector_pb2
 from lapwing_detector.detection import DEFAULT_FALSE_POSITIVE_RATE
 from lapwing_server.engine import Prompt, Response
-from lapwing_server.limits import Limits
+from lapwing_server.limits import Limits, Room
 from lapwing_server.refusal import invalid
 
 HOTTEST = 100.0
@@ -27,32 +28,48 @@ class Sampling(TypedDict):
     false_positive_rate: float
 
 
-def read_prompt(prompt: detection_pb2.Prompt, path: str = "prompt") -> Prompt:
+def read_prompt(prompt: detection_pb2.Prompt, room: Room, path: str = "prompt") -> Prompt:
     """The prompt in the one form in which it was given.
 
     Raises:
-        Refusal: none or several forms are set, or the one is empty.
+        Refusal: none or several forms are set, or the one is empty or has no room.
     """
     given = [name for name in ("messages", "token_ids") if getattr(prompt, name)]
     given += ["text"] if prompt.HasField("text") else []
     one_of(path, given, "text, messages, token_ids")
     if given == ["messages"]:
-        return read_messages(prompt, path)
+        return read_messages(prompt, room, path)
     if given == ["token_ids"]:
-        return list(prompt.token_ids)
-    return not_empty(prompt.text, f"{path}.text")
+        return read_ids(prompt.token_ids, room, path)
+    return read_text(prompt.text, room, path)
 
 
-def read_response(response: detection_pb2.Response, path: str = "response") -> Response:
+def read_response(response: detection_pb2.Response, room: Room, path: str = "response") -> Response:
     """The response in the one form in which it was given; raises like `read_prompt`."""
     given = ["token_ids"] if response.token_ids else []
     given += ["text"] if response.HasField("text") else []
     one_of(path, given, "text, token_ids")
-    return list(response.token_ids) if response.token_ids else not_empty(response.text, f"{path}.text")
+    if response.token_ids:
+        return read_ids(response.token_ids, room, path)
+    return read_text(response.text, room, path)
 
 
-def read_messages(prompt: detection_pb2.Prompt, path: str) -> list[dict[str, str]]:
+def read_ids(ids: Sequence[int], room: Room, path: str) -> list[int]:
+    """The token ids; refuses more than the model takes."""
+    fits(len(ids), room.tokens, "token ids", f"{path}.token_ids")
+    return list(ids)
+
+
+def read_text(text: str, room: Room, path: str) -> str:
+    """The text; refuses an empty one and one that no tokenizer makes short enough."""
+    fits(len(text), room.characters, "characters", f"{path}.text")
+    return not_empty(text, f"{path}.text")
+
+
+def read_messages(prompt: detection_pb2.Prompt, room: Room, path: str) -> list[dict[str, str]]:
     """The turns of a conversation, as chat templates take them."""
+    fits(len(prompt.messages), room.messages, "messages", f"{path}.messages")
+    fits(sum(len(one.content) for one in prompt.messages), room.characters, "characters", f"{path}.messages")
     for i, message in enumerate(prompt.messages):
         not_empty(message.role, f"{path}.messages[{i}].role")
     return [{"role": message.role, "content": message.content} for message in prompt.messages]
@@ -105,6 +122,12 @@ def one_of(path: str, given: list[str], known: str) -> None:
         raise invalid(path, f"is empty; give one of {known}")
     if len(given) > 1:
         raise invalid(path, f"has {' and '.join(given)}; give exactly one of {known}")
+
+
+def fits(size: int, most: int, unit: str, path: str) -> None:
+    """Refuses what can't fit into the model, by its size alone."""
+    if size > most:
+        raise invalid(path, f"has {size} {unit}, the server takes {most} for this model; shorten it", "TOO_LONG")
 
 
 def not_empty(text: str, path: str) -> str:

@@ -15,6 +15,7 @@ from grpc_reflection.v1alpha import reflection
 
 from lapwing.v1 import detector_pb2, detector_pb2_grpc, probes_pb2, probes_pb2_grpc
 from lapwing_detector.errors import DetectorError
+from lapwing_detector.head_map import escaped
 from lapwing_server.detector_service import DetectorService
 from lapwing_server.engine import Loaded
 from lapwing_server.guard import Guard, report
@@ -22,6 +23,7 @@ from lapwing_server.health import Health
 from lapwing_server.limits import Limits
 from lapwing_server.probes_service import ProbesService
 from lapwing_server.readiness import Readiness
+from lapwing_server.shelf import LONGEST_REASON
 from lapwing_server.worker import Worker
 
 log = logging.getLogger("lapwing.server")
@@ -54,6 +56,11 @@ class Settings:
     """Seconds that it has to answer."""
 
     @property
+    def address(self) -> str:
+        """The host as it stands before a port."""
+        return f"[{self.host}]" if ":" in self.host else self.host
+
+    @property
     def options(self) -> list[tuple[str, int]]:
         """The same for gRPC."""
         return [
@@ -62,6 +69,7 @@ class Settings:
             ("grpc.max_send_message_length", -1),
             ("grpc.keepalive_time_ms", int(self.keepalive * 1000)),
             ("grpc.keepalive_timeout_ms", int(self.keepalive_timeout * 1000)),
+            ("grpc.http2.ping_timeout_ms", int(self.keepalive_timeout * 1000)),  # of a ping in flight; else a minute
             ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
         ]
 
@@ -88,15 +96,14 @@ class Server:
         """Listens, begins to load, and returns the port.
 
         Raises:
-            OSError: the port can't be had.
+            OSError: the port can't be listened on.
         """
-        host = f"[{self.settings.host}]" if ":" in self.settings.host else self.settings.host
         try:
-            port = self._grpc.add_insecure_port(f"{host}:{self.settings.port}")
+            port = self._grpc.add_insecure_port(f"{self.settings.address}:{self.settings.port}")
         except RuntimeError as error:
             raise OSError(
-                f"port {self.settings.port} of {self.settings.host} can't be had, perhaps another server has it; "
-                "give another --port, or 0 for a free one"
+                f"port {self.settings.port} of host {self.settings.host} can't be listened on: perhaps another server "
+                "has it, or the host is not of this machine; give another --port (0 for a free one) or --host"
             ) from error
         await self._grpc.start()
         self._loading = asyncio.create_task(self._prepare())
@@ -128,7 +135,7 @@ class Server:
             loaded = await self.worker.run(self._load)
         except DetectorError as error:
             log.error("not serving: %s", error)
-            self.readiness.fail(str(error))
+            self.readiness.fail(escaped(str(error), LONGEST_REASON))
         except Exception as error:
             error_id = report(error, "loading")
             log.error("not serving: %s", error)
@@ -148,17 +155,19 @@ async def serve(load: Callable[[], Loaded], settings: Settings, announce: Callab
         announce: told "HOST:PORT" as soon as the server listens.
 
     Raises:
-        OSError: the port can't be had.
+        OSError: the port can't be listened on, or what `announce` raises.
     """
     server = Server(load, settings)
     told_to_stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, partial(stop_once, told_to_stop, number))
-    port = await server.start()
-    announce(f"{settings.host}:{port}")
-    await told_to_stop.wait()
-    await server.stop()
-    log.info("stopped")
+    try:
+        port = await server.start()
+        announce(f"{settings.address}:{port}")
+        await told_to_stop.wait()
+    finally:
+        await server.stop()
+        log.info("stopped")
 
 
 def stop_once(told_to_stop: asyncio.Event, number: signal.Signals) -> None:

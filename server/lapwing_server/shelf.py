@@ -8,11 +8,15 @@ from pathlib import Path
 
 from lapwing_detector import embedded
 from lapwing_detector.errors import DetectorError, ProbeCorrupt
-from lapwing_detector.probe import Probe
+from lapwing_detector.head_map import escaped
+from lapwing_detector.probe import NAME, Probe
 
 log = logging.getLogger("lapwing.server")
 
 MANIFEST = "manifest.json"
+
+LONGEST_REASON = 1000
+"""Characters of a reason; paths in it may have any name, on the wire there is only UTF-8."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,10 @@ def shelve(directory: Path | None = None, active: str | None = None) -> Shelf:
 
 
 def probe_directories(directory: Path) -> list[Path]:
-    """The directory itself when it is a probe, otherwise the folders in it that do not lead out of it, by name."""
+    """The directory itself when it is a probe, whatever its name; else the folders in it that may hold one, by name.
+
+    They are named as probes are, so that hidden and half-written ones are left alone, and do not lead out of it.
+    """
     if (directory / MANIFEST).is_file():
         return [directory]
     if not directory.is_dir():
@@ -87,7 +94,7 @@ def probe_directories(directory: Path) -> list[Path]:
     return [
         path
         for path in sorted(directory.iterdir())
-        if path.is_dir() and not path.name.startswith(".") and path.resolve().is_relative_to(root)
+        if NAME.fullmatch(path.name) and path.is_dir() and path.resolve().is_relative_to(root)
     ]
 
 
@@ -97,8 +104,8 @@ def load(path: Path) -> Shelved:
         probe = Probe.from_pretrained(path)
         return Shelved(probe.name, probe, "")
     except DetectorError as error:
-        log.error("probe %s rejected: %s", path.name, error)
-        return Shelved(path.name, None, str(error))
+        reason = escaped(str(error), LONGEST_REASON)
     except OSError as error:
-        log.error("probe %s can't be read: %s", path.name, error)
-        return Shelved(path.name, None, f"it can't be read: {type(error).__name__}")
+        reason = f"it can't be read: {type(error).__name__}"
+    log.error("probe %s rejected: %s", escaped(path.name), reason)
+    return Shelved(escaped(path.name), None, reason)

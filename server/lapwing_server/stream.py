@@ -13,7 +13,7 @@ Event = TypeVar("Event")
 class Stream(Generic[Event]):
     """The events of an iterator whose every step runs in a worker.
 
-    Each step queues anew, so that other work comes in between. After `stop` no step begins.
+    Each step queues anew, so that other work comes in between. After `close` no step begins.
     """
 
     def __init__(self, worker: Worker, start: Callable[[], Iterator[Event]]) -> None:
@@ -26,7 +26,7 @@ class Stream(Generic[Event]):
         while (event := await self._worker.run(self._advance)) is not None:
             yield event
 
-    def stop(self) -> None:
+    def close(self) -> None:
         """Begins no further step, and closes the iterator after the one that runs; as often as one likes."""
         if not self._stopped:
             self._stopped = True

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, StaticCache, StoppingCriteria
 
@@ -307,7 +307,7 @@ class EndsAt(StoppingCriteria):
 
 
 ENDS = tuple(range(12, 18))
-SAMPLED_PAD = 50
+SAMPLED_PAD = 86
 """A pad token that the model samples as any other."""
 
 
@@ -316,6 +316,7 @@ def letters() -> PreTrainedTokenizerFast:
     vocabulary = {chr(i + 30) if i > 2 else f"<{i}>": i for i in range(97)}
     tokenizer = Tokenizer(models.BPE(vocabulary, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 
 
@@ -353,15 +354,19 @@ def test_without_stop_tokens_no_row_is_padded() -> None:
         assert difference(summary, captured_forward(model, row[None])[0]) < STEP_BY_STEP
 
 
-def test_rows_keep_their_ends_when_the_cache_is_made_anew() -> None:
+def error_with_a_new_cache() -> float:
     model = long_model("longrope")  # it drops its cache at LONG tokens, and all goes through one forward
-    captured, result, mask = generated(model, [token_ids(1, 9, seed=n)[0] for n in range(5)], do_sample=True)
-    lengths = [len(content(row, row_mask)) for row, row_mask in zip(result, mask, strict=True)]
+    prompts = [token_ids(1, 9, seed=n)[0] for n in range(5)]
+    captured, result, mask = generated(model, prompts, do_sample=True, eos_token_id=[2, 3])
+    lengths = [len(content(row, row_mask, eos=(2, 3))) for row, row_mask in zip(result, mask, strict=True)]
     assert min(lengths) < LONG < max(lengths)
     visible = (torch.arange(result.shape[1]) < torch.tensor(lengths)[:, None]).long()
     together = captured_forward(model, result, attention_mask=visible)
-    for summary, other in zip(captured.summaries(), together, strict=True):
-        assert difference(summary, other) < STEP_BY_STEP
+    return max(difference(one, other) for one, other in zip(captured.summaries(), together, strict=True))
+
+
+def test_rows_keep_their_ends_when_the_cache_is_made_anew() -> None:
+    assert error_with_a_new_cache() < STEP_BY_STEP
 
 
 def test_a_single_new_token() -> None:
@@ -588,7 +593,7 @@ def test_control_all_keys_of_a_static_cache(breaking: pytest.MonkeyPatch) -> Non
 def test_control_sums_in_bfloat16(breaking: pytest.MonkeyPatch) -> None:
     breaking.setattr(attention, "_at_least_float32", lambda tensor: tensor.dtype)
     breaking.setattr(torch.Tensor, "float", lambda self: self)
-    assert rounding_error() > 0.01
+    assert rounding_error() > 1e-3
 
 
 def test_control_one_block_is_the_map(breaking: pytest.MonkeyPatch) -> None:
@@ -606,6 +611,16 @@ def test_control_a_sampled_pad_token_ends_nothing(breaking: pytest.MonkeyPatch) 
 
     breaking.setattr(generation_run.Endings, "__call__", pad_ends)
     assert other_ends_error("criteria") > 0.01
+
+
+def test_control_ends_forgotten_with_the_cache(breaking: pytest.MonkeyPatch) -> None:
+    real = forward.Forward.__init__
+
+    def forget(self: forward.Forward, past: int, batch: int | None, ends: torch.Tensor | None) -> None:
+        real(self, past, batch, None if past == 0 else ends)
+
+    breaking.setattr(forward.Forward, "__init__", forget)
+    assert error_with_a_new_cache() > 0.01
 
 
 @pytest.mark.parametrize("kind", ["longrope", "dynamic"])

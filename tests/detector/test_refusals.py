@@ -329,9 +329,15 @@ def test_cache_changed_outside(kind: Any, change: Any, inference: bool) -> None:
         cache = change(cache) or cache
     rows = cache.layers[0].keys.shape[0]
     refused = pytest.raises(CaptureError, match=r"holds 7|was cropped|another cache")
-    with captured.resume(), torch.inference_mode(inference), torch.no_grad():
-        with nullcontext() if change is nothing else refused:
-            model(token_ids(rows, 1), past_key_values=cache)
+    outcome = nullcontext() if change is nothing else refused
+    with outcome, captured.resume(), torch.inference_mode(inference), torch.no_grad():
+        model(token_ids(rows, 1), past_key_values=cache)
+
+
+def test_control_a_refilled_static_cache_is_known_by_its_keys_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lapwing_detector.cache_mark._written", lambda cache: None)
+    with pytest.raises(pytest.fail.Exception, match="DID NOT RAISE"):
+        test_cache_changed_outside(StaticCache, fill_again, inference=False)
 
 
 @pytest.mark.parametrize(("kind", "filled"), [("longrope", LONG), ("dynamic", LONG), ("dynamic", LONG + 5)])
@@ -507,7 +513,7 @@ def test_generate_that_runs_past_the_capture() -> None:
     model = new_model("llama")
     bound = model.generate
     for generate in (bound, lambda ids, **options: type(model).generate(model, ids, **options)):
-        with capture_attention(model) as captured, pytest.raises(CaptureError, match="call model.generate"):
+        with capture_attention(model) as captured, pytest.raises(CaptureError, match=r"call model\.generate"):
             generate(token_ids(1, 9), max_new_tokens=4)
         require_nothing(captured)
     assert bound(token_ids(1, 9), max_new_tokens=4).shape == (1, 13)  # outside of the context it does its work
@@ -516,8 +522,8 @@ def test_generate_that_runs_past_the_capture() -> None:
 def test_generate_of_the_users_own_that_loops_by_itself() -> None:
     model = new_model("llama")
 
-    def loop(ids: torch.Tensor, **options: Any) -> torch.Tensor:
-        return torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], dim=1)
+    def loop(inputs: torch.Tensor, **options: Any) -> torch.Tensor:
+        return torch.cat([inputs, model(inputs).logits[:, -1:].argmax(-1)], dim=1)
 
     model.generate = loop
     with capture_attention(model), pytest.raises(CaptureError, match="stopping criteria"):

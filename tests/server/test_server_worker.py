@@ -117,8 +117,8 @@ def test_a_stopped_stream_begins_no_step_and_closes_its_iterator(worker: Worker)
         async for number in stream:
             seen.append(number)
             if number == 2:
-                stream.stop()
-                stream.stop()
+                stream.close()
+                stream.close()
         return seen
 
     assert asyncio.run(main()) == [1, 2]
@@ -134,7 +134,7 @@ def test_a_stopped_stream_closes_an_iterator_that_others_hold(worker: Worker) ->
     async def main() -> None:
         stream = Stream(worker, lambda: held)
         async for _ in stream:
-            stream.stop()
+            stream.close()
 
     asyncio.run(main())
     wait_until(lambda: numbers.closed == 1)
@@ -146,7 +146,7 @@ def test_a_stream_that_was_stopped_before_it_began_never_begins(worker: Worker) 
 
     async def main() -> list[int]:
         stream = Stream(worker, numbers)
-        stream.stop()
+        stream.close()
         return [number async for number in stream]
 
     assert asyncio.run(main()) == []

@@ -18,7 +18,7 @@ from lapwing_detector.summary import AttentionSummary
 from lapwing_training.errors import InvalidData, InvalidOption, NotEnoughData, StoreMismatch
 from lapwing_training.extract import ExtractOptions, extract_features
 from lapwing_training.generations import LabelledGeneration, write_generations
-from lapwing_training.store import read_store, shard_name
+from lapwing_training.store import read_shard, read_store, shard_name
 
 OPTIONS = ExtractOptions(k=4, batch_size=3, shard_items=8, stratum="meta.kind")
 
@@ -97,7 +97,14 @@ def test_kept_token_ids_are_used_unless_another_tokenizer_made_them(loaded: Lang
 
 
 @pytest.mark.parametrize(
-    "meta", [{"log_probability": "low"}, {"log_probability": float("nan")}, {"token_ids": 7}, {"token_ids": [True, 5]}]
+    "meta",
+    [
+        {"log_probability": "low"},
+        {"log_probability": float("nan")},
+        {"log_probability": 10**400},
+        {"token_ids": 7},
+        {"token_ids": [True, 5]},
+    ],
 )
 def test_what_the_item_kept_is_checked(loaded: LanguageModel, tmp_path: Path, meta: dict[str, object]) -> None:
     item = LabelledGeneration(id="a", prompt="the capital of france", response="is", meta=meta)
@@ -120,6 +127,35 @@ def test_an_item_without_finite_attention_is_listed(
     reasons = [reason for reason in read_store(tmp_path / "store").left_out.values() if "finite" in reason]
     assert len(reasons) >= 1
     assert told["items"] >= 1
+
+
+def test_a_shard_without_finite_attention_does_not_block_the_others(
+    loaded: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, calls = LanguageModel.summaries, []
+
+    def broken(model: LanguageModel, batch: list[tuple[int, ...]]) -> list[AttentionSummary]:
+        calls.append(batch)
+        summaries = plain(model, batch)
+        for summary in summaries[: len(summaries) if len(calls) <= broken_calls else 0]:
+            summary.diagonal[0, 0, :] = np.nan
+        return summaries
+
+    monkeypatch.setattr(LanguageModel, "summaries", broken)
+    broken_calls = 3  # the three batches of the first shard
+    told = extract_features(items(), tmp_path / "store", loaded, OPTIONS)
+    store = read_store(tmp_path / "store")
+    assert sum("finite" in reason for reason in store.left_out.values()) == 8
+    assert told["items"] + told["left_out"] == 30
+    assert len(read_shard(tmp_path / "store" / shard_name(0)).ids) == 0
+    seen = len(calls)
+    extract_features(items(), tmp_path / "store", loaded, OPTIONS)
+    assert len(calls) == seen  # an empty shard is a finished one
+    broken_calls = 10_000
+    with pytest.raises(
+        NotEnoughData, match=r"none of 30 items can be stored, such as `i\d+`: attention is not finite"
+    ):
+        extract_features(items(), tmp_path / "none", loaded, OPTIONS)
 
 
 def contents(store: Path) -> dict[str, bytes]:
@@ -147,6 +183,27 @@ def test_a_run_that_failed_goes_on_and_ends_with_the_same_bytes(
     assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
     whole_run = sum(-(-min(8, 30) // 3) for _ in range(4))
     assert len(calls) - before < whole_run  # the finished shard was not made again
+
+
+@pytest.mark.parametrize("finished", [True, False])
+@pytest.mark.parametrize("damage", ["flip", "swap"])
+def test_a_damaged_shard_is_made_again_and_the_others_are_kept(
+    loaded: LanguageModel, tmp_path: Path, finished: bool, damage: str
+) -> None:
+    extract_features(items(), tmp_path / "whole", loaded, OPTIONS)
+    extract_features(items(), tmp_path / "store", loaded, OPTIONS)
+    path = tmp_path / "store" / shard_name(1)
+    data = bytearray((path if damage == "flip" else tmp_path / "store" / shard_name(0)).read_bytes())
+    if damage == "flip":
+        data[-5] ^= 1
+    path.write_bytes(data)
+    assert read_shard(path).ids  # control: it can be read all the same
+    if not finished:
+        (tmp_path / "store" / "index.json").unlink()
+    kept = (tmp_path / "store" / shard_name(0)).stat().st_ino
+    extract_features(items(), tmp_path / "store", loaded, OPTIONS)
+    assert contents(tmp_path / "store") == contents(tmp_path / "whole")
+    assert (tmp_path / "store" / shard_name(0)).stat().st_ino == kept
 
 
 SLOW_RUN = """
@@ -207,6 +264,8 @@ def test_another_model_or_k_is_not_mixed_in(loaded: LanguageModel, other_model: 
     ("changes", "says"),
     [
         ({"features": ("magic.v1",)}, "`magic.v1`; known are"),
+        ({"features": ()}, "features is empty"),
+        ({"features": (SCORE, SCORE)}, "name each once"),
         ({"k": 0}, "k is 0"),
         ({"stratum": "relation"}, "such as meta.relation"),
     ],

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from sklearn.decomposition import PCA
@@ -13,7 +15,9 @@ from lapwing_training.errors import InvalidOption, NotEnoughData
 from lapwing_training.fit import (
     STRENGTHS,
     LapwingRecipe,
+    LinearProbe,
     PaperRecipe,
+    Recipe,
     first_newton_steps,
     make_recipe,
     out_of_fold_logits,
@@ -21,9 +25,14 @@ from lapwing_training.fit import (
     standardiser,
 )
 from lapwing_training.splits import grouped_folds
+from lapwing_training.table import Table
 
 # The folded weights are float32: 2^-24 of each of some tens of terms of size one.
 FOLDED = 1e-5
+
+
+def unscaled(probe: LinearProbe, table: Table) -> np.ndarray:
+    return probe.logit(table) * probe.chosen["logit_scale"] + probe.chosen["logit_centre"]
 
 
 def test_folded_logit_is_the_decision_function_of_scaler_and_regression() -> None:
@@ -33,7 +42,7 @@ def test_folded_logit_is_the_decision_function_of_scaler_and_regression() -> Non
     columns = table.stacked((SCORE, LAPLACIAN), table.k).reshape(len(table), 16, -1)[:, heads].reshape(len(table), -1)
     oracle = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, class_weight="balanced", max_iter=2000))
     oracle.fit(columns.astype(np.float64), table.labels)
-    np.testing.assert_allclose(probe.logit(table), oracle.decision_function(columns.astype(np.float64)), atol=1e-4)
+    np.testing.assert_allclose(unscaled(probe, table), oracle.decision_function(columns.astype(np.float64)), atol=1e-4)
     assert np.flatnonzero(probe.selected).tolist() == [2, 9, 14]
     assert not probe.weights[~probe.selected].any()
 
@@ -43,7 +52,7 @@ def test_folded_logit_of_the_paper_is_the_decision_function_of_pca_and_regressio
     probe = PaperRecipe((LAPLACIAN,), table.k).fit(table, seed=0)
     columns = table.features[LAPLACIAN].reshape(len(table), -1).astype(np.float64)
     pca, model = paper_classifier(columns, table.labels)
-    np.testing.assert_allclose(probe.logit(table), model.decision_function(pca.transform(columns)), atol=FOLDED)
+    np.testing.assert_allclose(unscaled(probe, table), model.decision_function(pca.transform(columns)), atol=FOLDED)
 
 
 def test_the_paper_recipe_has_the_published_settings() -> None:
@@ -143,6 +152,66 @@ def test_what_the_store_lacks_is_said(name: str, k: int | None, features: tuple[
     table = make_table(rows=100)
     with pytest.raises(InvalidOption, match=says):
         make_recipe(name, features, k, table.k).fit(table, seed=0)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")  # PCA of a constant: its share of no variance
+@pytest.mark.parametrize("recipe", [LapwingRecipe((LAPLACIAN,), 4), PaperRecipe((LAPLACIAN,), 4)])
+def test_logits_have_mean_0_and_standard_deviation_1_on_the_rows_of_the_fit(recipe: Recipe) -> None:
+    table = make_table(rows=300, planted=(2,))
+    logits = recipe.fit(table, 0).logit(table)
+    assert logits.mean() == pytest.approx(0.0, abs=1e-9)
+    assert logits.std() == pytest.approx(1.0, abs=FOLDED)
+    # Nothing to spread: a constant is not blown up.
+    flat = replace(table, features={LAPLACIAN: np.zeros_like(table.features[LAPLACIAN])})
+    assert not recipe.fit(flat, 0).logit(flat).any()
+
+
+@pytest.mark.parametrize(("features", "says"), [((), "features is empty"), ((SCORE, SCORE), "name each once")])
+def test_features_are_named_once_each(features: tuple[str, ...], says: str) -> None:
+    with pytest.raises(InvalidOption, match=says):
+        make_recipe("lapwing", features, None, 4)
+
+
+def test_the_paper_chooses_k_on_rows_that_the_fit_did_not_see() -> None:
+    table = make_table(rows=150, layers=4, heads=8, k=10, planted=(2, 5, 9), strength=0.7, seed=0)
+    table.features[LAPLACIAN][..., 5:] = np.random.default_rng(0).normal(size=(150, 4, 8, 5))  # only noise beyond 5
+    folds = grouped_folds(table.labels, table.groups, 5, seed=0)
+
+    def score(k: int, fitted: np.ndarray, tested: np.ndarray) -> float:
+        columns = table.features[LAPLACIAN][..., :k].reshape(150, -1).astype(np.float64)
+        pca, model = paper_classifier(columns[fitted], table.labels[fitted])
+        return roc_auc_score(table.labels[tested], model.decision_function(pca.transform(columns[tested])))
+
+    outside = {k: np.mean([score(k, *rows) for rows in folds]) for k in (5, 10)}
+    inside = {k: np.mean([score(k, rows, rows) for rows, _ in folds]) for k in (5, 10)}
+    assert PaperRecipe((LAPLACIAN,)).choose(table, seed=0) == max(outside, key=outside.get) == 5
+    assert max(inside, key=inside.get) == 10  # control: rows that the fit saw prefer the larger k
+
+
+def test_the_chosen_c_is_the_best_out_of_fold_and_not_the_worst() -> None:
+    table = make_table(rows=240, layers=4, heads=8, planted=tuple(range(0, 32, 2)), strength=0.2, seed=1)
+    heads = np.arange(32)
+    columns = table.features[LAPLACIAN].reshape(240, -1).astype(np.float64)
+
+    def score(strength: float) -> float:
+        model = LogisticRegression(C=strength, class_weight="balanced", max_iter=2000)
+        pipeline = make_pipeline(StandardScaler(), model)
+        return float(
+            np.mean(
+                [
+                    roc_auc_score(
+                        table.labels[tested],
+                        pipeline.fit(columns[fitted], table.labels[fitted]).decision_function(columns[tested]),
+                    )
+                    for fitted, tested in grouped_folds(table.labels, table.groups, 5, seed=0)
+                ]
+            )
+        )
+
+    scores = {strength: score(strength) for strength in STRENGTHS}
+    _, chosen = LapwingRecipe((LAPLACIAN,), 4, heads=heads).choose(table, seed=0)
+    assert scores[chosen] > max(scores.values()) - 0.01
+    assert min(scores.values()) < max(scores.values()) - 0.05  # control: there is something to be lost
 
 
 def test_the_same_seed_gives_the_same_probe() -> None:

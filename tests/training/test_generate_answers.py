@@ -132,6 +132,8 @@ def test_an_item_that_can_not_be_tokenised_is_named(loaded: LanguageModel, tmp_p
     ("changes", "says"),
     [
         ({"temperature": -1.0}, "temperature is -1"),
+        ({"temperature": math.nan}, "temperature is nan"),
+        ({"seed": 2**70}, "seed is 1180591620717411303424; expected"),
         ({"top_p": 0.0}, "top_p is 0"),
         ({"max_new_tokens": 0}, "at least 1"),
     ],

@@ -17,6 +17,12 @@ def written(path: Path, *lines: object) -> Path:
     return path
 
 
+def test_a_whole_surrogate_pair_and_many_brackets_are_kept(tmp_path: Path) -> None:
+    line = '{"id": "a", "prompt": "\\ud83e\\udd86", "response": "r", "meta": {"n": %s}}' % ("[" + "[1]," * 200 + "[2]]")
+    [item] = read_generations(written(tmp_path / "f", line))
+    assert item.prompt == "\U0001f986"
+
+
 @pytest.mark.parametrize("name", ["plain.jsonl", "packed.jsonl.gz"])
 def test_what_is_written_is_read(tmp_path: Path, name: str) -> None:
     items = [
@@ -34,9 +40,26 @@ def test_the_same_items_give_the_same_compressed_bytes(tmp_path: Path) -> None:
     assert (tmp_path / "one.gz").read_bytes() == (tmp_path / "two.gz").read_bytes()
 
 
-def test_a_missing_group_is_a_group_of_its_own(tmp_path: Path) -> None:
-    [item] = read_generations(written(tmp_path / "f", GOOD))
-    assert item.group_or_id == "a"
+def test_without_a_group_the_answers_to_one_prompt_belong_together(tmp_path: Path) -> None:
+    chat = [{"role": "user", "content": "Where?"}]
+    lines = [
+        GOOD,
+        {**GOOD, "id": "b", "response": "Elsewhere"},
+        {**GOOD, "id": "c", "prompt": "Who?"},
+        {**GOOD, "id": "d", "group": "mine"},
+        {"id": "e", "messages": chat, "response": "r"},
+        {"id": "f", "messages": [{"content": "Where?", "role": "user"}], "response": "s"},
+    ]
+    first, again, other, named, told, retold = (
+        item.group_or_prompt for item in read_generations(written(tmp_path / "f", *lines))
+    )
+    assert first == again
+    assert told == retold
+    assert len({first, other, named, told}) == 4
+    assert named == "mine"
+    sides = [{**GOOD, "id": str(number), "split": side} for number, side in enumerate(["train", "test"])]
+    with pytest.raises(InvalidData, match="never straddle a split"):
+        read_generations(written(tmp_path / "g", *sides))
 
 
 @pytest.mark.parametrize(
@@ -57,6 +80,13 @@ def test_a_missing_group_is_a_group_of_its_own(tmp_path: Path) -> None:
         ({"id": "b", "messages": [{"role": "user"}], "response": "r"}, "`role` and `content`"),
         ({**GOOD, "id": 7}, "`id` is 7"),
         (GOOD, "used in line 1 already"),
+        ('{"id": "b", "prompt": "p", "response": "r", "meta": {"n": %s}}' % ("1" * 5000), "can't be kept: Exceeds"),
+        ('{"id": "b", "prompt": "p", "response": "r", "meta": {"n": 1e999}}', "1e999 is no finite number"),
+        ('{"id": "b", "prompt": "p", "response": "r", "meta": {"n": NaN}}', "NaN is no finite number"),
+        ('{"id": "b", "prompt": "\\ud800", "response": "r"}', "\\ud800 is half of a surrogate pair"),
+        ('{"id": "b", "prompt": "p", "response": "r", "meta": {"\\uDC00": 1}}', "half of a surrogate pair"),
+        ('{"id": "b", "prompt": "p", "response": "r", "meta": {"n": %s}}' % ("[" * 200 + "]" * 200), "nested more"),
+        ("[" * 100_000, "nested more than 100 deep"),
     ],
 )
 def test_a_wrong_line_is_named_by_its_number(tmp_path: Path, line: object, says: str) -> None:
@@ -80,8 +110,13 @@ def test_files_that_are_no_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InvalidData, match="no items"):
         read_generations(written(tmp_path / "empty.jsonl"))
     (tmp_path / "cut.gz").write_bytes(gzip.compress(b'{"id": 1}')[:-6])
-    with pytest.raises(InvalidData, match="can't be read"):
-        read_generations(tmp_path / "cut.gz")
+    bent = bytearray(gzip.compress(json.dumps(GOOD).encode() * 50))
+    bent[len(bent) // 2] ^= 0xFF
+    (tmp_path / "bent.gz").write_bytes(bent)
+    (tmp_path / "plain.gz").write_text(json.dumps(GOOD))
+    for name in ("cut.gz", "bent.gz", "plain.gz"):
+        with pytest.raises(InvalidData, match="can't be read"):
+            read_generations(tmp_path / name)
 
 
 def test_questions_pass_over_answers_and_need_none(tmp_path: Path) -> None:

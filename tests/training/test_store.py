@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -69,6 +70,78 @@ def test_another_plan_and_other_files_are_not_mixed_in(tmp_path: Path) -> None:
     (tmp_path / "full" / "thesis.txt").write_text("mine")
     with pytest.raises(StoreMismatch, match="holds other files"):
         open_plan(tmp_path / "full", {"k": 10})
+
+
+def test_what_a_killed_run_left_is_swept_up_and_nothing_else(tmp_path: Path) -> None:
+    for name in (".plan.json.x1.tmp", ".shard-00001.safetensors.x2.tmp", ".index.json.x3.tmp"):
+        (tmp_path / name).write_bytes(b"half")
+    open_plan(tmp_path, {"k": 10})
+    assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
+    (tmp_path / "plan.json").write_bytes(b"\x00\xff")
+    with pytest.raises(StoreMismatch, match=r"plan.json is damaged"):
+        open_plan(tmp_path, {"k": 10})
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / ".thesis.tmp").write_text("mine")
+    with pytest.raises(StoreMismatch, match="holds other files"):
+        open_plan(other, {"k": 10})
+    assert (other / ".thesis.tmp").exists()
+
+
+def without(*path: str) -> Callable[[Path], None]:
+    def change(store: Path) -> None:
+        index = json.loads((store / "index.json").read_text())
+        holder = index
+        for name in path[:-1]:
+            holder = holder[name]
+        del holder[path[-1]]
+        (store / "index.json").write_text(json.dumps(index))
+
+    return change
+
+
+def with_entry(name: str, value: object) -> Callable[[Path], None]:
+    def change(store: Path) -> None:
+        index = json.loads((store / "index.json").read_text())
+        (store / "index.json").write_text(json.dumps({**index, name: value}))
+
+    return change
+
+
+def with_label(text: str) -> Callable[[Path], None]:
+    return lambda store: (
+        (store / "labels.json").write_text((store / "labels.json").read_text().replace('"q3": ', f'"q3": {text}', 1))
+        and None
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (without("shards"), "KeyError: 'shards'"),
+        (without("items", "group"), "KeyError: 'group'"),
+        (with_entry("shards", 7), "AttributeError"),
+        (with_entry("shards", {}), "different items"),
+        (with_entry("features", ["magic.v1"]), "KeyError"),
+        (with_entry("k", 9), r"laplacian_eigenvalues.v1 should be \(4, 4, 9\) .* \(4, 4, 4\)"),
+        (with_entry("heads", 5), r"should be \(4, 5, 1\)"),
+        (with_entry("schema_version", [1]), "schema version"),
+        (with_label("2"), "the label of `q3` is 2"),
+        (with_label('"x", "z": '), 'the label of `q3` is "x"; expected 0, 1 or null'),
+        (with_label('true, "z": '), "the label of `q3` is true"),
+        (with_label(f"1{'0' * 400}"), "the label of `q3` is 10000"),
+        (with_label(f"{'1' * 5000}"), "is not JSON"),
+        (with_label('NaN, "z": '), "is not JSON"),
+    ],
+)
+def test_an_index_or_labels_that_are_not_ours_are_refused(
+    tmp_path: Path, change: Callable[[Path], None], says: str
+) -> None:
+    store = write_store(tmp_path / "store", make_table(rows=50))
+    assert len(read_store(store).table) == 50  # control
+    change(store)
+    with pytest.raises(StoreCorrupt, match=says):
+        read_store(store)
 
 
 def test_labels_lie_in_a_file_of_their_own_and_may_be_unknown(tmp_path: Path) -> None:

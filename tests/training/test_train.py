@@ -11,8 +11,9 @@ from sklearn.metrics import roc_auc_score
 from training_fakes import LAPLACIAN, SCORE, identity, make_table, write_store
 
 from lapwing_detector.probe import Probe
-from lapwing_training.errors import InvalidOption, ModelMismatch, NotEnoughData
+from lapwing_training.errors import InvalidData, InvalidOption, ModelMismatch, NotEnoughData
 from lapwing_training.metrics import NAMES
+from lapwing_training.report import transfer_report
 from lapwing_training.splits import split_by_group
 from lapwing_training.store import read_store
 from lapwing_training.train import TrainOptions, name_from, train_probe
@@ -105,15 +106,6 @@ def test_everything_it_must_beat_stands_beside_it(trained: Path) -> None:
         assert title in report
 
 
-def test_the_paired_difference_is_narrower_than_the_two_intervals(trained: Path) -> None:
-    metrics = Probe.from_pretrained(trained).metrics
-    both, alone = (metrics["comparison"][name]["auroc"] for name in ("log_probability+attention", "log_probability"))
-    difference = metrics["paired"]["difference"]
-    assert difference["value"] == pytest.approx(both["value"] - alone["value"])
-    assert difference["high"] - difference["low"] < (both["high"] - both["low"]) + (alone["high"] - alone["low"])
-    assert difference["low"] > 0.0  # the planted heads know what the log-probability does not
-
-
 def test_training_never_looks_at_tested_rows(store: Path, trained: Path, tmp_path: Path) -> None:
     table = read_store(store).table
     _, tested = split_by_group(table, FAST.test_share, FAST.seed)
@@ -196,6 +188,56 @@ def test_on_its_own_store_only_the_tested_rows_remain(trained: Path, store: Path
     assert result["test"]["auroc"]["value"] == pytest.approx(metrics["test"]["auroc"]["value"])
     everything = evaluate_probe(trained, store, resamples=100, seen_groups=True)
     assert everything["test"]["rows"] == 900
+
+
+def without_predictions(trained: Path, directory: Path) -> Path:
+    return Probe.from_pretrained(trained).save_pretrained(directory)
+
+
+def test_a_probe_that_does_not_say_what_it_was_fitted_on_is_not_judged_in_silence(
+    trained: Path, store: Path, tmp_path: Path
+) -> None:
+    bare = without_predictions(trained, tmp_path / "bare")
+    with pytest.raises(NotEnoughData, match=r"predictions.jsonl is missing, .* --seen-groups"):
+        evaluate_probe(bare, store, resamples=20)
+    assert evaluate_probe(bare, store, resamples=20, seen_groups=True)["test"]["rows"] == 900
+
+
+def test_a_probe_of_the_hub_is_judged_without_the_groups_of_its_predictions(
+    trained: Path, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+
+    asked = []
+
+    def snapshot(repo_id: str, **options: object) -> str:
+        asked.append(repo_id)
+        return str(trained)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    result = evaluate_probe("me/my-probe", store, resamples=20)
+    assert set(asked) == {"me/my-probe"}
+    assert result["test"]["rows"] == Probe.from_pretrained(trained).metrics["test"]["rows"]
+
+
+def test_predictions_that_are_none_are_refused(trained: Path, store: Path, tmp_path: Path) -> None:
+    bare = without_predictions(trained, tmp_path / "bare")
+    for text in ('{"fold": "out-of-fold"}\n', "[1]\n", "{"):
+        (bare / "predictions.jsonl").write_text(text)
+        with pytest.raises(InvalidData, match=r"predictions.jsonl: no predictions of lapwing train"):
+            evaluate_probe(bare, store, resamples=20)
+
+
+def test_a_baseline_that_training_did_not_know_points_the_known_way(store: Path, tmp_path: Path) -> None:
+    known = read_store(store).table
+    unknown = replace(known, log_probabilities=np.full(900, np.nan))
+    train_probe(write_store(tmp_path / "store", unknown), tmp_path / "probe", FAST)
+    result = evaluate_probe(tmp_path / "probe", store, resamples=20)
+    assert result["comparison"]["log_probability"]["auroc"]["value"] > 0.5
+    missing = replace(known, log_probabilities=np.where(np.arange(900) % 2, known.log_probabilities, np.nan))
+    result = evaluate_probe(tmp_path / "probe", write_store(tmp_path / "half", missing), resamples=20)
+    assert f"> {result['log_probability_missing']} rows have no log-probability" in transfer_report(result)
+    assert result["log_probability_missing"] > 0
 
 
 def test_a_store_of_another_model_is_refused(trained: Path, tmp_path: Path) -> None:

@@ -83,9 +83,7 @@ def directions(train: Table) -> dict[str, float]:
     return {name: 1.0 if auroc_of(scores, train.labels) >= 0.5 else -1.0 for name, scores in raw_scores(train).items()}
 
 
-def random_head_scores(
-    fitted: LinearProbe, train: Table, test: Table, seed: int, advance: Advance = silent
-) -> Floats:
+def random_head_scores(fitted: LinearProbe, train: Table, test: Table, seed: int, advance: Advance = silent) -> Floats:
     """(draws, test rows): the same number of heads and the same fit, but heads drawn by lot."""
     rng = np.random.default_rng(seed)
     recipe = LapwingRecipe(fitted.features, fitted.k)

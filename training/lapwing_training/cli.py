@@ -7,9 +7,12 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from lapwing_detector.language_model import LanguageModel
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
 Model = Annotated[str, typer.Option(help="Hub id or path of a causal language model; the embedded Atlas without it.")]
@@ -37,14 +40,14 @@ def generate(
 
     Example: lapwing generate questions.jsonl --model meta-llama/Llama-3.1-8B --out answers.jsonl --device cuda
     """
-    from lapwing_detector.language_model import LanguageModel
-    from lapwing_training.generate import GenerateOptions, generate_answers
+    from lapwing_training.generate import GenerateOptions, generate_answers, require_target
     from lapwing_training.generations import read_questions
 
     with failures("generate"):
         options = GenerateOptions(max_new_tokens, temperature, top_p, seed, batch_size)
+        require_target(out)
         asked = read_questions(questions)
-        loaded = LanguageModel.load(model or None, dtype=dtype or None, device=device)
+        loaded = load_model(model, dtype, device)
         result = generate_answers(asked, out, loaded, options)
         tell(result, as_json, f"{result['answers']} answers in {out} ({result['resumed']} from an earlier run)")
 
@@ -99,14 +102,13 @@ def extract(
 
     Example: lapwing extract labelled.jsonl --model meta-llama/Llama-3.1-8B --out store --stratum meta.relation
     """
-    from lapwing_detector.language_model import LanguageModel
     from lapwing_training.extract import ExtractOptions, extract_features
     from lapwing_training.generations import read_generations
 
     with failures("extract"):
         options = ExtractOptions(feature_ids(features), k, batch_size, stratum=stratum)
         items = read_generations(generations)
-        loaded = LanguageModel.load(model or None, dtype=dtype or None, device=device)
+        loaded = load_model(model, dtype, device)
         result = extract_features(items, out, loaded, options)
         shape = f"{result['layers']} layers x {result['heads']} heads"
         tell(result, as_json, f"{result['items']} items of {shape} in {out}, {result['left_out']} left out")
@@ -146,7 +148,7 @@ def train(
 
 
 def evaluate(
-    probe: Annotated[Path, typer.Argument(help="Probe directory from lapwing train.")],
+    probe: Annotated[str, typer.Argument(help="Probe directory from lapwing train, or Hub id.")],
     store: Annotated[Path, typer.Argument(help="Feature store of the same model, with labels.")],
     seen_groups: Annotated[bool, typer.Option(help="Judge on groups, too, that the probe was fitted on.")] = False,
     seed: Annotated[int, typer.Option(help="Of the resamples.")] = 0,
@@ -172,6 +174,29 @@ def feature_ids(text: str) -> tuple[str, ...]:
     return tuple(name if "." in name else f"{name}.v1" for name in names)
 
 
+def load_model(model: str, dtype: str, device: str) -> LanguageModel:
+    """A model where it was asked for.
+
+    Raises:
+        InvalidOption: no such dtype, no such device, or none on this machine.
+    """
+    import torch
+
+    from lapwing_detector.language_model import DTYPES, LanguageModel
+    from lapwing_training.errors import InvalidOption
+
+    if dtype and dtype not in DTYPES:
+        raise InvalidOption(f"dtype is `{dtype}`; known are {', '.join(DTYPES)}")
+    try:
+        torch.zeros(1).to(device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch asserts that it was built with CUDA
+        said = (str(error).splitlines() or ["unknown"])[0][:120]
+        raise InvalidOption(
+            f"device is `{device}`, which can't be used here ({said}); expected one such as cpu, cuda or cuda:1"
+        ) from error
+    return LanguageModel.load(model or None, dtype=dtype or None, device=device)
+
+
 def tell(result: Mapping[str, Any], as_json: bool, text: str) -> None:
     """The result on standard output, for a program or for a person."""
     print(json.dumps(dict(result), ensure_ascii=False, allow_nan=False) if as_json else text)
@@ -179,12 +204,15 @@ def tell(result: Mapping[str, Any], as_json: bool, text: str) -> None:
 
 @contextmanager
 def failures(verb: str) -> Iterator[None]:
-    """What is refused becomes one line on standard error and exit status 1."""
+    """What is refused becomes one line on standard error; exit status 2 for an option that makes no sense, else 1."""
     from lapwing_detector.errors import DetectorError
-    from lapwing_training.errors import TrainingError
+    from lapwing_training.errors import InvalidOption, TrainingError
 
     try:
         yield
+    except InvalidOption as error:
+        print(f"lapwing {verb}: {error}", file=sys.stderr)
+        raise typer.Exit(2) from error
     except (TrainingError, DetectorError, OSError) as error:
         print(f"lapwing {verb}: {error}", file=sys.stderr)
         raise typer.Exit(1) from error

@@ -32,6 +32,10 @@ class NonFiniteFeatures(TrainingError, ValueError):
     """Features that hold NaN or infinity."""
 
 
+class NonFiniteLogits(TrainingError, ValueError):
+    """A model whose own logits are NaN or infinite, so that what it wrote means nothing."""
+
+
 class StoreMismatch(TrainingError):
     """A feature store that was made from other items, by another model or with other features."""
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from lapwing_detector.features import FEATURES
 from lapwing_detector.identity import ModelIdentity
@@ -18,6 +19,7 @@ from lapwing_training.files import digest
 from lapwing_training.generate import ids_of
 from lapwing_training.generations import LabelledGeneration
 from lapwing_training.options import ATTENTION_SCORE, LAPLACIAN, require_features
+from lapwing_training.progress import waiting
 from lapwing_training.store import (
     Shard,
     is_shard,
@@ -28,6 +30,8 @@ from lapwing_training.store import (
     write_index,
     write_shard,
 )
+
+NOT_FINITE = "attention is not finite; try --dtype float32"
 
 DEFAULT_FEATURES = (ATTENTION_SCORE, LAPLACIAN)
 
@@ -91,8 +95,6 @@ def extract_features(
         NotEnoughData: no item can be stored.
         InvalidData: token ids outside the model's vocabulary.
     """
-    from tqdm import tqdm
-
     options = options or ExtractOptions()
     identity = loaded.identity
     work = plan_work(generations, loaded, identity, options)
@@ -101,7 +103,7 @@ def extract_features(
     with tqdm(total=len(work.token_ids), desc="extract", unit="item") as progress:
         for number, ids in enumerate(shards):
             path = directory / shard_name(number)
-            if not is_shard(path):
+            if not is_shard(path, ids):
                 write_shard(path, _make_shard(ids, work, loaded, options, progress))
             else:
                 progress.update(len(ids))
@@ -115,7 +117,7 @@ def plan_work(
     kept: dict[str, tuple[int, ...]] = {}
     left_out: dict[str, str] = {}
     most = loaded.max_tokens
-    for item in generations:
+    for item in waiting(generations):
         ids = token_ids_of(item, loaded, identity.tokenizer)
         if len(ids) < options.needed:
             left_out[item.id] = f"{len(ids)} tokens; k = {options.k} needs at least {options.needed}"
@@ -159,8 +161,10 @@ def log_probability_of(item: LabelledGeneration) -> float | None:
         InvalidData: it is no finite number.
     """
     kept = item.meta.get("log_probability")
-    if kept is not None and (type(kept) not in (int, float) or not math.isfinite(kept)):
-        raise InvalidData(f"item `{item.id}`", None, f"meta.log_probability is {kept!r}; expected a number or null")
+    # Not isfinite(): it overflows for an integer that is too large for a float.
+    if kept is not None and (type(kept) not in (int, float) or not abs(kept) < sys.float_info.max):
+        shown = repr(kept)[:40]
+        raise InvalidData(f"item `{item.id}`", None, f"meta.log_probability is {shown}; expected a number or null")
     return kept
 
 
@@ -171,26 +175,23 @@ def stratum_of(item: LabelledGeneration, stratum: str) -> str:
 
 
 def _make_shard(ids: Sequence[str], work: Work, loaded: LanguageModel, options: ExtractOptions, progress: Any) -> Shard:
-    rows: dict[str, list[Any]] = {name: [] for name in options.features}
-    kept: list[str] = []
-    left_out: dict[str, str] = {}
     layers: tuple[int, ...] = ()
+    computed: dict[str, list[Any]] = {name: [] for name in options.features}
     for start in range(0, len(ids), options.batch_size):
         batch = ids[start : start + options.batch_size]
-        summaries = loaded.summaries([work.token_ids[id] for id in batch])
-        for id, summary in zip(batch, summaries, strict=True):
+        for summary in loaded.summaries([work.token_ids[id] for id in batch]):
             layers = summary.layers
-            computed = {name: FEATURES[name].compute(summary, options.k) for name in options.features}
-            if not all(np.isfinite(values).all() for values in computed.values()):
-                left_out[id] = "attention is not finite; try --dtype float32"
-                continue
-            kept.append(id)
-            for name, values in computed.items():
-                rows[name].append(values)
+            for name, rows in computed.items():
+                rows.append(FEATURES[name].compute(summary, options.k))
         progress.update(len(batch))
-    if not kept:
-        raise NotEnoughData(f"{left_out[ids[0]]}: so for all of items `{ids[0]}` to `{ids[-1]}`")
-    return Shard(tuple(kept), {name: np.stack(values) for name, values in rows.items()}, layers, left_out)
+    features = {name: np.stack(rows) for name, rows in computed.items()}  # (items, layers, heads, width)
+    finite = np.all([np.isfinite(values).all(axis=(1, 2, 3)) for values in features.values()], axis=0)  # (items,)
+    return Shard(
+        ids=tuple(id for id, kept in zip(ids, finite, strict=True) if kept),
+        features={name: values[finite] for name, values in features.items()},
+        layers=layers,
+        left_out={id: NOT_FINITE for id, kept in zip(ids, finite, strict=True) if not kept},
+    )
 
 
 def _plan(work: Work, identity: ModelIdentity, options: ExtractOptions) -> dict[str, Any]:
@@ -218,6 +219,9 @@ def _finish(
     made = [read_shard(directory / name) for name in names]
     left_out = {**work.left_out, **{id: reason for shard in made for id, reason in shard.left_out.items()}}
     stored = [item for item in generations if item.id not in left_out]
+    if not stored:
+        id, reason = list(left_out.items())[-1]  # of the attention, if any came so far
+        raise NotEnoughData(f"none of {len(generations)} items can be stored, such as `{id}`: {reason}")
     shape = made[0].features[options.features[0]].shape
     entries = {
         "features": list(options.features),

@@ -11,7 +11,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-
 MAX_DEPTH = 100
 """Of lists and objects inside each other, so that whatever is read can be passed on."""
 
@@ -51,7 +50,7 @@ def from_json(text: str) -> Any:
     """
     try:
         value = json.loads(text, parse_constant=_finite, parse_float=_finite)
-        if _depth(value) > MAX_DEPTH:
+        if text.count("[") + text.count("{") > MAX_DEPTH and _depth(value) > MAX_DEPTH:
             raise RecursionError
         if "\\ud" in text.lower():  # half of a surrogate pair can't be encoded
             json.dumps(value, ensure_ascii=False).encode()

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from lapwing_detector.errors import InvalidInput
 from lapwing_detector.language_model import LanguageModel
 from lapwing_detector.tokens import TokenIds, build_ids
-from lapwing_training.errors import InvalidData, InvalidOption
+from lapwing_training.errors import InvalidData, InvalidOption, NonFiniteLogits
 from lapwing_training.files import digest, write_text
-from lapwing_training.generations import LabelledGeneration, Question, to_line
+from lapwing_training.generations import LabelledGeneration, Question, parse_line, to_line
+from lapwing_training.options import require_seed
+from lapwing_training.progress import waiting
 
 
 @dataclass(frozen=True)
@@ -31,10 +37,11 @@ class GenerateOptions:
             raise InvalidOption(
                 f"max_new_tokens is {self.max_new_tokens} and batch_size {self.batch_size}; both must be at least 1"
             )
-        if self.temperature < 0.0:
-            raise InvalidOption(f"temperature is {self.temperature}; it must be at least 0, which is greedy")
+        if not 0.0 <= self.temperature < math.inf:
+            raise InvalidOption(f"temperature is {self.temperature}; it must be finite and at least 0 (greedy)")
         if not 0.0 < self.top_p <= 1.0:
             raise InvalidOption(f"top_p is {self.top_p}; it must lie in (0, 1]")
+        require_seed(self.seed)
 
 
 def generate_answers(
@@ -47,10 +54,15 @@ def generate_answers(
 
     Returns:
         how many answers there are, and how many an earlier run had left.
-    """
-    from tqdm import tqdm
 
+    Raises:
+        InvalidOption: nothing can be written at `path`.
+        InvalidData: a prompt that is empty, can't be tokenised, or leaves no room for an answer; before any is asked.
+        NonFiniteLogits: the model computes NaN.
+    """
     options = options or GenerateOptions()
+    require_target(path)
+    prompts = [prompt_ids_of(question, loaded) for question in waiting(questions)]
     tokenizer = loaded.identity
     partial = _partial(path, questions, options, tokenizer.digest)
     done = _resume(partial, questions, options.batch_size)
@@ -61,7 +73,8 @@ def generate_answers(
     ):
         for start in starts:
             batch = questions[start : start + options.batch_size]
-            answers = answer(batch, loaded, options, options.seed + start, tokenizer.tokenizer)
+            ids = prompts[start : start + options.batch_size]
+            answers = answer(batch, ids, loaded, options, options.seed + start, tokenizer.tokenizer)
             file.write("".join(to_line(item) for item in answers))
             file.flush()
             progress.update(len(batch))
@@ -70,13 +83,34 @@ def generate_answers(
     return {"generations": str(path), "answers": len(questions), "resumed": done}
 
 
+def require_target(path: Path) -> None:
+    """Find out before the model runs, not after it, that its answers could not be written.
+
+    Raises:
+        InvalidOption: the path is a directory, or lies where nothing can be written.
+    """
+    if path.is_dir():
+        raise InvalidOption(f"{path} is a directory; give the file to write with --out, such as {path / 'a.jsonl'}")
+    place = next(parent for parent in path.absolute().parents if parent.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise InvalidOption(f"nothing can be written in {place}; give another file with --out")
+
+
 def answer(
-    batch: Sequence[Question], loaded: LanguageModel, options: GenerateOptions, seed: int, tokenizer_digest: str
+    batch: Sequence[Question],
+    prompts: Sequence[tuple[int, ...]],
+    loaded: LanguageModel,
+    options: GenerateOptions,
+    seed: int,
+    tokenizer_digest: str,
 ) -> list[LabelledGeneration]:
-    """One padded batch; sampling depends on the seed alone, not on what ran before."""
+    """One padded batch; sampling depends on the seed alone, not on what ran before.
+
+    Raises:
+        NonFiniteLogits: the model computes NaN.
+    """
     import torch
 
-    prompts = [ids_of(question, loaded).prompt_ids for question in batch]
     longest = max(len(ids) for ids in prompts)
     rows = [[loaded.pad_id] * (longest - len(ids)) + list(ids) for ids in prompts]
     masks = [[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts]
@@ -84,11 +118,16 @@ def answer(
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.inference_mode():
         torch.manual_seed(seed)
         model: Any = loaded.model
-        output = model.generate(
-            input_ids=torch.tensor(rows, device=device),  # (batch, tokens)
-            attention_mask=torch.tensor(masks, device=device),
-            generation_config=_generation_config(loaded, options),
-        )
+        try:
+            output = model.generate(
+                input_ids=torch.tensor(rows, device=device),  # (batch, tokens)
+                attention_mask=torch.tensor(masks, device=device),
+                generation_config=_generation_config(loaded, options),
+            )
+        except RuntimeError as error:  # of the sampling, which is the first to look at the numbers
+            if "`nan`" in str(error):
+                raise _not_finite(batch[0], loaded) from error
+            raise
     written = output.sequences[:, longest:].tolist()  # (batch, new tokens)
     scores = _log_probabilities(output, longest)
     return [
@@ -110,6 +149,30 @@ def ids_of(question: Question, loaded: LanguageModel, response: str | None = Non
         raise InvalidData(f"item `{question.id}`", None, str(error)) from error
 
 
+def prompt_ids_of(question: Question, loaded: LanguageModel) -> tuple[int, ...]:
+    """The prompt as token ids, with room for an answer.
+
+    Raises:
+        InvalidData: the prompt is empty, can't be tokenised or is too long.
+    """
+    ids = ids_of(question, loaded).prompt_ids
+    if len(ids) >= loaded.max_tokens:
+        raise InvalidData(
+            f"item `{question.id}`",
+            None,
+            f"the prompt has {len(ids)} tokens, {loaded.name} reads at most {loaded.max_tokens} with its answer; "
+            "shorten it or leave it out",
+        )
+    return ids
+
+
+def _not_finite(question: Question, loaded: LanguageModel) -> NonFiniteLogits:
+    return NonFiniteLogits(
+        f"the logits of {loaded.name} in {loaded.identity.dtype} are not finite for item `{question.id}` or its batch; "
+        "expected numbers: try --dtype float32"
+    )
+
+
 def _finished(
     question: Question,
     prompt_ids: Sequence[int],
@@ -118,8 +181,11 @@ def _finished(
     loaded: LanguageModel,
     tokenizer_digest: str,
 ) -> LabelledGeneration:
+    # Tokens after the end are padding, and what the model makes of them is nobody's business.
     length = next((place for place, token in enumerate(tokens) if token in loaded.stop_tokens), len(tokens))
     response_ids = list(tokens[:length])
+    if not all(math.isfinite(score) for score in scores[: length + 1]):
+        raise _not_finite(question, loaded)
     meta = {
         **question.meta,
         "log_probability": sum(scores[:length]) / length if length else None,
@@ -179,9 +245,17 @@ def _resume(partial: Path, questions: Sequence[Question], batch_size: int) -> in
     whole = partial.read_bytes().split(b"\n")[:-1]  # what follows the last line end was being written
     ids = [question.id for question in questions]
     found = 0
-    while found < min(len(whole), len(ids)) and json.loads(whole[found])["id"] == ids[found]:
+    while found < min(len(whole), len(ids)) and _id_in(whole[found]) == ids[found]:
         found += 1
     done = found if found == len(questions) else found // batch_size * batch_size
     with partial.open("r+b") as file:
         file.truncate(sum(len(line) + 1 for line in whole[:done]))
     return done
+
+
+def _id_in(line: bytes) -> str | None:
+    """Id of a whole answer; None for a line that a crash left damaged."""
+    try:
+        return parse_line(line.decode(), LabelledGeneration).id
+    except (InvalidData, UnicodeDecodeError):
+        return None

@@ -35,6 +35,7 @@ from lapwing_training.table import Table
 
 OUTER_FOLDS = 5
 
+
 @dataclass(frozen=True)
 class TrainOptions:
     """How a probe is fitted."""

@@ -134,34 +134,42 @@ class GenerateResponse(_message.Message):
     def __init__(self, token: _Optional[_Union[GeneratedToken, _Mapping]] = ..., generation: _Optional[_Union[Generation, _Mapping]] = ...) -> None: ...
 
 class AttentionHeader(_message.Message):
-    __slots__ = ("model", "layers", "heads", "prompt_tokens", "false_positive_rate")
+    __slots__ = ("model", "layers", "heads", "prompt_tokens", "response_tokens", "false_positive_rate")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     LAYERS_FIELD_NUMBER: _ClassVar[int]
     HEADS_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    RESPONSE_TOKENS_FIELD_NUMBER: _ClassVar[int]
     FALSE_POSITIVE_RATE_FIELD_NUMBER: _ClassVar[int]
     model: _model_pb2.ModelIdentity
     layers: _containers.RepeatedScalarFieldContainer[int]
     heads: int
     prompt_tokens: int
+    response_tokens: int
     false_positive_rate: float
-    def __init__(self, model: _Optional[_Union[_model_pb2.ModelIdentity, _Mapping]] = ..., layers: _Optional[_Iterable[int]] = ..., heads: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., false_positive_rate: _Optional[float] = ...) -> None: ...
+    def __init__(self, model: _Optional[_Union[_model_pb2.ModelIdentity, _Mapping]] = ..., layers: _Optional[_Iterable[int]] = ..., heads: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., response_tokens: _Optional[int] = ..., false_positive_rate: _Optional[float] = ...) -> None: ...
 
-class AttentionSummary(_message.Message):
-    __slots__ = ("diagonal", "received")
+class AttentionSummarySlice(_message.Message):
+    __slots__ = ("first_layer", "first_token", "diagonal", "received")
+    FIRST_LAYER_FIELD_NUMBER: _ClassVar[int]
+    FIRST_TOKEN_FIELD_NUMBER: _ClassVar[int]
     DIAGONAL_FIELD_NUMBER: _ClassVar[int]
     RECEIVED_FIELD_NUMBER: _ClassVar[int]
+    first_layer: int
+    first_token: int
     diagonal: _tensor_pb2.Tensor
     received: _tensor_pb2.Tensor
-    def __init__(self, diagonal: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., received: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ...) -> None: ...
+    def __init__(self, first_layer: _Optional[int] = ..., first_token: _Optional[int] = ..., diagonal: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., received: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ...) -> None: ...
 
-class AttentionRows(_message.Message):
-    __slots__ = ("first_token", "weights")
+class AttentionRowsSlice(_message.Message):
+    __slots__ = ("first_layer", "first_token", "weights")
+    FIRST_LAYER_FIELD_NUMBER: _ClassVar[int]
     FIRST_TOKEN_FIELD_NUMBER: _ClassVar[int]
     WEIGHTS_FIELD_NUMBER: _ClassVar[int]
+    first_layer: int
     first_token: int
     weights: _tensor_pb2.Tensor
-    def __init__(self, first_token: _Optional[int] = ..., weights: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ...) -> None: ...
+    def __init__(self, first_layer: _Optional[int] = ..., first_token: _Optional[int] = ..., weights: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ...) -> None: ...
 
 class ScoreAttentionRequest(_message.Message):
     __slots__ = ("header", "summary", "rows")
@@ -169,9 +177,9 @@ class ScoreAttentionRequest(_message.Message):
     SUMMARY_FIELD_NUMBER: _ClassVar[int]
     ROWS_FIELD_NUMBER: _ClassVar[int]
     header: AttentionHeader
-    summary: AttentionSummary
-    rows: AttentionRows
-    def __init__(self, header: _Optional[_Union[AttentionHeader, _Mapping]] = ..., summary: _Optional[_Union[AttentionSummary, _Mapping]] = ..., rows: _Optional[_Union[AttentionRows, _Mapping]] = ...) -> None: ...
+    summary: AttentionSummarySlice
+    rows: AttentionRowsSlice
+    def __init__(self, header: _Optional[_Union[AttentionHeader, _Mapping]] = ..., summary: _Optional[_Union[AttentionSummarySlice, _Mapping]] = ..., rows: _Optional[_Union[AttentionRowsSlice, _Mapping]] = ...) -> None: ...
 
 class ScoreAttentionResponse(_message.Message):
     __slots__ = ("detection",)

@@ -94,7 +94,9 @@ class DetectorServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def ScoreAttention(self, request_iterator, context):
-        """Scores a response of a model that runs elsewhere, from its attention. Not implemented yet: answers UNIMPLEMENTED.
+        """Scores a response of a model that runs elsewhere, from its attention: a header, and then slices that together
+        cover every layer and token once, each message within Limits.max_request_bytes. Not implemented yet: answers
+        UNIMPLEMENTED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
