@@ -18,6 +18,7 @@ from lapwing_detector import embedded
 from lapwing_detector.capture import capture_attention
 from lapwing_detector.errors import InvalidInput, UnsupportedModel
 from lapwing_detector.identity import ModelIdentity, identity_of
+from lapwing_detector.rotary import switching_points
 from lapwing_detector.summary import AttentionSummary
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
@@ -123,6 +124,9 @@ class LanguageModel:
         """Attention of token id sequences, read in one forward, padded on the right."""
         if not sequences:
             return []
+        if len(sequences) > 1 and switching_points(self.model.config.get_text_config()):
+            # In a batch all would have the frequencies of the longest.
+            return [summary for ids in sequences for summary in self.summaries([ids])]
         longest = max(len(ids) for ids in sequences)
         rows = [[*ids, *[self.pad_id] * (longest - len(ids))] for ids in sequences]
         visible = [[1] * len(ids) + [0] * (longest - len(ids)) for ids in sequences]

@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from lapwing_detector.capture import capture_attention
 from lapwing_detector.detection import Detection, Reason, State
 from lapwing_detector.detector import Detector
 from lapwing_detector.embedded import model_path
@@ -20,6 +21,7 @@ from lapwing_detector.generation import GeneratedToken, Generation, Sampling, Te
 from lapwing_detector.identity import identity_of
 from lapwing_detector.language_model import LanguageModel
 from tests.detector.probes import random_probe
+from tests.detector.tiny_models import LONG, long_model, token_ids
 
 QUESTION = "Question: which country is the city of Lyon in? Answer:"
 
@@ -344,3 +346,16 @@ def test_sampling_takes_only_the_likeliest_tokens_under_top_p():
     chooser = Chooser(Sampling(1, 1.0, 1.0, 0))
     drawn = np.bincount([chooser.choose(logits)[0] for _ in range(400)], minlength=3) / 400
     assert drawn == pytest.approx([0.6, 0.3, 0.1], abs=0.1)  # four standard errors
+
+
+def test_a_long_text_in_the_batch_does_not_change_the_frequencies_of_a_short_one(detector):
+    loaded = LanguageModel(long_model("longrope"), detector.tokenizer)
+    short, long = token_ids(1, LONG - 5)[0].tolist(), token_ids(1, LONG + 9)[0].tolist()
+    alone = loaded.summaries([short])[0].received
+    assert np.array_equal(loaded.summaries([short, long])[0].received, alone)
+    # Control: in one padded forward it would read with those of the long one.
+    rows = torch.tensor([short + [0] * 14, long])
+    mask = torch.tensor([[1] * len(short) + [0] * 14, [1] * len(long)])
+    with capture_attention(loaded.model) as captured, torch.no_grad():
+        loaded.model(rows, attention_mask=mask)
+    assert abs(captured.summaries()[0].received - alone).max() > 1e-2
