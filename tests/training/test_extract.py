@@ -152,9 +152,7 @@ def test_a_shard_without_finite_attention_does_not_block_the_others(
     extract_features(items(), tmp_path / "store", loaded, OPTIONS)
     assert len(calls) == seen  # an empty shard is a finished one
     broken_calls = 10_000
-    with pytest.raises(
-        NotEnoughData, match=r"none of 30 items can be stored, such as `i\d+`: attention is not finite"
-    ):
+    with pytest.raises(NotEnoughData, match=r"none of 30 items can be stored, such as `i\d+`: attention is not finite"):
         extract_features(items(), tmp_path / "none", loaded, OPTIONS)
 
 

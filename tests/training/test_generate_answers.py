@@ -10,7 +10,7 @@ from training_fakes import WORDS
 
 from lapwing_detector.language_model import LanguageModel
 from lapwing_training import generate as generate_module
-from lapwing_training.errors import InvalidData, InvalidOption
+from lapwing_training.errors import InvalidData, InvalidOption, NonFiniteLogits
 from lapwing_training.generate import GenerateOptions, generate_answers
 from lapwing_training.generations import Question, read_generations
 
@@ -126,6 +126,64 @@ def test_an_item_that_can_not_be_tokenised_is_named(loaded: LanguageModel, tmp_p
     chat = Question(id="chat", messages=({"role": "user", "content": "where"},))  # the tokenizer has no template
     with pytest.raises(InvalidData, match="item `chat`"):
         generate_answers([chat], tmp_path / "out", loaded, GREEDY)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "says"),
+    [("", "item `last`: prompt"), ("paris " * 70, r"item `last`: the prompt has 71 tokens, tiny reads at most 64")],
+)
+def test_a_prompt_that_can_not_be_asked_is_named_before_any_is(
+    loaded: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prompt: str, says: str
+) -> None:
+    calls: list[object] = []
+    monkeypatch.setattr(generate_module, "answer", lambda *arguments: calls.append(arguments))
+    with pytest.raises(InvalidData, match=says):
+        generate_answers([*questions(), Question(id="last", prompt=prompt)], tmp_path / "out", loaded, GREEDY)
+    assert not calls
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_target_that_can_not_be_written_is_refused_before_any_is_asked(
+    loaded: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(generate_module, "answer", None)
+    (tmp_path / "file").write_text("")
+    for path, says in ((tmp_path, "is a directory"), (tmp_path / "file" / "out.jsonl", "nothing can be written in")):
+        with pytest.raises(InvalidOption, match=says):
+            generate_answers(questions(), path, loaded, GREEDY)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_model_that_computes_nan_is_named(tiny_model: Path, tmp_path: Path, temperature: float) -> None:
+    broken = LanguageModel.load(str(tiny_model))
+    with torch.no_grad():
+        broken.model.lm_head.weight.fill_(math.nan)
+    with pytest.raises(NonFiniteLogits, match=r"logits of tiny in float32 are not finite for item `q0`.*--dtype"):
+        generate_answers(questions(), tmp_path / "out", broken, replace(GREEDY, temperature=temperature))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("rubbish", [b"\0" * 40, b"\0" * 40 + b"\n", b"[1]\n", b'{"id": "q3"}\n', b"\xff\n"])
+def test_what_a_crash_left_in_the_partial_file_is_cut_off(
+    loaded: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rubbish: bytes
+) -> None:
+    generate_answers(questions(), tmp_path / "whole", loaded, GREEDY)
+    with monkeypatch.context() as patched:
+        plain, calls = generate_module.answer, []
+
+        def failing(*arguments: object) -> object:
+            calls.append(arguments)
+            if len(calls) == 2:
+                raise RuntimeError("power cut")
+            return plain(*arguments)
+
+        patched.setattr(generate_module, "answer", failing)
+        with pytest.raises(RuntimeError, match="power cut"):
+            generate_answers(questions(), tmp_path / "cut", loaded, GREEDY)
+    [partial] = tmp_path.glob("cut.*.partial")
+    partial.write_bytes(partial.read_bytes() + rubbish)
+    assert generate_answers(questions(), tmp_path / "cut", loaded, GREEDY)["resumed"] == 3
+    assert (tmp_path / "cut").read_bytes() == (tmp_path / "whole").read_bytes()
 
 
 @pytest.mark.parametrize(

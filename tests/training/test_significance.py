@@ -77,6 +77,51 @@ def test_control_rows_counted_as_independent_raise_it() -> None:
     assert false_alarms(pooled=True) > 0.15
 
 
+def direct_delong(values: np.ndarray, labels: np.ndarray) -> float:
+    """From all pairs, as in the paper's definition."""
+    high, low = values[labels == 1], values[labels == 0]
+    wins = (high[:, None] > low) + 0.5 * (high[:, None] == low)  # (n1, n0)
+    return float(np.sqrt(wins.mean(axis=1).var(ddof=1) / len(high) + wins.mean(axis=0).var(ddof=1) / len(low)))
+
+
+def test_the_interval_is_delongs_for_every_head() -> None:
+    values, labels = scalars_with_ties()
+    tested = head_significance(values, labels, np.arange(300), errors=True)
+    low, high = tested.auroc_interval
+    for layer in range(3):
+        for head in range(5):
+            error = direct_delong(values[:, layer, head], labels)
+            auroc = tested.auroc[layer, head]
+            assert low[layer, head] == pytest.approx(auroc - 1.96 * error, abs=1e-5)
+            assert high[layer, head] == pytest.approx(auroc + 1.96 * error, abs=1e-5)
+
+
+def coverage(grouped: bool, mixed: bool) -> float:
+    """How often the interval holds the true .5 of a null head, when the four rows of a group are alike."""
+    table = make_table(rows=400, layers=20, heads=20, per_group=4, group_effect=0.7, seed=4)
+    labels = np.random.default_rng(0).permutation(table.labels) if mixed else table.labels
+    groups = table.groups if grouped else np.arange(400)
+    tested = head_significance(head_scalars(table.features[LAPLACIAN]), labels, groups, errors=True)
+    low, high = tested.auroc_interval
+    return float(((low <= 0.5) & (high >= 0.5)).mean())
+
+
+def test_an_interval_that_was_not_asked_for_is_not_made_up() -> None:
+    values, labels = scalars_with_ties()
+    with pytest.raises(ValueError, match="errors=True"):
+        head_significance(values, labels, np.arange(300)).auroc_interval  # noqa: B018
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_the_interval_covers_when_groups_repeat(mixed: bool) -> None:
+    # 400 heads at 95 %: one standard error is 1.1 %.
+    assert 0.91 <= coverage(grouped=True, mixed=mixed) <= 0.985
+
+
+def test_control_rows_counted_as_independent_cover_too_little() -> None:
+    assert coverage(grouped=False, mixed=False) < 0.8
+
+
 def test_the_head_scalar_is_the_mean_of_the_top_k() -> None:
     values = np.arange(24, dtype=np.float32).reshape(2, 2, 2, 3)
     np.testing.assert_array_equal(head_scalars(values), values.mean(axis=-1))

@@ -109,10 +109,11 @@ def with_entry(name: str, value: object) -> Callable[[Path], None]:
 
 
 def with_label(text: str) -> Callable[[Path], None]:
-    return lambda store: (
-        (store / "labels.json").write_text((store / "labels.json").read_text().replace('"q3": ', f'"q3": {text}', 1))
-        and None
-    )
+    def change(store: Path) -> None:
+        labels = store / "labels.json"
+        labels.write_text(labels.read_text().replace('"q3": ', f'"q3": {text}', 1))
+
+    return change
 
 
 @pytest.mark.parametrize(
@@ -126,7 +127,7 @@ def with_label(text: str) -> Callable[[Path], None]:
         (with_entry("k", 9), r"laplacian_eigenvalues.v1 should be \(4, 4, 9\) .* \(4, 4, 4\)"),
         (with_entry("heads", 5), r"should be \(4, 5, 1\)"),
         (with_entry("schema_version", [1]), "schema version"),
-        (with_label("2"), "the label of `q3` is 2"),
+        (with_label('2, "z": '), "the label of `q3` is 2;"),
         (with_label('"x", "z": '), 'the label of `q3` is "x"; expected 0, 1 or null'),
         (with_label('true, "z": '), "the label of `q3` is true"),
         (with_label(f"1{'0' * 400}"), "the label of `q3` is 10000"),

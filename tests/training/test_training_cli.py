@@ -93,6 +93,69 @@ def test_misuse_is_status_2() -> None:
     assert run("extract", "x", "--out", "y", "--k", "many").exit_code == 2
 
 
+@pytest.fixture(scope="module")
+def things(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> dict[str, Path]:
+    """Everything that a verb needs to get as far as its options."""
+    folder = tmp_path_factory.mktemp("things")
+    item = {"id": "a", "prompt": "paris", "response": "is in france", "references": ["x"]}
+    (folder / "items.jsonl").write_text(json.dumps(item) + "\n")
+    write_store(folder / "store", make_table(rows=16))
+    return {
+        "ITEMS": folder / "items.jsonl",
+        "STORE": folder / "store",
+        "OUT": folder / "out",
+        "MODEL": tiny_model,
+        "FOLDER": folder,
+    }
+
+
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [
+        ("train STORE --out OUT --recipe magic", "recipe is `magic`; known"),
+        ("train STORE --out OUT --test-share nan", "test share is nan"),
+        ("train STORE --out OUT --k -1", "k is -1; the store holds 1 to 4"),
+        ("train STORE --out OUT --name Bad/Name", "name is `Bad/Name`"),
+        ("train STORE --out OUT --seed -1", "seed is -1; expected a whole number from 0"),
+        ("train STORE --out OUT --seed 1180591620717411303424", "seed is 1180591620717411303424"),
+        ("train STORE --out OUT --features ,", "features is empty; name at least one of"),
+        ("train STORE --out OUT --features magic", "feature is `magic.v1`; known are"),
+        ("evaluate OUT STORE --seed -1", "seed is -1"),
+        ("label ITEMS --out OUT --rule magic", "rule is `magic`; known"),
+        ("generate ITEMS --out OUT --model MODEL --temperature nan", "temperature is nan"),
+        ("generate ITEMS --out OUT --model MODEL --seed -1", "seed is -1"),
+        ("generate ITEMS --out FOLDER --model MODEL", "is a directory"),
+        ("generate ITEMS --out OUT --model MODEL --device nonsense", "device is `nonsense`, which can't be used here"),
+        ("generate ITEMS --out OUT --model MODEL --device meta", "device is `meta`"),
+        ("extract ITEMS --out OUT --model MODEL --device cuda:99", "device is `cuda:99`, which can't be used here"),
+        ("extract ITEMS --out OUT --model MODEL --dtype float8", "dtype is `float8`; known are float32"),
+        ("extract ITEMS --out OUT --model MODEL --features ,", "features is empty"),
+        ("extract ITEMS --out OUT --model MODEL --k 0", "k is 0"),
+    ],
+)
+def test_an_option_that_makes_no_sense_is_status_2(things: dict[str, Path], command: str, says: str) -> None:
+    result = run(*(things.get(word, word) for word in command.split()))
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert says in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not things["OUT"].exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [
+        ("train STORE --out OUT", "need at least 5"),
+        ("evaluate OUT STORE", "neither a probe directory nor"),
+        ("label OUT --out OUT", "no such file"),
+        ("extract ITEMS --out OUT --model OUT", "can't be loaded"),
+    ],
+)
+def test_control_what_fails_is_status_1(things: dict[str, Path], command: str, says: str) -> None:
+    result = run(*(things.get(word, word) for word in command.split()))
+    assert result.exit_code == 1
+    assert says in result.stderr
+
+
 @pytest.mark.parametrize("verb", VERBS)
 def test_help_teaches_with_an_example(verb: str) -> None:
     result = run(verb, "--help")

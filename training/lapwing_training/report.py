@@ -35,6 +35,7 @@ def training_report(probe: Probe) -> str:
         *_paired(metrics),
         *_strata(metrics),
         "## Operating points",
+        "Logits are counted from the mean of the training rows, in their standard deviations.",
         _thresholds(metrics),
         "## Probabilities",
         _calibration(metrics),

@@ -13,6 +13,9 @@ from lapwing_training.errors import NotEnoughData
 
 Floats = NDArray[np.float64]
 
+Z_95 = 1.959963984540054
+"""Half the width of a 95 % interval in standard errors."""
+
 
 @dataclass(frozen=True)
 class HeadSignificance:
@@ -26,6 +29,21 @@ class HeadSignificance:
 
     auroc: Floats
     """(...,) probability that a hallucinated item's value is above another's; over items."""
+
+    auroc_error: Floats | None = None
+    """(...,) DeLong's standard error of the AUROC, clustered by group; None where it was not asked for."""
+
+    @property
+    def auroc_interval(self) -> tuple[Floats, Floats]:
+        """(...,) and (...,): the ends of the 95 % interval.
+
+        Raises:
+            ValueError: the error was not asked for.
+        """
+        if self.auroc_error is None:
+            raise ValueError("no standard error was computed; call head_significance(..., errors=True)")
+        reach = Z_95 * self.auroc_error
+        return np.clip(self.auroc - reach, 0.0, 1.0), np.clip(self.auroc + reach, 0.0, 1.0)
 
     @property
     def effect_size(self) -> Floats:
@@ -57,7 +75,9 @@ def head_scalars(values: NDArray[Any]) -> Floats:
     return np.asarray(values.mean(axis=-1, dtype=np.float64))
 
 
-def head_significance(scalars: Floats, labels: NDArray[Any], groups: NDArray[Any]) -> HeadSignificance:
+def head_significance(
+    scalars: Floats, labels: NDArray[Any], groups: NDArray[Any], errors: bool = False
+) -> HeadSignificance:
     """Test every head.
 
     Where groups repeat, items are not independent: the p-value is then that of one value (the mean) per group and
@@ -67,6 +87,7 @@ def head_significance(scalars: Floats, labels: NDArray[Any], groups: NDArray[Any
         scalars: (items, ...) one number per head.
         labels: (items,) 1 hallucinated, 0 not.
         groups: (items,) of any comparable kind.
+        errors: compute `auroc_error`, too, which takes as long again.
 
     Returns:
         arrays of the shape (...,)
@@ -75,7 +96,8 @@ def head_significance(scalars: Floats, labels: NDArray[Any], groups: NDArray[Any
         NotEnoughData: one of the two classes is missing.
 
     References:
-        Mann and Whitney 1947, with tie-corrected normal approximation; Benjamini and Hochberg 1995.
+        Mann and Whitney 1947, with tie-corrected normal approximation; Benjamini and Hochberg 1995; DeLong et al. 1988,
+        in Obuchowski's form of 1997 for groups.
     """
     heads = scalars.shape[1:]
     flat = scalars.reshape(len(scalars), -1)
@@ -83,7 +105,8 @@ def head_significance(scalars: Floats, labels: NDArray[Any], groups: NDArray[Any
     if len(np.unique(groups)) < len(groups):
         p_value, _ = mann_whitney(*one_value_per_group(flat, labels, groups))
     q_value = stats.false_discovery_control(p_value)
-    return HeadSignificance(p_value.reshape(heads), q_value.reshape(heads), auroc.reshape(heads))
+    error = delong_error(flat, labels, groups).reshape(heads) if errors else None
+    return HeadSignificance(p_value.reshape(heads), q_value.reshape(heads), auroc.reshape(heads), error)
 
 
 def mann_whitney(values: Floats, labels: NDArray[Any]) -> tuple[Floats, Floats]:
@@ -109,6 +132,43 @@ def mann_whitney(values: Floats, labels: NDArray[Any]) -> tuple[Floats, Floats]:
     # A head that is constant has no rank variance: nothing speaks against the null.
     p_value = np.nan_to_num(np.asarray(result.pvalue, dtype=np.float64), nan=1.0)
     return p_value, np.asarray(result.statistic / (len(hallucinated) * len(other)), dtype=np.float64)
+
+
+def delong_error(values: Floats, labels: NDArray[Any], groups: NDArray[Any]) -> Floats:
+    """Standard error of every column's AUROC.
+
+    With a group for each item it is DeLong's. Otherwise whole groups count as one observation, also those that hold
+    items of both classes; NaN where a class has one group only.
+
+    Args:
+        values: (items, columns)
+        labels: (items,)
+        groups: (items,)
+
+    Returns:
+        (columns,)
+
+    References:
+        DeLong, DeLong and Clarke-Pearson 1988, by ranks as in Sun and Xu 2014; Obuchowski 1997, equations 3 to 5.
+    """
+    names, codes = np.unique(groups, return_inverse=True)
+    ranks = stats.rankdata(values, axis=0)
+    influence, present = [], []
+    for label in (1, 0):
+        rows = labels == label
+        # Of an item: the share of the other class on its side, less the AUROC, which is its mean.
+        beaten = (ranks[rows] - stats.rankdata(values[rows], axis=0)) / (~rows).sum()
+        sums = np.zeros((len(names), values.shape[1]))
+        np.add.at(sums, codes[rows], beaten - beaten.mean(axis=0))
+        count = len(np.unique(codes[rows]))
+        influence.append(sums / rows.sum())
+        present.append(count / (count - 1.0) if count > 1 else np.nan)
+    hallucinated, other = influence
+    # What is high for one class is low for the other: for label 0 the share below is one less the share above.
+    variance = present[0] * (hallucinated**2).sum(axis=0) + present[1] * (other**2).sum(axis=0)
+    both = len(names) / (len(names) - 1.0) if len(names) > 1 else np.nan
+    variance = variance - 2.0 * both * (hallucinated * other).sum(axis=0)
+    return np.asarray(np.sqrt(np.maximum(variance, 0.0)))
 
 
 def one_value_per_group(values: Floats, labels: NDArray[Any], groups: NDArray[Any]) -> tuple[Floats, NDArray[np.int64]]:

@@ -103,7 +103,7 @@ def fit(table: Table, recipe: Recipe, seed: int, advance: Advance = silent) -> F
         intercept=intercept,
         points=operating_points(held_out[table.labels == 0]),
         significance={
-            name: head_significance(head_scalars(table.feature(name, probe.k)), table.labels, table.groups)
+            name: head_significance(head_scalars(table.feature(name, probe.k)), table.labels, table.groups, errors=True)
             for name in table.features
         },
     )
