@@ -234,6 +234,9 @@ class Limits(Result):
     max_new_tokens: int
     max_generate_streams: int
     max_heatmap_pixels: int
+    max_messages: int
+    max_characters_per_token: int
+    """More than this for each of `max_tokens` is refused without being tokenised."""
 
 
 @dataclass(frozen=True)

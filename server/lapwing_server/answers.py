@@ -109,6 +109,8 @@ def limits_message(limits: Limits) -> detector_pb2.Limits:
         max_new_tokens=limits.new_tokens,
         max_generate_streams=limits.generate_streams,
         max_heatmap_pixels=limits.heatmap_pixels,
+        max_messages=limits.messages,
+        max_characters_per_token=limits.characters_per_token,
     )
 
 

@@ -1,30 +1,23 @@
-"""The client against a real server: every method, deadlines, leaving, waiting."""
+"""The client against a real server: what every method answers, and what it says of wrong input."""
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
-import gc
 import json
 import math
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Iterator
 from typing import Any
 
-import grpc
 import numpy as np
 import pytest
 from service_fakes import LAPLACIAN, WAIT, FakeEngine, Gate, Running, a_probe, a_shelf
 
 from lapwing_client import (
     Client,
-    DeadlineExceeded,
     Detection,
     GeneratedToken,
     Generation,
     InvalidRequest,
-    LapwingError,
     Matrix,
     NotFound,
     Overloaded,
@@ -32,11 +25,7 @@ from lapwing_client import (
     TooLarge,
     Unavailable,
 )
-from lapwing_client.client import channel_options, is_local
-from lapwing_detector.errors import ProbeCorrupt
-from lapwing_server.engine import Loaded
 from lapwing_server.limits import Limits
-from lapwing_server.refusal import Refusal
 
 
 @pytest.fixture(scope="module")
@@ -243,12 +232,40 @@ def test_a_wrong_item_of_a_batch_names_its_place(client: Client) -> None:
         ({"temperature": -1.0}, "temperature"),
         ({"top_p": 0.0}, "top_p"),
         ({"seed": -1}, "seed"),
+        # The following never leave the client.
+        ({"max_new_tokens": 3.5}, "max_new_tokens"),
+        ({"max_new_tokens": True}, "max_new_tokens"),
+        ({"seed": "1"}, "seed"),
+        ({"temperature": "hot"}, "temperature"),
+        ({"top_p": [1]}, "top_p"),
+        ({"false_positive_rate": "x"}, "false_positive_rate"),
     ],
 )
 def test_wrong_sampling_names_its_field(client: Client, options: dict[str, Any], field: str) -> None:
     with pytest.raises(InvalidRequest) as caught:
         list(client.generate("hello", **options))
     assert caught.value.field == field
+
+
+def test_numbers_of_other_libraries_are_numbers(client: Client) -> None:
+    events = client.generate("hello", max_new_tokens=np.int64(2), temperature=np.float32(0.5))
+    assert len(list(events)) == 3
+    assert client.score("hello", "world", false_positive_rate=np.float64(0.1)).false_positive_rate == 0.1
+
+
+def test_the_mend_is_that_of_the_field(client: Client) -> None:
+    with pytest.raises(InvalidRequest, match=r"response: is a dict; give text or a list of token ids$"):
+        client.score("x", {"role": "user"})
+    with pytest.raises(InvalidRequest, match=r"response.token_ids\[0\]: is 'a'; give text or a list of token ids$"):
+        client.score("x", ["a"])
+    with pytest.raises(InvalidRequest, match="prompt: is a NoneType; give text, a list of messages, or a list of"):
+        client.score(None, "x")  # type: ignore[arg-type]
+
+
+def test_names_are_text(client: Client) -> None:
+    for call in (lambda: client.probe(3), lambda: client.heatmap(3), lambda: client.heatmap(probe=b"x")):  # type: ignore[arg-type]
+        with pytest.raises(InvalidRequest, match="give text"):
+            call()
 
 
 def test_what_is_not_known_is_told_apart(client: Client) -> None:
@@ -304,188 +321,3 @@ def test_too_many_streams_say_when_to_come_again() -> None:
         assert caught.value.reason == "TOO_MANY_STREAMS"
         gate.open()
         assert len(list(first)) == 3
-
-
-# Time.
-
-
-@pytest.mark.parametrize("call", ["score", "score_batch", "generate"])
-def test_every_call_has_a_deadline(call: str) -> None:
-    gate = Gate()
-    with Running(FakeEngine(before=gate)) as server, Client(server.target, timeout=0.05) as client:
-        calls: dict[str, Callable[[], object]] = {
-            "score": lambda: client.score("hello", "world"),
-            "score_batch": lambda: client.score_batch([("hello", "world")]),
-            "generate": lambda: next(client.generate("hello")),
-        }
-        with pytest.raises(DeadlineExceeded):
-            calls[call]()
-        gate.open()
-        assert client.score("hello", "world", timeout=WAIT).probability, "a call may be given its own"
-
-
-# Leaving.
-
-
-def leave_by_closing(client: Client, computing: Any) -> None:
-    stream = client.generate("hello", max_new_tokens=200)
-    next(stream)
-    computing()
-    stream.close()
-    stream.close()
-    with pytest.raises(LapwingError):
-        next(stream)
-
-
-def leave_by_with(client: Client, computing: Any) -> None:
-    with client.generate("hello", max_new_tokens=200) as stream:
-        next(stream)
-        computing()
-
-
-def leave_by_dropping(client: Client, computing: Any) -> None:
-    for _ in client.generate("hello", max_new_tokens=200):
-        computing()
-        break
-    gc.collect()
-
-
-def leave_by_raising(client: Client, computing: Any) -> None:
-    with suppress(KeyError), client.generate("hello", max_new_tokens=200) as stream:
-        next(stream)
-        computing()
-        raise KeyError
-
-
-@pytest.mark.parametrize("leave", [leave_by_closing, leave_by_with, leave_by_dropping, leave_by_raising])
-def test_leaving_a_generation_stops_the_model(leave: Any) -> None:
-    gate, passed = Gate(), threading.Event()
-
-    def before() -> None:
-        gate() if passed.is_set() else passed.set()
-
-    def computing() -> None:
-        assert gate.reached.wait(WAIT), "the second token is being computed"
-
-    engine = FakeEngine(before=before)
-    with Running(engine) as server, Client(server.target) as client:
-        leave(client, computing)
-        server.call(asyncio.wait_for(server.server.guard.idle(), WAIT))
-        gate.open()
-        server.settle()
-    assert engine.steps == 2, "the one that was read and the one that was being computed"
-
-
-# Readiness.
-
-
-def test_waiting_for_a_server_that_is_ready(server: Running) -> None:
-    with Client(server.target) as client:
-        assert client.wait_until_ready(WAIT).state == "SERVING"
-
-
-def test_waiting_for_a_server_that_is_loading() -> None:
-    gate = Gate()
-
-    def load() -> Loaded:
-        gate()
-        return Loaded(FakeEngine(), a_shelf())
-
-    with Running(load=load, ready=False) as server, Client(server.target) as client:
-        with pytest.raises(DeadlineExceeded, match=r"not ready after 0.2 s: model and probe are being loaded"):
-            client.wait_until_ready(0.2)
-        threading.Timer(0.1, gate.open).start()
-        assert client.wait_until_ready(WAIT).state == "SERVING"
-
-
-def test_waiting_for_a_server_that_is_not_there() -> None:
-    with Client("127.0.0.1:1") as client, pytest.raises(DeadlineExceeded, match=r"nobody answers at 127\.0\.0\.1:1"):
-        client.wait_until_ready(0.2)
-
-
-def test_waiting_for_a_server_that_failed_ends_at_once() -> None:
-    def load() -> Loaded:
-        raise ProbeCorrupt("the probe is torn")
-
-    with Running(load=load) as server, Client(server.target) as client, pytest.raises(Unavailable, match="is torn"):
-        client.wait_until_ready(60.0)
-
-
-def test_a_client_outlives_a_restart_of_its_server() -> None:
-    with Running() as first, Client(first.target) as client:
-        assert client.score("hello", "world").probability
-        first.close()
-        with pytest.raises(Unavailable):
-            client.score("hello", "world")
-        with Running(port=first.port):
-            client.wait_until_ready(WAIT)
-            assert client.score("hello", "world").probability
-
-
-# The connection.
-
-
-@pytest.mark.parametrize(
-    ("target", "local"),
-    [
-        ("localhost:50051", True),
-        ("127.0.0.1:1", True),
-        ("[::1]:1", True),
-        ("unix:/run/lapwing", True),
-        ("example.org:50051", False),
-        ("127.0.0.1.example.org:50051", False),
-        ("localhost.example.org:50051", False),
-        ("192.0.2.1:50051", False),
-        ("dns:///localhost:50051", False),
-    ],
-)
-def test_a_token_stays_on_this_machine(target: str, local: bool) -> None:
-    assert is_local(target) == local
-    if local:
-        Client(target, token="secret").close()
-    else:
-        with pytest.raises(ValueError, match="a token goes only to this machine") as caught:
-            Client(target, token="secret")
-        assert "secret" not in str(caught.value)
-
-
-def test_the_token_is_sent_with_every_call() -> None:
-    seen: list[Any] = []
-    with Running() as server, Client(server.target, token="secret") as client:
-        enter = server.server.guard._enter
-
-        def spy(method: str, context: Any) -> None:
-            seen.append((method, dict(context.invocation_metadata()).get("authorization")))
-            enter(method, context)
-
-        server.server.guard._enter = spy  # type: ignore[method-assign]
-        client.wait_until_ready(WAIT)
-        client.score("hello", "world")
-        list(client.generate("hello", max_new_tokens=1))
-        client.probes()
-    assert {token for _, token in seen} == {"Bearer secret"}
-    assert len({method for method, _ in seen}) == 5
-
-
-def test_a_server_that_goes_away_is_tried_again() -> None:
-    options = dict(channel_options(True))
-    [config] = json.loads(options["grpc.service_config"])["methodConfig"]
-    assert config["retryPolicy"]["retryableStatusCodes"] == ["UNAVAILABLE"]
-    assert [one["service"] for one in config["name"]] == ["lapwing.v1.Detector", "lapwing.v1.Probes"]
-    assert "grpc.service_config" not in dict(channel_options(False))
-
-
-@pytest.mark.parametrize("retry", [True, False])
-def test_a_call_that_was_refused_once_succeeds_only_with_retries(retry: bool) -> None:
-    refusals = iter([True])
-
-    def before() -> None:
-        if next(refusals, False):
-            raise Refusal(grpc.StatusCode.UNAVAILABLE, "SERVER_STOPPING", "going away")
-
-    with Running(FakeEngine(before=before)) as server, Client(server.target, retry=retry) as client:
-        if retry:
-            assert client.score("hello", "world").probability
-        else:
-            with pytest.raises(Unavailable, match="going away"):
-                client.score("hello", "world")

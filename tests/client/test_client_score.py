@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,8 +13,9 @@ from typing import Any
 import pytest
 from service_fakes import FakeEngine, Running
 
-from lapwing_client import Client, cli
+from lapwing_client import Client, Unavailable, cli
 from lapwing_client import score as verb
+from lapwing_server.limits import Limits
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +76,8 @@ def test_an_error_is_one_line_and_ends_with_1(server: Running, capsys: pytest.Ca
         ["--response", "a"],
         ["--prompt", "a", "--response", "b", "--jsonl", "f"],
         ["--prompt", "a", "--jsonl", "f"],
+        ["--prompt", "", "--jsonl", "f"],
+        ["--response", "", "--jsonl", "f"],
         ["--jsonl", "/no/such/file"],
         ["--prompt", "a", "--response", "b", "--timeout", "0"],
     ],
@@ -137,9 +142,12 @@ def test_a_good_file_ends_with_0_and_order_is_kept_over_batches(
 def test_standard_input_is_a_file_too(
     server: Running, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("sys.stdin", io.StringIO(LINES[0] + "\n"))
-    assert run(server, "--jsonl", "-") == 0
-    assert json.loads(capsys.readouterr().out)["id"] == "one"
+    lines = b'{"prompt": "\xff", "response": "b"}\n' + LINES[0].encode() + b"\n"
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(lines), encoding="utf-8", errors="strict"))
+    assert run(server, "--jsonl", "-") == 1
+    broken, good = map(json.loads, capsys.readouterr().out.splitlines())
+    assert broken["message"].startswith("is no JSON ('utf-8' codec can't decode byte 0xff")
+    assert good["id"] == "one"
 
 
 def test_progress_is_told_on_standard_error(
@@ -162,3 +170,93 @@ def test_text_that_is_no_text_fails_alone(server: Running, tmp_path: Path, capsy
     assert run(server, "--jsonl", str(path)) == 1
     answers: list[Any] = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [answer.get("error") for answer in answers] == ["InvalidLine", None]
+
+
+def scored(
+    server: Running, path: Path, capsys: pytest.CaptureFixture[str], *lines: str
+) -> tuple[int, list[dict[str, Any]], str]:
+    """Exit code, the answers and what is said of them."""
+    path.write_text("".join(f"{line}\n" for line in lines))
+    code = run(server, "--jsonl", str(path))
+    shown = capsys.readouterr()
+    return code, [json.loads(line, parse_constant=pytest.fail) for line in shown.out.splitlines()], shown.err
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("[" * 100_000, "is no JSON"),
+        ('{"prompt": "a", "messages": [{"role": "user", "content": "a"}], "response": "b"}', "give one of them"),
+        ('{"id": [1], "prompt": "a", "response": "b"}', "id is a list; give text or a number"),
+        ('{"prompt": "a", "response": [1.5]}', "give text or a list of token ids"),
+        ('{"prompt": "a", "response": {"text": "b"}}', "response: is a dict; give text or a list of token ids"),
+    ],
+)
+def test_a_strange_line_fails_alone(
+    server: Running, tmp_path: Path, capsys: pytest.CaptureFixture[str], line: str, words: str
+) -> None:
+    code, answers, said = scored(server, tmp_path / "items.jsonl", capsys, line, LINES[0])
+    assert code == 1
+    assert [answer.get("error") for answer in answers] == ["InvalidLine", None]
+    assert words in answers[0]["message"]
+    assert words in said
+
+
+def test_an_id_that_json_has_no_word_for_is_null(
+    server: Running, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = '{"id": NaN, "prompt": "hello", "response": "world"}'
+    code, [answer], _ = scored(server, tmp_path / "items.jsonl", capsys, line)
+    assert (code, answer["id"], answer["state"]) == (0, None, "SCORED")
+
+
+def test_a_batch_is_bounded_by_its_bytes(
+    server: Running, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line = json.dumps({"prompt": "x" * 80, "response": "y"})
+    before = server.engine.forwards
+    monkeypatch.setattr(verb, "BATCH_BYTES", 3 * (len(line) + 1))
+    code, answers, _ = scored(server, tmp_path / "items.jsonl", capsys, *[line] * 7)
+    assert (code, [answer["line"] for answer in answers]) == (0, [1, 2, 3, 4, 5, 6, 7])
+    assert server.engine.forwards - before == 3
+    monkeypatch.undo()
+    scored(server, tmp_path / "items.jsonl", capsys, *[line] * 7)
+    assert server.engine.forwards - before == 4, "control: without the bound they are one batch"
+
+
+@pytest.mark.parametrize("bound", [verb.BATCH_BYTES, 1])
+def test_a_line_that_is_too_large_fails_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], bound: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verb, "BATCH_BYTES", bound)
+    large = json.dumps({"prompt": "x" * 2000, "response": "y"})
+    with Running(limits=Limits(request_bytes=1000)) as server:
+        code, answers, said = scored(server, tmp_path / "items.jsonl", capsys, LINES[0], large, LINES[0])
+    assert (code, [answer.get("error") for answer in answers]) == (1, [None, "TooLarge", None])
+    assert "1 of 3 lines failed" in said
+
+
+def test_when_nothing_more_can_be_scored_the_first_such_line_is_named(
+    server: Running, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = iter([Client.score_batch])
+
+    def once(self: Client, *args: Any, **kwargs: Any) -> Any:
+        for call in calls:
+            return call(self, *args, **kwargs)
+        raise Unavailable("nobody there")
+
+    monkeypatch.setattr(Client, "score_batch", once)
+    code, answers, said = scored(server, tmp_path / "items.jsonl", capsys, *[LINES[0]] * (verb.BATCH + 3))
+    assert (code, len(answers)) == (1, verb.BATCH)
+    assert said.startswith(f"line {verb.BATCH + 1} and all after it are not scored: nobody there (the caller")
+    assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize("arguments", [("--prompt", "hello", "--response", "world"), ("--jsonl", "-")])
+def test_a_full_disk_is_one_line_and_ends_with_1(server: Running, arguments: tuple[str, ...]) -> None:
+    command = [sys.executable, "-m", "lapwing_client", "score", "--server", server.target, *arguments]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, input=LINES[0].encode(), stdout=full, stderr=subprocess.PIPE, check=False)
+    assert done.returncode == 1
+    assert done.stderr == b"lapwing score: [Errno 28] No space left on device\n"

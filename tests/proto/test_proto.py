@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import re
 import shutil
 import subprocess
@@ -124,6 +125,22 @@ def test_only_two_rpcs_stream() -> None:
         if method.client_streaming or method.server_streaming
     }
     assert streams == {"Generate": (False, True), "ScoreAttention": (True, False)}
+
+
+def test_the_attention_of_a_large_model_fits_into_slices() -> None:
+    """80 layers of 64 heads that read 8,192 tokens."""
+    layers, heads, tokens, most = 80, 64, 8192, 8 * 2**20
+    whole = layers * heads * tokens * 4
+    assert whole > most, "control: not in one message"
+
+    def tensor(*shape: int) -> tensor_pb2.Tensor:
+        return tensor_pb2.Tensor(dtype=tensor_pb2.DATA_TYPE_FLOAT32, shape=shape, data=bytes(4 * math.prod(shape)))
+
+    one_layer = tensor(1, heads, tokens)
+    summary = detector_pb2.AttentionSummarySlice(first_layer=79, diagonal=one_layer, received=one_layer)
+    rows = detector_pb2.AttentionRowsSlice(first_layer=79, first_token=8189, weights=tensor(1, heads, 3, tokens))
+    for part in ({"summary": summary}, {"rows": rows}):
+        assert detector_pb2.ScoreAttentionRequest(**part).ByteSize() <= most
 
 
 def test_the_floors_of_the_dependencies_are_those_of_the_stubs() -> None:

@@ -240,11 +240,14 @@ def test_a_refused_stream_takes_no_place() -> None:
 
 
 def test_a_stream_has_a_wall_clock() -> None:
-    with Running(limits=Limits(stream_seconds=0.0)) as server, stub_of(server) as stub:
+    engine = FakeEngine(before=After(3))
+    with Running(engine, limits=Limits(stream_seconds=0.3)) as server, stub_of(server) as stub:
         error = refused(stub.Generate, request(max_new_tokens=200))
         assert (error.code, error.reason) == (grpc.StatusCode.DEADLINE_EXCEEDED, "STREAM_TOO_LONG")
+        engine.before.gate.open()
         server.settle()
-        assert server.engine.closed == 1
+        assert engine.steps == 4, "the one that was being computed is finished, and no other begun"
+        assert engine.closed == 1
 
 
 def test_the_event_loop_answers_while_the_worker_computes() -> None:

@@ -22,12 +22,10 @@ from service_fakes import WAIT, FakeEngine, Gate, Running, a_probe, a_shelf
 from lapwing.v1 import detector_pb2, detector_pb2_grpc
 from lapwing_detector.detection import Reason, State
 from lapwing_detector.errors import CaptureError, ProbeCorrupt
-from lapwing_server.cli import is_loopback
 from lapwing_server.engine import Loaded, loader, warm_up
 from lapwing_server.server import Server, Settings
 
 HERE = Path(__file__).parent
-EVERYWHERE = "0.0.0.0"  # noqa: S104
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 SERVING = health_pb2.HealthCheckResponse.SERVING
 UNKNOWN = health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
@@ -58,8 +56,11 @@ def score_error(target: str) -> grpc.RpcError:
 
 
 def test_a_port_belongs_to_one_server() -> None:
-    with Running() as server, pytest.raises(OSError, match=f"port {server.port} of 127.0.0.1 can't be had"):
-        second_on(server)
+    with (
+        Running() as server,
+        pytest.raises(OSError, match=f"port {server.port} of host 127.0.0.1 can't be listened on"),
+    ):
+        start_and_stop(Settings(port=server.port))
 
 
 def test_control_by_default_two_servers_share_a_port() -> None:
@@ -75,28 +76,23 @@ def test_control_by_default_two_servers_share_a_port() -> None:
     assert first == second, "and each would get a part of the calls"
 
 
-def second_on(server: Running) -> None:
-    async def start() -> None:
-        second = Server(lambda: Loaded(FakeEngine(), a_shelf()), Settings(port=server.port))
-        try:
-            await second.start()
-        finally:
-            await second.stop()
+def start_and_stop(settings: Settings) -> int:
+    """The port of a server that lives for a moment."""
 
-    asyncio.run(start())
+    async def start() -> int:
+        server = Server(lambda: Loaded(FakeEngine(), a_shelf()), settings)
+        try:
+            return await server.start()
+        finally:
+            await server.stop()
+
+    return asyncio.run(start())
 
 
 def test_a_port_is_free_again_after_the_server() -> None:
     with Running() as server:
         port = server.port
-
-    async def start() -> int:
-        again = Server(lambda: Loaded(FakeEngine(), a_shelf()), Settings(port=port))
-        started = await again.start()
-        await again.stop()
-        return started
-
-    assert asyncio.run(start()) == port
+    assert start_and_stop(Settings(port=port)) == port
 
 
 # Readiness.
@@ -309,62 +305,6 @@ def test_a_signal_drains_and_the_process_ends_with_0(number: signal.Signals) -> 
             process.stdin.write("\n")
             process.stdin.flush()
             assert score.result(WAIT).detection.probability
-        assert process.wait(WAIT) == 0
-    finally:
-        process.kill()
-        process.communicate()
-
-
-# The command.
-
-
-def serve_command(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "lapwing_client", "serve", *arguments]
-
-
-@pytest.mark.parametrize("host", [EVERYWHERE, "::", "192.0.2.1", "example.org"])
-def test_an_address_that_others_reach_is_refused(host: str) -> None:
-    done = subprocess.run(serve_command("--host", host, "--port", "0"), capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert host in done.stderr
-    assert "--insecure" in done.stderr
-    assert done.stdout == ""
-
-
-@pytest.mark.parametrize("host", ["127.0.0.1", "127.8.8.8", "::1", "localhost"])
-def test_loopback(host: str) -> None:
-    assert is_loopback(host)
-    assert not is_loopback(f"{host}.example.org")
-
-
-def test_a_taken_port_ends_the_command_with_1() -> None:
-    with Running() as server:
-        command = serve_command("--port", str(server.port))
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 1
-    assert "perhaps another server has it; give another --port" in done.stderr
-
-
-@pytest.mark.parametrize("more", [[], ["--host", EVERYWHERE, "--insecure"]])
-def test_the_command_says_where_it_listens_even_when_there_is_no_probe(tmp_path: Path, more: list[str]) -> None:
-    process = subprocess.Popen(
-        serve_command("--port", "0", "--probes", str(tmp_path), *more),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout is not None
-    try:
-        line = process.stdout.readline()
-        assert line.startswith(f"listening on {EVERYWHERE if more else '127.0.0.1'}:")
-        target = f"127.0.0.1:{line.strip().rsplit(':', 1)[1]}"
-        info = info_of(target)
-        while info.state == detector_pb2.SERVER_STATE_LOADING:
-            info = info_of(target)
-        assert info.state == detector_pb2.SERVER_STATE_FAILED
-        assert "holds no sound probe" in info.message
-        assert check(target) == NOT_SERVING
-        process.terminate()
         assert process.wait(WAIT) == 0
     finally:
         process.kill()

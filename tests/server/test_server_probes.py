@@ -16,10 +16,11 @@ import pytest
 from google.protobuf import json_format
 from service_fakes import ATTENTION_SCORE, LAPLACIAN, WAIT, FakeEngine, Gate, Running, a_probe, a_shelf, refused
 
-from lapwing.v1 import probes_pb2, probes_pb2_grpc
+from lapwing.v1 import detector_pb2, detector_pb2_grpc, probes_pb2, probes_pb2_grpc
 from lapwing_detector.errors import ProbeCorrupt
+from lapwing_server.engine import loader
 from lapwing_server.limits import Limits
-from lapwing_server.shelf import shelve
+from lapwing_server.shelf import Shelf, Shelved, shelve
 
 NAMES = [f"probe-{i:03d}" for i in range(7)]
 
@@ -143,10 +144,17 @@ def test_pictures_are_drawn_by_a_thread_of_their_own(server: Running, stub: Any)
     held.result(WAIT)
 
 
+PICTURE = probes_pb2.GetHeatmapRequest(statistic="STATISTIC_P_VALUE", image_format="IMAGE_FORMAT_PNG")
+
+
 def test_a_picture_of_a_large_model_has_fewer_pixels_than_the_limit() -> None:
-    picture = a_probe(layers=160, heads=128).head_map(LAPLACIAN, "P_VALUE").render("png")
-    width, height = struct.unpack(">II", picture[16:24])
-    assert width * height < Limits().heatmap_pixels
+    large = a_probe(layers=160, heads=128)
+    shelf = Shelf((Shelved(large.name, large, ""),), large)
+    with Running(FakeEngine(probe=large), shelf=shelf) as server, grpc.insecure_channel(server.target) as channel:
+        shown = probes_pb2_grpc.ProbesStub(channel).GetHeatmap(PICTURE)
+    width, height = struct.unpack(">II", shown.image[16:24])
+    assert 500_000 < width * height < Limits().heatmap_pixels
+    assert list(shown.values.shape) == [160, 128]
 
 
 @pytest.mark.parametrize(
@@ -154,6 +162,7 @@ def test_a_picture_of_a_large_model_has_fewer_pixels_than_the_limit() -> None:
     [
         ({"feature": "nope.v1", "statistic": 1}, "UNKNOWN_FEATURE", "feature", (LAPLACIAN, ATTENTION_SCORE)),
         ({}, "UNKNOWN_STATISTIC", "statistic", ("P_VALUE", "SELECTED")),
+        ({"statistic": -1}, "UNKNOWN_STATISTIC", "statistic", ("number -1",)),
         ({"statistic": 99}, "UNKNOWN_STATISTIC", "statistic", ("number 99",)),
         ({"statistic": 4}, "UNKNOWN_STATISTIC", "statistic", ("EFFECT_SIZE",)),
         ({"statistic": 1, "image_format": 9}, "INVALID_INPUT", "image_format", ("PNG, SVG",)),
@@ -173,11 +182,19 @@ def test_a_rejected_probe_has_no_heatmap(stub: Any) -> None:
     assert "its sha256 differs" in error.message
 
 
-def test_a_map_larger_than_the_limit_is_refused() -> None:
-    with Running(limits=Limits(heatmap_pixels=5)) as server, grpc.insecure_channel(server.target) as channel:
-        stub = probes_pb2_grpc.ProbesStub(channel)
-        error = refused(stub.GetHeatmap, probes_pb2.GetHeatmapRequest(statistic=1))
-    assert (error.code, error.reason) == (grpc.StatusCode.INVALID_ARGUMENT, "TOO_LARGE")
+def test_a_picture_larger_than_the_limit_is_refused_and_its_numbers_are_not(stub: Any) -> None:
+    width, height = struct.unpack(">II", stub.GetHeatmap(PICTURE).image[16:24])
+    for pixels in (width * height - 1, width * height):
+        limits = Limits(heatmap_pixels=pixels)
+        with Running(limits=limits) as server, grpc.insecure_channel(server.target) as channel:
+            bounded = probes_pb2_grpc.ProbesStub(channel)
+            if pixels == width * height:
+                assert bounded.GetHeatmap(PICTURE).image, "control"
+                continue
+            error = refused(bounded.GetHeatmap, PICTURE)
+            assert (error.reason, error.field) == ("TOO_LARGE", "image_format")
+            assert f"{width} x {height} pixels" in error.message
+            assert bounded.GetHeatmap(probes_pb2.GetHeatmapRequest(statistic=1)).values.data
 
 
 @pytest.mark.parametrize("call", ["ActivateProbe", "ReloadProbes"])
@@ -255,3 +272,38 @@ def test_links_that_lead_out_and_hidden_folders_are_left_alone(saved: Path, tmp_
     shutil.copytree(saved / "beta", root / ".beta-half-written")
     os.symlink(saved / "beta", root / "beta")
     assert shelve(root).names == ["alpha"]
+
+
+ODD_NAMES = (b"b\xff", b"d\ne", b"Upper", b"c" * 64, b"with space")
+
+
+def test_folders_that_are_not_named_like_probes_are_left_alone(saved: Path, tmp_path: Path) -> None:
+    root = tmp_path / "probes"
+    shutil.copytree(saved, root)
+    for name in ODD_NAMES:
+        os.mkdir(os.path.join(os.fsencode(root), name))
+    (root / "named-like-one").mkdir()
+    assert shelve(root).names == ["alpha", "beta", "named-like-one"]
+
+
+@pytest.mark.parametrize("name", ODD_NAMES)
+def test_a_probe_that_is_named_itself_may_lie_in_any_folder(saved: Path, tmp_path: Path, name: bytes) -> None:
+    path = Path(os.fsdecode(os.path.join(os.fsencode(tmp_path), name)))
+    shutil.copytree(saved / "alpha", path)
+    assert shelve(path).names == ["alpha"]
+
+
+def test_a_failure_in_a_folder_of_any_name_can_be_told(tmp_path: Path) -> None:
+    path = Path(os.fsdecode(os.path.join(os.fsencode(tmp_path), b"p\xff")))
+    path.mkdir()
+    (path / "manifest.json").write_text("{}")
+    load = loader("m", path, None, lambda model, probe: FakeEngine(probe=probe))
+    with Running(load=load) as server, grpc.insecure_channel(server.target) as channel:
+        info = detector_pb2_grpc.DetectorStub(channel).GetServerInfo(detector_pb2.GetServerInfoRequest())
+    assert info.state == detector_pb2.SERVER_STATE_FAILED
+    assert "p\\udcff" in info.message
+
+
+def test_control_such_a_name_does_not_fit_on_the_wire() -> None:
+    with pytest.raises(UnicodeEncodeError):
+        probes_pb2.Probe(name="p\udcff").SerializeToString()

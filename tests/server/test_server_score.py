@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from threading import current_thread
 from typing import Any
 
 import grpc
 import numpy as np
 import pytest
 from google.rpc import error_details_pb2
-from service_fakes import FakeEngine, Running, a_probe, refused
+from service_fakes import CONTEXT, WAIT, FakeEngine, Gate, Running, a_probe, refused, wait_until
 
 from lapwing.v1 import detection_pb2, detector_pb2, detector_pb2_grpc, tensor_pb2
+from lapwing_server.detector_service import portions
 from lapwing_server.limits import Limits
 
 Prompt, Response = detection_pb2.Prompt, detection_pb2.Response
@@ -141,6 +143,51 @@ def test_too_long_for_the_model_says_how_long(stub: Any) -> None:
     assert "405 tokens, the model takes 400" in error.message
 
 
+CHARACTERS = 64 * CONTEXT
+LONG = [
+    (request(Prompt(token_ids=[1] * (CONTEXT + 1))), "prompt.token_ids", "401 token ids, the server takes 400"),
+    (request(None, Response(token_ids=[1] * (CONTEXT + 1))), "response.token_ids", "401 token ids"),
+    (request(Prompt(text="x" * (CHARACTERS + 1))), "prompt.text", "25601 characters, the server takes 25600"),
+    (request(None, Response(text="x" * (CHARACTERS + 1))), "response.text", "25601 characters"),
+    (request(Prompt(messages=[{"role": "user"}] * 1001)), "prompt.messages", "1001 messages, the server takes 1000"),
+    (request(Prompt(messages=[{"role": "u", "content": "x" * 20_000}] * 2)), "prompt.messages", "40000 characters"),
+]
+
+
+@pytest.mark.parametrize(("message", "field", "words"), LONG, ids=[field for _, field, _ in LONG])
+def test_what_can_not_fit_is_refused_before_the_worker_sees_it(
+    server: Running, stub: Any, message: detector_pb2.ScoreRequest, field: str, words: str
+) -> None:
+    before = server.engine.forwards
+    error = refused(stub.Score, message)
+    assert (error.code, error.reason, error.field) == (grpc.StatusCode.INVALID_ARGUMENT, "TOO_LONG", field)
+    assert words in error.message
+    item = detector_pb2.ScoreItem(prompt=message.prompt, response=message.response)
+    [result] = stub.ScoreBatch(detector_pb2.ScoreBatchRequest(items=[item])).results
+    assert f"{field}: has {words}" in result.error.message
+    if message.response.text == "world":
+        assert refused(stub.Generate, detector_pb2.GenerateRequest(prompt=message.prompt)).field == field
+    assert server.engine.forwards == before
+
+
+def test_control_what_may_fit_is_left_to_the_tokenizer(server: Running, stub: Any) -> None:
+    before = server.engine.forwards
+    for prompt in (Prompt(token_ids=[1] * CONTEXT), Prompt(text="x" * CHARACTERS)):
+        error = refused(stub.Score, request(prompt))
+        assert (error.reason, error.field) == ("TOO_LONG", "response"), "as the engine says it"
+    assert server.engine.forwards == before + 2
+
+
+def test_the_event_loop_takes_no_fingerprint(stub: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads = []
+    monkeypatch.setattr(
+        "lapwing_server.detector_service.fingerprint", lambda content: threads.append(current_thread().name)
+    )
+    stub.Score(request())
+    list(stub.Generate(detector_pb2.GenerateRequest(prompt=Prompt(text="hello"), max_new_tokens=1)))
+    assert threads == ["lapwing-worker"] * 3
+
+
 def test_nine_megabytes_are_refused_unread(server: Running, stub: Any) -> None:
     before = server.engine.forwards
     with pytest.raises(grpc.RpcError) as caught:
@@ -185,6 +232,54 @@ def test_the_number_of_items_is_bounded(stub: Any, count: int) -> None:
     assert (error.code, error.reason, error.field) == (grpc.StatusCode.INVALID_ARGUMENT, "BATCH_SIZE", "items")
 
 
+def batch_of(*sizes: int) -> detector_pb2.ScoreBatchRequest:
+    items = [detector_pb2.ScoreItem(prompt=Prompt(text="x" * size), response=Response(text="y")) for size in sizes]
+    return detector_pb2.ScoreBatchRequest(items=items)
+
+
+def test_a_large_batch_is_cut_and_other_work_comes_in_between() -> None:
+    gate = Gate()
+    engine = FakeEngine(max_tokens=20_000, before=gate)
+    with Running(engine) as server, grpc.insecure_channel(server.target) as channel:
+        stub = detector_pb2_grpc.DetectorStub(channel)
+        batch = stub.ScoreBatch.future(batch_of(*[9_000] * 3))
+        assert gate.reached.wait(WAIT)
+        score = stub.Score.future(request())
+        wait_until(lambda: server.server.worker.waiting == 1)
+        gate.open()
+        found = [result.detection.prompt_tokens for result in batch.result(WAIT).results]
+        assert score.result(WAIT)
+    assert found == [9_000] * 3
+    assert engine.calls == ["score_batch", "score", "score_batch", "score_batch"]
+
+
+def test_a_batch_that_is_left_is_not_finished() -> None:
+    gate = Gate()
+    engine = FakeEngine(max_tokens=20_000, before=gate)
+    with Running(engine) as server, grpc.insecure_channel(server.target) as channel:
+        batch = detector_pb2_grpc.DetectorStub(channel).ScoreBatch.future(batch_of(*[9_000] * 3))
+        assert gate.reached.wait(WAIT)
+        batch.cancel()
+        wait_until(lambda: server.server.guard.in_flight == 0)
+        gate.open()
+        server.settle()
+    assert engine.forwards == 1, "the portion that was being computed"
+
+
+@pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [
+        ([10] * 64, [list(range(64))]),
+        ([8_000, 8_000, 8_000], [[0, 1], [2]]),
+        ([100_000, 10, 10], [[0], [1, 2]]),
+        ([10, 10, 8_000], [[0, 1], [2]]),
+        ([], []),
+    ],
+)
+def test_portions_count_the_padding(sizes: list[int], expected: list[list[int]]) -> None:
+    assert list(portions(dict(enumerate(sizes)))) == expected
+
+
 def test_a_batch_may_be_full(stub: Any) -> None:
     item = detector_pb2.ScoreItem(prompt=Prompt(text="hello"), response=Response(text="b"))
     assert len(stub.ScoreBatch(detector_pb2.ScoreBatchRequest(items=[item] * 64)).results) == 64
@@ -199,6 +294,7 @@ def test_server_info(stub: Any) -> None:
     assert info.limits.max_request_bytes == 8 * 2**20
     assert info.limits.max_batch_items == Limits().batch_items == 64
     assert info.limits.max_heatmap_pixels == 4_000_000
+    assert (info.limits.max_messages, info.limits.max_characters_per_token) == (1000, 64)
     assert info.library_versions["python"].startswith("3.")
 
 

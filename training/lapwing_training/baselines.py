@@ -18,7 +18,7 @@ from lapwing_training.splits import Fold
 from lapwing_training.table import Table
 
 RANDOM_DRAWS = 10
-SHUFFLES = 5
+SHUFFLES = 20
 DIRECTIONS = {"token_count": 1.0, "log_probability": -1.0, "summed_attention_score": 1.0}
 """Which way each baseline is expected to speak for hallucination, when no training rows can say."""
 

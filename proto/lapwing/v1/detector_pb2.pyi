@@ -200,18 +200,22 @@ class ModelInfo(_message.Message):
     def __init__(self, identity: _Optional[_Union[_model_pb2.ModelIdentity, _Mapping]] = ..., max_tokens: _Optional[int] = ...) -> None: ...
 
 class Limits(_message.Message):
-    __slots__ = ("max_request_bytes", "max_batch_items", "max_new_tokens", "max_generate_streams", "max_heatmap_pixels")
+    __slots__ = ("max_request_bytes", "max_batch_items", "max_new_tokens", "max_generate_streams", "max_heatmap_pixels", "max_messages", "max_characters_per_token")
     MAX_REQUEST_BYTES_FIELD_NUMBER: _ClassVar[int]
     MAX_BATCH_ITEMS_FIELD_NUMBER: _ClassVar[int]
     MAX_NEW_TOKENS_FIELD_NUMBER: _ClassVar[int]
     MAX_GENERATE_STREAMS_FIELD_NUMBER: _ClassVar[int]
     MAX_HEATMAP_PIXELS_FIELD_NUMBER: _ClassVar[int]
+    MAX_MESSAGES_FIELD_NUMBER: _ClassVar[int]
+    MAX_CHARACTERS_PER_TOKEN_FIELD_NUMBER: _ClassVar[int]
     max_request_bytes: int
     max_batch_items: int
     max_new_tokens: int
     max_generate_streams: int
     max_heatmap_pixels: int
-    def __init__(self, max_request_bytes: _Optional[int] = ..., max_batch_items: _Optional[int] = ..., max_new_tokens: _Optional[int] = ..., max_generate_streams: _Optional[int] = ..., max_heatmap_pixels: _Optional[int] = ...) -> None: ...
+    max_messages: int
+    max_characters_per_token: int
+    def __init__(self, max_request_bytes: _Optional[int] = ..., max_batch_items: _Optional[int] = ..., max_new_tokens: _Optional[int] = ..., max_generate_streams: _Optional[int] = ..., max_heatmap_pixels: _Optional[int] = ..., max_messages: _Optional[int] = ..., max_characters_per_token: _Optional[int] = ...) -> None: ...
 
 class GetServerInfoResponse(_message.Message):
     __slots__ = ("version", "state", "message", "model", "limits", "probe_name", "probe_revision", "library_versions")

@@ -1,0 +1,297 @@
+"""The client and its connection: deadlines, leaving, waiting until ready, tokens, trying again."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import json
+import math
+import threading
+from collections.abc import Callable, Iterator
+from concurrent import futures
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+from service_fakes import WAIT, FakeEngine, Gate, Running, a_shelf
+
+from lapwing.v1 import probes_pb2
+from lapwing_client import (
+    Client,
+    DeadlineExceeded,
+    InvalidRequest,
+    LapwingError,
+    PermissionDenied,
+    Unavailable,
+)
+from lapwing_client.client import channel_options, is_local, patience
+from lapwing_detector.errors import ProbeCorrupt
+from lapwing_server.engine import Loaded
+from lapwing_server.refusal import Refusal
+
+# Time.
+
+
+@pytest.mark.parametrize("call", ["score", "score_batch", "generate"])
+def test_every_call_has_a_deadline(call: str) -> None:
+    gate = Gate()
+    with Running(FakeEngine(before=gate)) as server, Client(server.target, timeout=0.05) as client:
+        calls: dict[str, Callable[[], object]] = {
+            "score": lambda: client.score("hello", "world"),
+            "score_batch": lambda: client.score_batch([("hello", "world")]),
+            "generate": lambda: next(client.generate("hello")),
+        }
+        with pytest.raises(DeadlineExceeded):
+            calls[call]()
+        gate.open()
+        assert client.score("hello", "world", timeout=WAIT).probability, "a call may be given its own"
+
+
+# Leaving.
+
+
+def leave_by_closing(client: Client, computing: Any) -> None:
+    stream = client.generate("hello", max_new_tokens=200)
+    next(stream)
+    computing()
+    stream.close()
+    stream.close()
+    with pytest.raises(LapwingError):
+        next(stream)
+
+
+def leave_by_with(client: Client, computing: Any) -> None:
+    with client.generate("hello", max_new_tokens=200) as stream:
+        next(stream)
+        computing()
+
+
+def leave_by_dropping(client: Client, computing: Any) -> None:
+    for _ in client.generate("hello", max_new_tokens=200):
+        computing()
+        break
+    gc.collect()
+
+
+def leave_by_raising(client: Client, computing: Any) -> None:
+    with suppress(KeyError), client.generate("hello", max_new_tokens=200) as stream:
+        next(stream)
+        computing()
+        raise KeyError
+
+
+@pytest.mark.parametrize("leave", [leave_by_closing, leave_by_with, leave_by_dropping, leave_by_raising])
+def test_leaving_a_generation_stops_the_model(leave: Any) -> None:
+    gate, passed = Gate(), threading.Event()
+
+    def before() -> None:
+        gate() if passed.is_set() else passed.set()
+
+    def computing() -> None:
+        assert gate.reached.wait(WAIT), "the second token is being computed"
+
+    engine = FakeEngine(before=before)
+    with Running(engine) as server, Client(server.target) as client:
+        leave(client, computing)
+        server.call(asyncio.wait_for(server.server.guard.idle(), WAIT))
+        gate.open()
+        server.settle()
+    assert engine.steps == 2, "the one that was read and the one that was being computed"
+
+
+# Readiness.
+
+
+def test_waiting_for_a_server_that_is_ready() -> None:
+    with Running() as server, Client(server.target) as client:
+        assert client.wait_until_ready(WAIT).state == "SERVING"
+
+
+def test_waiting_for_a_server_that_is_loading() -> None:
+    gate = Gate()
+
+    def load() -> Loaded:
+        gate()
+        return Loaded(FakeEngine(), a_shelf())
+
+    with Running(load=load, ready=False) as server, Client(server.target) as client:
+        with pytest.raises(DeadlineExceeded, match=r"not ready after 0.2 s: model and probe are being loaded"):
+            client.wait_until_ready(0.2)
+        threading.Timer(0.1, gate.open).start()
+        assert client.wait_until_ready(WAIT).state == "SERVING"
+
+
+def test_waiting_for_a_server_that_is_not_there() -> None:
+    with Client("127.0.0.1:1") as client, pytest.raises(DeadlineExceeded, match=r"nobody answers at 127\.0\.0\.1:1"):
+        client.wait_until_ready(0.2)
+
+
+def test_waiting_for_a_server_that_failed_ends_at_once() -> None:
+    def load() -> Loaded:
+        raise ProbeCorrupt("the probe is torn")
+
+    with Running(load=load) as server, Client(server.target) as client, pytest.raises(Unavailable, match="is torn"):
+        client.wait_until_ready(60.0)
+
+
+@contextmanager
+def a_server_that_answers(code: grpc.StatusCode) -> Iterator[tuple[str, list[str]]]:
+    """Its address, and the methods that it was asked for so far."""
+    asked: list[str] = []
+
+    class Refusing(grpc.GenericRpcHandler):
+        def service(self, details: Any) -> Any:
+            asked.append(details.method)
+            return grpc.unary_unary_rpc_method_handler(lambda request, context: context.abort(code, "no"))
+
+    server = grpc.server(futures.ThreadPoolExecutor(1), handlers=[Refusing()])
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    try:
+        yield f"127.0.0.1:{port}", asked
+    finally:
+        server.stop(None)
+
+
+@pytest.mark.parametrize("code", [grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED])
+def test_who_may_not_ask_does_not_wait(code: grpc.StatusCode) -> None:
+    with a_server_that_answers(code) as (target, asked), Client(target) as client:
+        with pytest.raises(PermissionDenied):
+            client.wait_until_ready(WAIT)
+        assert len(asked) == 1
+
+
+@pytest.mark.parametrize("code", [grpc.StatusCode.INTERNAL, grpc.StatusCode.UNAVAILABLE])
+def test_waiting_pauses_after_every_failure(code: grpc.StatusCode) -> None:
+    with a_server_that_answers(code) as (target, asked), Client(target) as client:
+        with pytest.raises(DeadlineExceeded):
+            client.wait_until_ready(0.5)
+        assert 2 <= len(asked) <= 11, "one pause of 0.05 s after each"
+
+
+def test_a_value_error_of_an_open_client_is_not_called_a_closed_one() -> None:
+    def broken(*args: Any, **kwargs: Any) -> Any:
+        raise ValueError("something else")
+
+    with Client("localhost:1") as client:
+        with pytest.raises(ValueError, match="something else"):
+            client._call(broken, b"", None)
+        client.close()
+        with pytest.raises(LapwingError, match="the client is closed"):
+            client._call(broken, b"", None)
+
+
+def test_a_client_outlives_a_restart_of_its_server() -> None:
+    with Running() as first, Client(first.target) as client:
+        assert client.score("hello", "world").probability
+        first.close()
+        with pytest.raises(Unavailable):
+            client.score("hello", "world")
+        with Running(port=first.port):
+            client.wait_until_ready(WAIT)
+            assert client.score("hello", "world").probability
+
+
+# The connection.
+
+
+@pytest.mark.parametrize(
+    ("target", "local"),
+    [
+        ("localhost:50051", True),
+        ("127.0.0.1:1", True),
+        ("[::1]:1", True),
+        ("unix:/run/lapwing", True),
+        ("example.org:50051", False),
+        ("127.0.0.1.example.org:50051", False),
+        ("localhost.example.org:50051", False),
+        ("192.0.2.1:50051", False),
+        ("dns:///localhost:50051", False),
+    ],
+)
+def test_a_token_stays_on_this_machine(target: str, local: bool) -> None:
+    assert is_local(target) == local
+    if local:
+        Client(target, token="secret").close()
+    else:
+        with pytest.raises(InvalidRequest, match="a token goes only to this machine") as caught:
+            Client(target, token="secret")
+        assert caught.value.field == "target"
+        assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("token", ["secret\n", "sécret", "sec\x00ret"])
+def test_a_token_that_no_header_holds_is_the_callers_fault(token: str) -> None:
+    with pytest.raises(InvalidRequest, match="token: has characters that no header can hold") as caught:
+        Client("localhost:1", token=token)
+    assert caught.value.field == "token"
+    assert token not in str(caught.value)
+    Client("localhost:1", token="All of ~!this").close()
+
+
+@pytest.mark.parametrize("timeout", [math.inf, math.nan, "5", True])
+def test_a_timeout_is_a_finite_number(timeout: Any) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        Client("localhost:1", timeout=timeout)
+    assert caught.value.field == "timeout"
+    with Client("localhost:1") as client:
+        for call in (client.server_info, client.wait_until_ready):
+            with pytest.raises(InvalidRequest, match="timeout: is"):
+                call(timeout=timeout)
+
+
+def test_no_time_left_is_no_mistake() -> None:
+    assert [patience(timeout) for timeout in (-1, 0, np.float32(0.5))] == [-1.0, 0.0, 0.5]
+
+
+def test_the_token_is_sent_with_every_call() -> None:
+    seen: list[Any] = []
+    with Running() as server, Client(server.target, token="secret") as client:
+        enter = server.server.guard._enter
+
+        def spy(method: str, context: Any) -> None:
+            seen.append((method, dict(context.invocation_metadata()).get("authorization")))
+            enter(method, context)
+
+        server.server.guard._enter = spy  # type: ignore[method-assign]
+        client.wait_until_ready(WAIT)
+        client.score("hello", "world")
+        list(client.generate("hello", max_new_tokens=1))
+        client.probes()
+    assert {token for _, token in seen} == {"Bearer secret"}
+    assert len({method for method, _ in seen}) == 5
+
+
+def test_every_call_but_a_stream_is_tried_again() -> None:
+    options = dict(channel_options(True))
+    [config] = json.loads(options["grpc.service_config"])["methodConfig"]
+    assert config["retryPolicy"]["retryableStatusCodes"] == ["UNAVAILABLE"]
+    names = [(one["service"], one["method"]) for one in config["name"]]
+    detector, probes = ("Score", "ScoreBatch", "GetServerInfo"), probes_of_the_wire()
+    assert names == [
+        *(("lapwing.v1.Detector", method) for method in detector),
+        *(("lapwing.v1.Probes", method) for method in probes),
+    ]
+    assert "grpc.service_config" not in dict(channel_options(False))
+
+
+def probes_of_the_wire() -> list[str]:
+    return [method.name for method in probes_pb2.DESCRIPTOR.services_by_name["Probes"].methods]
+
+
+@pytest.mark.parametrize("retry", [True, False])
+def test_a_call_that_was_refused_once_succeeds_only_with_retries(retry: bool) -> None:
+    refusals = iter([True])
+
+    def before() -> None:
+        if next(refusals, False):
+            raise Refusal(grpc.StatusCode.UNAVAILABLE, "SERVER_STOPPING", "going away")
+
+    with Running(FakeEngine(before=before)) as server, Client(server.target, retry=retry) as client:
+        if retry:
+            assert client.score("hello", "world").probability
+        else:
+            with pytest.raises(Unavailable, match="going away"):
+                client.score("hello", "world")

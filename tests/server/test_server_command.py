@@ -1,0 +1,140 @@
+"""The verb `lapwing serve`: what it refuses, what it prints and logs, how it ends."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import transformers.utils.logging as transformers_logging
+from service_fakes import WAIT, Running, a_probe
+from test_server_lifecycle import NOT_SERVING, check, info_of, start_and_stop
+
+from lapwing.v1 import detector_pb2
+from lapwing_server.cli import is_loopback
+from lapwing_server.engine import real_detector
+from lapwing_server.server import Settings
+
+EVERYWHERE = "0.0.0.0"  # noqa: S104
+
+
+def serve_command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "lapwing_client", "serve", *arguments]
+
+
+@pytest.mark.parametrize("host", [EVERYWHERE, "::", "192.0.2.1", "example.org"])
+def test_an_address_that_others_reach_is_refused(host: str) -> None:
+    done = subprocess.run(serve_command("--host", host, "--port", "0"), capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert host in done.stderr
+    assert "--insecure" in done.stderr
+    assert done.stdout == ""
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.8.8.8", "::1", "localhost"])
+def test_loopback(host: str) -> None:
+    assert is_loopback(host)
+    assert not is_loopback(f"{host}.example.org")
+
+
+def test_a_taken_port_ends_the_command_with_1() -> None:
+    with Running() as server:
+        command = serve_command("--port", str(server.port))
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert f"port {server.port} of host 127.0.0.1 can't be listened on: perhaps another server has it" in done.stderr
+    assert "give another --port (0 for a free one)" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "never awaited" not in done.stderr
+
+
+@pytest.mark.parametrize("more", [[], ["--host", EVERYWHERE, "--insecure"]])
+def test_the_command_says_where_it_listens_even_when_there_is_no_probe(tmp_path: Path, more: list[str]) -> None:
+    process = subprocess.Popen(
+        serve_command("--port", "0", "--probes", str(tmp_path), *more),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    try:
+        line = process.stdout.readline()
+        assert line.startswith(f"listening on {EVERYWHERE if more else '127.0.0.1'}:")
+        target = f"127.0.0.1:{line.strip().rsplit(':', 1)[1]}"
+        info = info_of(target)
+        while info.state == detector_pb2.SERVER_STATE_LOADING:
+            info = info_of(target)
+        assert info.state == detector_pb2.SERVER_STATE_FAILED
+        assert "holds no sound probe" in info.message
+        assert check(target) == NOT_SERVING
+        process.terminate()
+        assert process.wait(WAIT) == 0
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--model", "some/model"], "--model needs --probes"),
+        (["--probes", "/no/such/folder"], "/no/such/folder"),
+        (["--model", "some/model", "--probes", "/no/such/folder"], "/no/such/folder"),
+    ],
+)
+def test_what_can_not_work_is_refused_before_anything_is_loaded(arguments: list[str], words: str) -> None:
+    command = serve_command("--port", "0", *arguments)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "COLUMNS": "200"})
+    assert done.returncode == 2
+    assert "--probes" in done.stderr
+    assert words in done.stderr
+    assert done.stdout == "", "it never listened"
+
+
+def test_an_address_that_nobody_reads_ends_the_command_in_good_order(tmp_path: Path) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = serve_command("--port", "0", "--probes", str(tmp_path))
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, check=False, timeout=WAIT)
+    os.close(writing)
+    assert done.returncode == 1
+    assert "but standard output can't be written: Broken pipe" in done.stderr
+    for word in ("Traceback", "Event loop is closed", "never awaited", "Exception ignored", "listened on"):
+        assert word not in done.stderr
+
+
+@pytest.mark.parametrize(("host", "address"), [("::1", "[::1]"), ("127.0.0.1", "127.0.0.1")])
+def test_a_host_is_announced_as_a_client_takes_it(host: str, address: str) -> None:
+    assert Settings(host=host).address == address
+
+
+@pytest.mark.parametrize("host", ["192.0.2.1", "2001:db8::1"])
+def test_a_host_of_another_machine_is_named(host: str) -> None:
+    with pytest.raises(OSError, match=rf"^port 0 of host {host} can't be listened on: .*or --host$"):
+        start_and_stop(Settings(host=host, port=0))
+
+
+LOGGING = """
+import logging
+from lapwing_server.cli import log_to_standard_error
+log_to_standard_error(verbose=False)
+logging.getLogger("some.library").info("chatter")
+logging.getLogger("some.library").warning("trouble")
+logging.getLogger("lapwing.server").debug("detail")
+logging.getLogger("lapwing.server").info("news")
+"""
+
+
+def test_the_log_is_ours_and_of_libraries_only_what_went_wrong() -> None:
+    done = subprocess.run([sys.executable, "-c", LOGGING], capture_output=True, text=True, check=True)
+    assert [line.split()[-1] for line in done.stderr.splitlines()] == ["trouble", "news"]
+
+
+def test_loading_draws_no_bar_in_the_log() -> None:
+    transformers_logging.enable_progress_bar()
+    assert transformers_logging.is_progress_bar_enabled(), "control"
+    with pytest.raises(Exception, match="can't be loaded"):
+        real_detector("/nowhere/at/all", a_probe())
+    assert not transformers_logging.is_progress_bar_enabled()
