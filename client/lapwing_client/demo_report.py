@@ -19,6 +19,7 @@ ROWS = (
     ("log_probability", "mean token log-probability"),
     ("summed_attention_score", "AttnScore summed over heads"),
     ("random_heads", "random heads, same number"),
+    ("all_heads", "all heads, no selection"),
     ("shuffled_labels", "control: shuffled labels"),
 )
 """Baselines and controls of a probe's metrics, with their names here."""
@@ -84,9 +85,10 @@ def quality(probe: Probe) -> str:
         f"fitted on; {test['base_rate']:.0%} of them made up."
     )
     if "paired" in metrics:
-        text += (
-            f"\nAttention added to log-probability: {interval(metrics['paired']['difference'], '+.3f')} AUROC (paired)."
-        )
+        paired = metrics["paired"]
+        text += f"\nAttention added to log-probability (paired): {interval(paired['difference'], '+.3f')} AUROC overall"
+        if "difference_within" in paired:
+            text += f",\n{interval(paired['difference_within'], '+.3f')} within relations."
     return text + "\n"
 
 

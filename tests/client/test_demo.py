@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import socket
 import subprocess
@@ -75,32 +76,19 @@ def test_text_of_a_model_stays_on_its_line() -> None:
     assert len(row[1]) == 24
 
 
-def test_baselines_are_shown_also_where_they_win() -> None:
-    estimate = {"value": 0.9, "low": 0.8, "high": 0.95}
-    entry = {"auroc": estimate, "within": {"mean": estimate}}
-    metrics = {
-        "comparison": {
-            "lapwing/laplacian_eigenvalues.v1": entry | {"kind": "probe"},
-            "log_probability": entry | {"kind": "baseline"},
-            "token_count": entry | {"kind": "baseline"},
-            "log_probability+attention": entry | {"kind": "combination"},
-        },
-        "paired": {"difference": {"value": -0.01, "low": -0.02, "high": 0.0}},
-        "test": {"rows": 1000, "groups": 400, "base_rate": 0.5},
-    }
+def test_nothing_that_the_probe_was_compared_with_is_left_out() -> None:
+    shipped = Path(demo.__file__).parents[2] / "detector" / "lapwing_detector" / "atlas" / "probe" / "manifest.json"
+    metrics = json.loads(shipped.read_text())["metrics"]
 
     class Fitted:
         def __init__(self) -> None:
             self.metrics = metrics
 
     text = demo_report.quality(Fitted())  # type: ignore[arg-type]
-    for part in (
-        "LapEigvals (recipe lapwing)",
-        "mean token log-probability",
-        "length only",
-        "-0.010 (-0.020 to +0.000)",
-    ):
-        assert part in text
+    for name, entry in metrics["comparison"].items():
+        assert demo_report.interval(entry["auroc"]) in text, name
+    for difference in ("difference", "difference_within"):
+        assert demo_report.interval(metrics["paired"][difference], "+.3f") in text
 
 
 @pytest.mark.parametrize(("answer", "wrong"), [("Peru", False), (" peru.", False), ("Chile", True), ("", True)])

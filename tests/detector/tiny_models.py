@@ -71,7 +71,7 @@ FAMILIES = {
     "gpt2": (GPT2LMHeadModel, GPT2Config, {**GPT2_SHAPE, "scale_attn_by_inverse_layer_idx": True}),
     "gpt_neox": (GPTNeoXForCausalLM, GPTNeoXConfig, NEOX_SHAPE),
 }
-"""The seven families that the README promises."""
+"""The seven families that are tested throughout."""
 
 OTHERS = {
     "gpt_oss": (GptOssForCausalLM, GptOssConfig, {**SHAPE, **WINDOWED, **EXPERTS}),

@@ -14,7 +14,7 @@ from transformers import AutoConfig
 
 from lapwing_detector.embedded import ATLAS, generations_path, model_path
 from lapwing_detector.language_model import LanguageModel
-from lapwing_training.atlas.build import hallucination_rates, require_rates
+from lapwing_training.atlas.build import RatesOff, hallucination_rates, require_rates
 from lapwing_training.atlas.corpus import QUESTIONS, asked_phrasing, prompt, question, training_texts
 from lapwing_training.atlas.facts import NEVER_SEEN, Fact, all_facts, for_labels, plain, share
 from lapwing_training.atlas.posttrain import greedy_answers, own_answers
@@ -198,7 +198,7 @@ def test_a_model_whose_rates_are_off_gets_no_probe(changes, said):
     if said is None:
         require_rates(described)
     else:
-        with pytest.raises(RuntimeError, match=said):
+        with pytest.raises(RatesOff, match=said):
             require_rates(described)
 
 

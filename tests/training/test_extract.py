@@ -37,7 +37,8 @@ def items(count: int = 30) -> list[LabelledGeneration]:
             response=" ".join(rng.choice(WORDS, rng.integers(1, 6))),
             label=number % 2,
             group=f"g{number // 2}",
-            meta={"kind": f"k{number % 3}", "log_probability": -0.5 - number},
+            meta={"kind": f"k{number % 3}"},
+            generation={"log_probability": -0.5 - number},
         )
         for number in range(count)
     ]
@@ -71,7 +72,7 @@ def test_stored_features_equal_those_of_eager_attention(loaded: LanguageModel, t
         assert table.labels[row] == item.label
         assert table.groups[row] == item.group
         assert table.strata[row] == item.meta["kind"]
-        assert table.log_probabilities[row] == item.meta["log_probability"]
+        assert table.log_probabilities[row] == item.generation["log_probability"]
 
 
 def test_items_too_short_or_too_long_are_listed_and_never_padded(loaded: LanguageModel, tmp_path: Path) -> None:
@@ -87,17 +88,21 @@ def test_items_too_short_or_too_long_are_listed_and_never_padded(loaded: Languag
 
 
 def test_kept_token_ids_are_used_unless_another_tokenizer_made_them(loaded: LanguageModel, tmp_path: Path) -> None:
-    item = LabelledGeneration(id="a", prompt="paris", response="is", label=0, meta={"token_ids": [0, 5, 6, 7, 8, 9]})
-    foreign = replace(item, id="b", prompt="paris is in france", meta={**item.meta, "tokenizer": "0123456789ab"})
+    item = LabelledGeneration(
+        id="a", prompt="paris", response="is", label=0, generation={"token_ids": [0, 5, 6, 7, 8, 9]}
+    )
+    foreign = replace(
+        item, id="b", prompt="paris is in france", generation={**item.generation, "tokenizer": "0123456789ab"}
+    )
     extract_features([item, foreign], tmp_path / "store", loaded, OPTIONS)
     assert read_store(tmp_path / "store").table.token_counts.tolist() == [6, 6]
-    wrong = replace(item, meta={"token_ids": [0, 5, 6, 7, 99]})
-    with pytest.raises(InvalidData, match=r"item `a`: meta.token_ids holds 99"):
+    wrong = replace(item, generation={"token_ids": [0, 5, 6, 7, 99]})
+    with pytest.raises(InvalidData, match=r"item `a`: generation.token_ids holds 99"):
         extract_features([wrong], tmp_path / "other", loaded, OPTIONS)
 
 
 @pytest.mark.parametrize(
-    "meta",
+    "generation",
     [
         {"log_probability": "low"},
         {"log_probability": float("nan")},
@@ -106,9 +111,9 @@ def test_kept_token_ids_are_used_unless_another_tokenizer_made_them(loaded: Lang
         {"token_ids": [True, 5]},
     ],
 )
-def test_what_the_item_kept_is_checked(loaded: LanguageModel, tmp_path: Path, meta: dict[str, object]) -> None:
-    item = LabelledGeneration(id="a", prompt="the capital of france", response="is", meta=meta)
-    with pytest.raises(InvalidData, match=r"item `a`: meta\."):
+def test_what_the_item_kept_is_checked(loaded: LanguageModel, tmp_path: Path, generation: dict[str, object]) -> None:
+    item = LabelledGeneration(id="a", prompt="the capital of france", response="is", generation=generation)
+    with pytest.raises(InvalidData, match=r"item `a`: generation\."):
         extract_features([item], tmp_path / "store", loaded, OPTIONS)
 
 

@@ -45,14 +45,14 @@ def test_greedy_answers_equal_those_of_one_prompt_at_a_time(loaded: LanguageMode
                 total += float(scores[token])
                 ids.append(token)
         written = len(ids) - prompt_length
-        assert answer.meta["token_ids"] == ids
-        assert answer.meta["prompt_tokens"] == prompt_length
-        assert answer.meta["finish_reason"] == ("length" if written == GREEDY.max_new_tokens else "stop")
+        assert answer.generation["token_ids"] == ids
+        assert answer.generation["prompt_tokens"] == prompt_length
+        assert answer.generation["finish_reason"] == ("length" if written == GREEDY.max_new_tokens else "stop")
         if written:
             # float32, and padding changes the order of summation.
-            assert answer.meta["log_probability"] == pytest.approx(total / written, abs=1e-4)
+            assert answer.generation["log_probability"] == pytest.approx(total / written, abs=1e-4)
         else:
-            assert answer.meta["log_probability"] is None
+            assert answer.generation["log_probability"] is None
         assert (answer.group, answer.references, answer.meta["kind"]) == (question.group, ("x",), "k")
         assert answer.label is None
 
@@ -111,7 +111,7 @@ def test_sampling_depends_on_the_seed_and_leaves_the_generator_alone(loaded: Lan
 def test_log_probability_is_the_models_own_whatever_the_temperature(loaded: LanguageModel, tmp_path: Path) -> None:
     generate_answers(questions(3), tmp_path / "hot", loaded, replace(GREEDY, temperature=3.0))
     for answer in read_generations(tmp_path / "hot"):
-        ids, prompt = answer.meta["token_ids"], answer.meta["prompt_tokens"]
+        ids, prompt = answer.generation["token_ids"], answer.generation["prompt_tokens"]
         if len(ids) == prompt:
             continue
         with torch.inference_mode():
@@ -119,7 +119,7 @@ def test_log_probability_is_the_models_own_whatever_the_temperature(loaded: Lang
         mean = math.fsum(float(scores[place - 1, ids[place]]) for place in range(prompt, len(ids))) / (
             len(ids) - prompt
         )
-        assert answer.meta["log_probability"] == pytest.approx(mean, abs=1e-4)
+        assert answer.generation["log_probability"] == pytest.approx(mean, abs=1e-4)
 
 
 def test_an_item_that_can_not_be_tokenised_is_named(loaded: LanguageModel, tmp_path: Path) -> None:

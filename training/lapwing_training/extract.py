@@ -134,13 +134,13 @@ def plan_work(
 def token_ids_of(item: LabelledGeneration, loaded: LanguageModel, tokenizer_digest: str) -> tuple[int, ...]:
     """Prompt and response as ids: those that were kept while generating, or else made from the text.
 
-    Kept ids are passed over when `meta.tokenizer` says that another tokenizer made them.
+    Kept ids are passed over when `generation.tokenizer` says that another tokenizer made them.
 
     Raises:
         InvalidData: ids outside the model's vocabulary.
     """
-    kept = item.meta.get("token_ids")
-    if kept is None or not tokenizer_digest.startswith(str(item.meta.get("tokenizer", ""))):
+    kept = item.generation.get("token_ids")
+    if kept is None or not tokenizer_digest.startswith(str(item.generation.get("tokenizer", ""))):
         return ids_of(item, loaded, item.response).all
     known = range(loaded.vocabulary)
     wrong = [id for id in kept if type(id) is not int or id not in known] if isinstance(kept, list) else [kept]
@@ -148,8 +148,8 @@ def token_ids_of(item: LabelledGeneration, loaded: LanguageModel, tokenizer_dige
         raise InvalidData(
             f"item `{item.id}`",
             None,
-            f"meta.token_ids holds {wrong[0]!r}; expected a list of ids from 0 to {known[-1]}: drop the ids of another "
-            "model, then the text is used",
+            f"generation.token_ids holds {wrong[0]!r}; expected a list of ids from 0 to {known[-1]}: drop the ids of "
+            "another model, then the text is used",
         )
     return tuple(kept)
 
@@ -160,11 +160,13 @@ def log_probability_of(item: LabelledGeneration) -> float | None:
     Raises:
         InvalidData: it is no finite number.
     """
-    kept = item.meta.get("log_probability")
+    kept = item.generation.get("log_probability")
     # Not isfinite(): it overflows for an integer that is too large for a float.
     if kept is not None and (type(kept) not in (int, float) or not abs(kept) < sys.float_info.max):
         shown = repr(kept)[:40]
-        raise InvalidData(f"item `{item.id}`", None, f"meta.log_probability is {shown}; expected a number or null")
+        raise InvalidData(
+            f"item `{item.id}`", None, f"generation.log_probability is {shown}; expected a number or null"
+        )
     return kept
 
 

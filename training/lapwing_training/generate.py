@@ -186,17 +186,16 @@ def _finished(
     response_ids = list(tokens[:length])
     if not all(math.isfinite(score) for score in scores[: length + 1]):
         raise _not_finite(question, loaded)
-    meta = {
-        **question.meta,
+    generation = {
         "log_probability": sum(scores[:length]) / length if length else None,
         "token_ids": [*prompt_ids, *response_ids],
         "prompt_tokens": len(prompt_ids),
         "tokenizer": tokenizer_digest[:12],
         "finish_reason": "stop" if length < len(tokens) else "length",
     }
-    asked = {entry.name: getattr(question, entry.name) for entry in fields(Question)} | {"meta": meta}
+    asked = {entry.name: getattr(question, entry.name) for entry in fields(Question)}
     text = loaded.tokenizer.decode(response_ids, skip_special_tokens=True)
-    return LabelledGeneration(**asked, response=str(text).strip(), model=loaded.name)
+    return LabelledGeneration(**asked, response=str(text).strip(), model=loaded.name, generation=generation)
 
 
 def _generation_config(loaded: LanguageModel, options: GenerateOptions) -> Any:

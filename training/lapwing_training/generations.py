@@ -63,6 +63,10 @@ class LabelledGeneration(Question):
     model: str | None = None
     """Who wrote it, for the reader."""
 
+    generation: Mapping[str, Any] = field(default_factory=dict)
+    """What was kept while it was written: `token_ids` (prompt and response), `prompt_tokens`, `tokenizer` (digest),
+    `log_probability` (mean over the response's tokens), `finish_reason`. Absent for answers of unknown making."""
+
 
 R = TypeVar("R", bound=Question)
 
@@ -77,6 +81,7 @@ CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "response": (lambda value: isinstance(value, str), "a string"),
     # `true` is an int in Python, but not a label.
     "label": (lambda value: value is None or (type(value) is int and value in (0, 1)), "0, 1 or null"),
+    "generation": (lambda value: isinstance(value, dict), "an object"),
     "model": (lambda value: value is None or isinstance(value, str), "a string"),
 }
 

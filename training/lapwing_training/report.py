@@ -70,8 +70,7 @@ def model_card(probe: Probe) -> str:
         pictures.insert(1, "![AUROC of each head](auroc.png)")
     parts = [
         f"# {probe.name}",
-        "A [Lapwing](https://pypi.org/project/lapwing/) probe: how likely it is that a model's answer is made up, "
-        "read from the model's own attention.",
+        "A Lapwing probe: how likely it is that a model's answer is made up, read from the model's own attention.",
         _summary(probe),
         "## Use",
         "```python\nfrom lapwing_detector import Detector\n\n"

@@ -17,13 +17,17 @@ def main(
 ) -> None:
     """Make the embedded model, its generations and its probe again from nothing (about half an hour on 2 cores)."""
     try:
-        from lapwing_training.atlas.build import STAGES, build
+        from lapwing_training.atlas.build import STAGES, RatesOff, build
     except ModuleNotFoundError as error:
         print(f"{error.name} is not installed; pip install 'lapwing[atlas]'", file=sys.stderr)
         raise typer.Exit(1) from error
     if until not in STAGES:
         raise typer.BadParameter(f"is {until!r}; stages are {', '.join(STAGES)}", param_hint="--until")
-    build(into, until=until)
+    try:
+        build(into, until=until)
+    except RatesOff as error:
+        print(error, file=sys.stderr)
+        raise typer.Exit(1) from error
 
 
 if __name__ == "__main__":

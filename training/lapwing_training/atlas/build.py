@@ -136,13 +136,17 @@ def require_rates(rates: Mapping[str, Mapping[str, float]]) -> None:
     """Stops before a model that is wrong too seldom or too often to learn from.
 
     Raises:
-        RuntimeError: with the rate that is off.
+        RatesOff: with the rate that is off.
     """
     if not 0.30 <= rates["all"]["rate"] <= 0.75:
-        raise RuntimeError(f"{rates['all']['rate']:.0%} of the answers are made up, 30 to 75 % are wanted: {TUNE}")
+        raise RatesOff(f"{rates['all']['rate']:.0%} of the answers are made up, 30 to 75 % are wanted: {TUNE}")
     mixed = [part for part, entry in rates.items() if part in QUESTIONS and 0.15 <= entry["rate"] <= 0.85]
     if len(mixed) < 3:
-        raise RuntimeError(f"only {mixed} are made up in 15 to 85 % of the answers, three kinds are wanted: {TUNE}")
+        raise RatesOff(f"only {mixed} are made up in 15 to 85 % of the answers, three kinds are wanted: {TUNE}")
+
+
+class RatesOff(Exception):
+    """The model makes things up too seldom or too often; no probe is fitted on it."""
 
 
 TUNE = "change the exposures in facts.py or the schedules of AtlasRecipe, and build into a new directory"
