@@ -10,7 +10,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,6 +18,7 @@ import typer
 
 from lapwing_client import demo_report as report
 from lapwing_client.client import Client
+from lapwing_client.demo_report import Asked
 from lapwing_client.local_server import SELF, ServerFailed, running_server
 from lapwing_client.results import Detection, GeneratedToken, Generation, Probe
 
@@ -88,23 +88,6 @@ def interview(atlas: Path | None) -> tuple[list[Asked], list[Asked], Probe, byte
         probe = client.probe()
         selected = client.heatmap(feature=probe.features[0], statistic="SELECTED", image="png")
     return asked, given, probe, selected.image
-
-
-@dataclass(frozen=True)
-class Asked:
-    """One question or text of the demo with what came of it."""
-
-    question: str
-    answer: str
-    truth: str
-    wrong: bool
-    seen: bool | None
-    """Whether the model ever read of the subject; None for given answers."""
-
-    trail: tuple[float, ...]
-    """The running probability after each token; empty for given answers."""
-
-    detection: Detection
 
 
 def ask(client: Client, question: Mapping[str, Any]) -> Asked:

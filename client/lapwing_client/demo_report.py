@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
-if TYPE_CHECKING:
-    from lapwing_client.demo import Asked
-    from lapwing_client.results import Detection, Probe
+from lapwing_client.results import Detection, Probe
 
 BAR = 10
 """Characters of a full bar."""
@@ -25,6 +24,23 @@ ROWS = (
 """Baselines and controls of a probe's metrics, with their names here."""
 
 FEATURES = {"attention_score.v1": "AttnScore", "laplacian_eigenvalues.v1": "LapEigvals"}
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One question or text of the demo with what came of it."""
+
+    question: str
+    answer: str
+    truth: str
+    wrong: bool
+    seen: bool | None
+    """Whether the model ever read of the subject; None for given answers."""
+
+    trail: tuple[float, ...]
+    """The running probability after each token; empty for given answers."""
+
+    detection: Detection
 
 
 def answers(asked: Sequence[Asked], given: Sequence[Asked], rate: float) -> str:

@@ -14,7 +14,7 @@ import pytest
 import typer
 
 from lapwing_client import demo, demo_report
-from lapwing_client.demo import Asked
+from lapwing_client.demo_report import Asked
 from lapwing_client.local_server import ServerFailed, endings_as_exits, running_server
 from lapwing_client.results import Detection
 

@@ -7,7 +7,14 @@ from sklearn.metrics import roc_auc_score
 from training_fakes import LAPLACIAN, make_table
 
 from lapwing_training.errors import NotEnoughData
-from lapwing_training.significance import head_scalars, head_significance, mann_whitney, one_value_per_group
+from lapwing_training.significance import (
+    HeadSignificance,
+    head_scalars,
+    head_significance,
+    mann_whitney,
+    one_value_per_group,
+    strongest_heads,
+)
 
 
 def scalars_with_ties() -> tuple[np.ndarray, np.ndarray]:
@@ -125,3 +132,12 @@ def test_control_rows_counted_as_independent_cover_too_little() -> None:
 def test_the_head_scalar_is_the_mean_of_the_top_k() -> None:
     values = np.arange(24, dtype=np.float32).reshape(2, 2, 2, 3)
     np.testing.assert_array_equal(head_scalars(values), values.mean(axis=-1))
+
+
+def test_the_strongest_heads_are_named_as_the_model_names_its_layers() -> None:
+    auroc = np.array([[0.5, 0.7], [0.2, 0.55]])
+    tested = HeadSignificance(np.zeros((2, 2)), np.zeros((2, 2)), auroc, np.full((2, 2), 0.01))
+    first, second = strongest_heads(tested, layers=(3, 7), count=2)
+    assert (first["layer"], first["head"], first["value"]) == (7, 0, 0.2)
+    assert (second["layer"], second["head"]) == (3, 1)
+    assert second["low"] == pytest.approx(0.7 - 1.96 * 0.01, abs=1e-4)

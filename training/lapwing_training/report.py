@@ -253,7 +253,14 @@ def _calibration(metrics: Mapping[str, Any]) -> str:
 
 def _significance(metrics: Mapping[str, Any]) -> str:
     rows = [
-        (FEATURES[name].title, str(entry["heads"]), f"{entry['share_p']:.0%}", f"{entry['share_q']:.0%}")
+        (
+            FEATURES[name].title,
+            str(entry["heads"]),
+            f"{entry['share_p']:.0%}",
+            f"{entry['share_q']:.0%}",
+            "; ".join(f"layer {one['layer']} head {one['head']} {interval(one)}" for one in entry["strongest"]),
+        )
         for name, entry in metrics["significance"].items()
     ]
-    return table(("feature", "heads", "p < .05", "q < .05 (Benjamini-Hochberg)"), rows)
+    head = ("feature", "heads", "p < .05", "q < .05 (Benjamini-Hochberg)", "strongest heads: AUROC (95 % DeLong)")
+    return table(head, rows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,6 +60,29 @@ class HeadSignificance:
     def share_q(self) -> float:
         """Share of heads with q < .05."""
         return float((self.q_value < 0.05).mean())
+
+
+def strongest_heads(tested: HeadSignificance, layers: Sequence[int], count: int = 3) -> list[dict[str, float]]:
+    """The heads whose AUROC is farthest from .5, as JSON values.
+
+    Args:
+        tested: (layers, heads), with errors.
+        layers: index in the model of each row.
+        count: how many.
+    """
+    low, high = tested.auroc_interval
+    farthest = np.argsort(-np.abs(tested.auroc - 0.5), axis=None, kind="stable")[:count]
+    places = zip(*np.unravel_index(farthest, tested.auroc.shape), strict=True)
+    return [
+        {
+            "layer": int(layers[row]),
+            "head": int(head),
+            "value": float(tested.auroc[row, head]),
+            "low": float(low[row, head]),
+            "high": float(high[row, head]),
+        }
+        for row, head in places
+    ]
 
 
 def head_scalars(values: NDArray[Any]) -> Floats:

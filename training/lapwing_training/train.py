@@ -28,7 +28,7 @@ from lapwing_training.metrics import RESAMPLES
 from lapwing_training.options import LAPLACIAN, require_seed
 from lapwing_training.progress import Advance, silent
 from lapwing_training.report import model_card, training_report
-from lapwing_training.significance import Floats, HeadSignificance, head_scalars, head_significance
+from lapwing_training.significance import Floats, HeadSignificance, head_scalars, head_significance, strongest_heads
 from lapwing_training.splits import split_by_group
 from lapwing_training.store import Store, read_store
 from lapwing_training.table import Table
@@ -78,6 +78,8 @@ def train_probe(store_path: Path, out: Path, options: TrainOptions | None = None
     with threadpool_limits(threads), tqdm(total=steps, desc="train", unit="step") as progress:
         fitted = fit(table.take(split[0]), recipe, options.seed, progress.update)
         judged = evaluate_fit(fitted, table, split, options.resamples, options.seed, progress.update)
+    for feature, found in fitted.significance.items():
+        judged["significance"][feature]["strongest"] = strongest_heads(found, store.layers)
     judged["notes"] = notes(fitted, judged)
     tested = len(np.unique(table.groups[split[1]])) / len(np.unique(table.groups))
     probe = _assemble(name, fitted, store, judged, options, tested)
