@@ -165,6 +165,7 @@ class Detector:
         Returns:
             For each item its detection, or the error that `score` would have raised.
         """
+        probe = self.probe  # one for the whole batch, whatever is set meanwhile
         results: list[Detection | DetectorError] = []
         good: list[tuple[int, TokenIds, Stopwatch]] = []
         for index, (prompt, response) in enumerate(items):
@@ -181,7 +182,7 @@ class Detector:
             summaries = self.language_model.summaries([ids.all for _, ids, _ in good])
         for (index, ids, clock), summary in zip(good, summaries, strict=True):
             seconds = clock.seconds | together.seconds
-            results.insert(index, detect(self.probe, summary, ids, false_positive_rate, seconds))
+            results.insert(index, detect(probe, summary, ids, false_positive_rate, seconds))
         return results
 
     def generate(

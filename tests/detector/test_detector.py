@@ -78,6 +78,21 @@ def test_each_item_of_a_batch_is_scored_as_alone_and_a_bad_one_fails_alone(detec
     assert detector.score_batch([]) == []
 
 
+def test_one_probe_scores_a_whole_batch_though_another_is_set_meanwhile(detector, monkeypatch):
+    loaded = LanguageModel(detector.model, detector.tokenizer)
+    first, second = (replace(detector.probe, name=name) for name in ("first", "second"))
+    swapped = Detector(loaded, first)
+    read = LanguageModel.summaries
+
+    def swap_and_read(model, sequences):
+        swapped.probe = second
+        return read(model, sequences)
+
+    monkeypatch.setattr(LanguageModel, "summaries", swap_and_read)
+    assert {one.probe_name for one in swapped.score_batch([(QUESTION, "France"), (QUESTION, "Peru")])} == {"first"}
+    assert swapped.score(QUESTION, "France").probe_name == "second"
+
+
 def test_too_short_is_said_and_never_reads_as_a_score(detector):
     detection = detector.score([1, 2, 3], [4])
     assert (detection.state, detection.reason) == (State.UNSCORED, Reason.TOO_SHORT)
