@@ -1,15 +1,18 @@
-"""Attention, block by block of query rows: its output and, in the same pass, the two sums that are kept of each map.
+"""Attention in tiles: its output and, in the same pass, the two sums that are kept of each map.
 
 Knows tensors only: no model, no cache, no generation.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-BLOCK_BYTES = 16 * 2**20
-"""Largest size of the scores of one block of rows, in bytes; the T x T map never exists."""
+from lapwing_detector.scratch import Scratch
+from lapwing_detector.strips import Strip, strips
 
 
 def attend(
@@ -19,10 +22,12 @@ def attend(
     *,
     mask: Tensor | None,
     first: int,
-    counted: Tensor,
+    counted: Tensor | None,
     scaling: float,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    starts: Tensor | None = None,
+    scratch: Scratch | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Causal attention of some rows of the map, with the sums of these rows.
 
@@ -33,86 +38,191 @@ def attend(
         mask: (batch or 1, heads or 1, rows, columns) bool, True where a row sees a column, nowhere later than the
             row itself; None: every row sees all columns up to its own.
         first: column of the first row's own token; row j is column first + j, and the last row is the last column.
-        counted: (batch, rows) bool, the rows that take part in `received`.
+        counted: (batch, rows) bool, the rows that take part in `received`; None: all of them.
         scaling: of the scores, before the soft-cap.
         softcap: scores become softcap * tanh(scores / softcap), before the mask.
         sinks: (heads,) learned logits that take part in the denominator and are dropped from the map.
+        starts: (batch or 1, rows) with a mask: the first column of each row, if every row that counts sees all
+            columns from there up to its own; None: not known.
+        scratch: memory to be used again from call to call.
 
     Returns:
         output (batch, rows, heads, value width) in the dtype of `value`; diagonal (batch, heads, rows) and
         received (batch, heads, columns), float32.
     """
-    batch, heads, rows, _ = query.shape
-    key = key.to(_at_least_float32(key))
-    blocks = _blocks(rows, bytes_per_row=4 * batch * heads * key.shape[2])
-    if len(blocks) > 1:  # or every product would make its own copy of them
-        key, value = key.contiguous(), value.contiguous()
-    output = value.new_empty(batch, rows, heads, value.shape[-1])
-    diagonal = key.new_empty(batch, heads, rows, dtype=torch.float32)
-    received = key.new_zeros(batch, heads, key.shape[2], dtype=torch.float32)
     with torch.autocast(query.device.type, enabled=False):  # which would sum in bfloat16
-        # From the widest block to the narrowest: each fits where the last one was, and the heap does not creep up.
-        for start, stop in reversed(blocks):
-            columns = first + stop  # no row of this block sees further
-            scores = _scores(query[:, :, start:stop], key[:, :, :columns], scaling, softcap)
-            scores = _hide(scores, None if mask is None else mask[..., start:stop, :columns], first + start)
-            weights = _softmax(scores, sinks)  # (batch, heads, block, columns)
-            del scores  # two blocks of this size at a time, not three
-            output[:, start:stop] = _weighted(weights, value[:, :, :columns]).transpose(1, 2)
-            attention = weights.detach().float()
-            diagonal[..., start:stop] = attention.diagonal(offset=first + start, dim1=-2, dim2=-1)
-            counts = counted[:, None, None, start:stop].to(attention)  # (batch, 1, 1, block)
-            received[..., :columns] += (counts @ attention).squeeze(-2)
-    return output, diagonal, received
+        if query.shape[2] == 1:
+            return _attend_row(query, key, value, mask, counted, scaling, softcap, sinks)
+        exact = torch.promote_types(key.dtype, torch.float32)
+        layer = _Layer(
+            query,
+            key.to(exact).contiguous(),
+            value.to(exact).contiguous(),
+            mask,
+            counted,
+            scaling,
+            softcap,
+            sinks,
+            None if torch.is_grad_enabled() else scratch or Scratch(),
+        )
+        batch, heads, rows, _ = query.shape
+        output = value.new_empty(batch, rows, heads, value.shape[-1])
+        diagonal = key.new_empty(batch, heads, rows, dtype=torch.float32)
+        received = key.new_zeros(batch, heads, key.shape[2], dtype=torch.float32)
+        starts = None if starts is None else starts.cpu()
+        for strip in strips(batch, heads, key.shape[1], rows, first=first, starts=starts, clean=mask is None):
+            output[strip.batch, strip.rows, strip.heads], diagonal[strip.batch, strip.heads, strip.rows], sums = (
+                layer.attend(strip)
+            )
+            for tile, part in sums:
+                received[strip.batch, strip.heads, tile] += part
+        return output, diagonal, received
 
 
-def _blocks(rows: int, bytes_per_row: int) -> list[tuple[int, int]]:
-    block = max(1, BLOCK_BYTES // max(1, bytes_per_row))
-    return [(start, min(start + block, rows)) for start in range(0, rows, block)]
-
-
-def _at_least_float32(tensor: Tensor) -> torch.dtype:
-    return torch.promote_types(tensor.dtype, torch.float32)
-
-
-def _scores(query: Tensor, key: Tensor, scaling: float, softcap: float | None) -> Tensor:
-    """(batch, heads, rows, columns), at least float32."""
-    batch, heads, rows, width = query.shape
-    shared = key.shape[1]
-    query = query.to(key.dtype) * (scaling if softcap is None else scaling / softcap)
-    # The queries that share a key-value head are laid one below the other: keys are never repeated.
-    query = query.reshape(batch, shared, heads // shared * rows, width)
-    scores = query @ key.transpose(-1, -2)  # (batch, key-value heads, heads / key-value heads * rows, columns)
+def _attend_row(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    counted: Tensor | None,
+    scaling: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the newest token alone, as often as a model writes one: with as few operations as can be."""
+    batch, heads, _, width = query.shape
+    key, columns = key.to(torch.promote_types(key.dtype, torch.float32)), key.shape[2]
+    folded = (query.to(key.dtype) * _scale(scaling, softcap)).view(-1, heads // key.shape[1], width)
+    scores = torch.bmm(folded, key.flatten(0, 1).transpose(1, 2)).view(batch, heads, columns)
     if softcap is not None:
-        scores = torch.tanh(scores) * softcap
-    return scores.view(batch, heads, rows, -1)
-
-
-def _hide(scores: Tensor, mask: Tensor | None, first: int) -> Tensor:
-    # The lowest finite number and not -inf: a row that sees nothing (padding) must not become NaN, since NaN
-    # times an attention of zero would spread to the rows that count.
-    lowest = torch.finfo(scores.dtype).min
+        scores = scores.tanh() * softcap
     if mask is not None:
-        return scores.masked_fill_(~mask, lowest)
-    rows = scores.shape[-2]
-    if rows > 1:
-        later = torch.ones(rows, rows, dtype=torch.bool, device=scores.device).triu_(1)
-        scores[..., first:].masked_fill_(later, lowest)
-    return scores
+        scores = scores.masked_fill(~mask[:, :, 0], torch.finfo(scores.dtype).min)
+    weights = scores.softmax(-1)
+    if sinks is not None:
+        weights = weights * torch.sigmoid(scores.logsumexp(-1) - sinks.to(scores))[..., None]
+    spread = weights.to(value.dtype).view(-1, heads // key.shape[1], columns)
+    output = torch.bmm(spread, value.flatten(0, 1)).view(batch, 1, heads, value.shape[-1])
+    attention = weights.detach().float()
+    received = attention if counted is None else attention * counted[:, :, None]
+    return output, attention[..., -1:], received
 
 
-def _softmax(scores: Tensor, sinks: Tensor | None) -> Tensor:
-    weights = scores.softmax(dim=-1)
-    if sinks is None:
-        return weights
-    # Share of the columns in a denominator that holds the sink as well.
-    share = torch.sigmoid(scores.logsumexp(dim=-1) - sinks.to(scores)[:, None])  # (batch, heads, rows)
-    return weights * share[..., None]
+@dataclass(frozen=True)
+class _Layer:
+    """What one layer attends with; see `attend`. Keys and values are contiguous and at least float32."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None
+    counted: Tensor | None
+    scaling: float
+    softcap: float | None
+    sinks: Tensor | None
+    scratch: Scratch | None
+    """None while gradients are recorded, which need every number later."""
+
+    def attend(self, strip: Strip) -> tuple[Tensor, Tensor, list[tuple[slice, Tensor]]]:
+        """Output (batch, rows, heads, value width), diagonal (batch, heads, rows), and the column sums of each tile.
+
+        Every tile has a softmax of its own. What it would have been over all columns is that times the tile's share
+        of the denominator.
+        """
+        heads, rows = self._sizes(strip)
+        query = self._query(strip)  # (sequences * key-value heads, group * rows, width)
+        tiles, weights, attended, denominators = strip.tiles, [], [], []
+        single = len(tiles) == 1 and self.sinks is None
+        for number, tile in enumerate(tiles):
+            scores = self._scores(query, strip, tile)
+            one = torch.softmax(scores, -1, out=self._out(f"weights {number}", scores.shape))
+            weights.append(one)
+            attended.append(self._product(f"attended {number}", one, self.value[strip.batch, strip.shared, tile]))
+            if not single:
+                # log-sum-exp from where softmax has its maximum: cheaper than to take exp once more
+                denominators.append(scores.amax(-1) - one.amax(-1).log())
+        shares = None if single else self._shares(strip, torch.stack(denominators))
+        output = attended[0] if shares is None else _mixed(attended, shares)
+        output = output.view(-1, heads, rows, output.shape[-1]).transpose(1, 2)
+        weights, shares = [one.detach() for one in weights], None if shares is None else shares.detach()
+        return output, self._diagonal(strip, weights[-1], shares), list(self._sums(strip, weights, shares))
+
+    def _sizes(self, strip: Strip) -> tuple[int, int]:
+        return strip.heads.stop - strip.heads.start, strip.rows.stop - strip.rows.start
+
+    def _query(self, strip: Strip) -> Tensor:
+        part = self.query[strip.batch, strip.heads, strip.rows]
+        # The queries that share a key-value head are laid one below the other: keys are never repeated.
+        shape = (-1, part.shape[1] // (strip.shared.stop - strip.shared.start) * part.shape[2], part.shape[3])
+        factor = _scale(self.scaling, self.softcap)
+        if self.scratch is None:
+            return (part.to(self.key.dtype) * factor).reshape(shape)
+        return self.scratch.take("query", tuple(part.shape), self.key).copy_(part).mul_(factor).view(shape)
+
+    def _scores(self, query: Tensor, strip: Strip, tile: slice) -> Tensor:
+        keys = self.key[strip.batch, strip.shared, tile].flatten(0, 1).transpose(1, 2)
+        scores = torch.bmm(query, keys, out=self._out("scores", (*query.shape[:2], keys.shape[2])))
+        if self.softcap is not None:
+            scores = scores.tanh_().mul_(self.softcap) if self.scratch else scores.tanh() * self.softcap
+        self._hide(scores.view(-1, *self._sizes(strip), scores.shape[2]), strip, tile)
+        return scores
+
+    def _hide(self, scores: Tensor, strip: Strip, tile: slice) -> None:
+        # The lowest finite number and not -inf: a row that sees nothing (padding) must not become NaN, since NaN
+        # times an attention of zero would spread to the rows that count.
+        lowest = torch.finfo(scores.dtype).min
+        if self.mask is not None and tile.start < strip.clean:
+            stop = min(strip.clean, tile.stop)
+            sequences = strip.batch if self.mask.shape[0] > 1 else slice(None)
+            heads = strip.heads if self.mask.shape[1] > 1 else slice(None)
+            hidden = ~self.mask[sequences, heads, strip.rows, tile.start : stop]
+            scores[..., : stop - tile.start].masked_fill_(hidden, lowest)
+        rows = scores.shape[2]
+        if rows > 1 and strip.clean < strip.stop == tile.stop:
+            later = torch.ones(rows, rows, dtype=torch.bool, device=scores.device).triu_(1)
+            scores[..., strip.own - tile.start :].masked_fill_(later, lowest)
+
+    def _shares(self, strip: Strip, denominators: Tensor) -> Tensor:
+        """Of each tile in the whole denominator; (tiles, sequences * heads, rows)."""
+        heads, rows = self._sizes(strip)
+        parts = denominators.view(len(denominators), -1, heads, rows)
+        if self.sinks is not None:
+            sinks = self.sinks[strip.heads].to(parts)[:, None].expand_as(parts[:1])
+            parts = torch.cat([parts, sinks])  # one more part, which has no columns
+        return parts.softmax(0)[: len(denominators)].reshape(len(denominators), -1, rows)
+
+    def _diagonal(self, strip: Strip, weights: Tensor, shares: Tensor | None) -> Tensor:
+        heads, rows = self._sizes(strip)
+        maps = weights.view(-1, heads, rows, weights.shape[-1])
+        diagonal = maps.diagonal(offset=maps.shape[-1] - rows, dim1=-2, dim2=-1)
+        return diagonal if shares is None else diagonal * shares[-1].view_as(diagonal)
+
+    def _sums(self, strip: Strip, weights: list[Tensor], shares: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
+        heads, rows = self._sizes(strip)
+        for number, (tile, one) in enumerate(zip(strip.tiles, weights, strict=True)):
+            maps = one.view(-1, rows, one.shape[-1])  # (sequences * heads, rows, columns)
+            counts = maps.new_ones(len(maps), rows) if shares is None else shares[number]
+            if self.counted is not None:
+                here = self.counted[strip.batch, None, strip.rows]  # (sequences, 1, rows)
+                counts = (counts.view(-1, heads, rows) * here).view(-1, rows)
+            yield tile, torch.bmm(counts[:, None], maps).view(-1, heads, maps.shape[-1])
+
+    def _product(self, name: str, weights: Tensor, values: Tensor) -> Tensor:
+        folded = values.flatten(0, 1)
+        return torch.bmm(weights, folded, out=self._out(name, (*weights.shape[:2], folded.shape[2])))
+
+    def _out(self, name: str, shape: tuple[int, ...]) -> Tensor | None:
+        return None if self.scratch is None else self.scratch.take(name, tuple(shape), self.key)
 
 
-def _weighted(weights: Tensor, value: Tensor) -> Tensor:
-    """(batch, heads, rows, value width)."""
-    batch, heads, rows, columns = weights.shape
-    shared = value.shape[1]
-    folded = weights.to(value.dtype).view(batch, shared, heads // shared * rows, columns)
-    return (folded @ value).view(batch, heads, rows, -1)
+def _scale(scaling: float, softcap: float | None) -> float:
+    return scaling if softcap is None else scaling / softcap
+
+
+def _mixed(attended: list[Tensor], shares: Tensor) -> Tensor:
+    """(sequences * key-value heads, group * rows, value width)."""
+    factors = shares.view(len(attended), *attended[0].shape[:2], 1)
+    mixed = attended[0] * factors[0]
+    for one, factor in zip(attended[1:], factors[1:], strict=True):
+        mixed = torch.addcmul(mixed, one, factor)
+    return mixed

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
 from types import TracebackType
 from typing import Any, Self
@@ -12,21 +12,23 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from lapwing_detector.attention import attend
 from lapwing_detector.cache_mark import CacheMark, cache_in, past_length, require_room
 from lapwing_detector.decoding import plan_decoding
 from lapwing_detector.errors import CaptureError
-from lapwing_detector.forward import Forward, require_evaluation, require_plain, require_unpacked
+from lapwing_detector.forward import Forward, dropping, require_evaluation, require_plain, require_unpacked
 from lapwing_detector.generation_run import Endings, Pending, Run
-from lapwing_detector.layers import attention_layers
+from lapwing_detector.layers import attention_layers, kept_heads, require_heads
 from lapwing_detector.rotary import require_same_frequencies, switching_points
-from lapwing_detector.sequences import LayerSums, Sequences
+from lapwing_detector.scratch import Scratch
+from lapwing_detector.sequences import Sequences
 from lapwing_detector.summary import AttentionSummary
 from lapwing_detector.switch import AttentionSwitch, shadow
 
 
-def capture_attention(model: PreTrainedModel) -> Captured:
+def capture_attention(model: PreTrainedModel, *, heads: Mapping[int, Collection[int]] | None = None) -> Captured:
     """Capture the attention of everything that the model does inside the context.
 
         with capture_attention(model) as captured:
@@ -38,11 +40,14 @@ def capture_attention(model: PreTrainedModel) -> Captured:
 
     Args:
         model: a decoder whose attention goes through transformers' attention interface, in evaluation mode.
+        heads: layer index -> the heads to keep, such as `probe.heads`. Other layers are left to the model's own
+            attention and absent from the summaries; other heads of these layers are NaN there. All without it.
 
     Raises:
         UnsupportedModel: the attention of this model can't be captured.
+        InvalidInput: `heads` names a layer that has no attention, or no head.
     """
-    return Captured(model)
+    return Captured(model, heads)
 
 
 class Captured:
@@ -51,15 +56,19 @@ class Captured:
     A context; the model is captured inside it, and as it was before outside.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        self._layers = attention_layers(model)
+    def __init__(self, model: PreTrainedModel, heads: Mapping[int, Collection[int]] | None = None) -> None:
+        layers = attention_layers(model)
+        self._kept = kept_heads(layers, heads)
+        self._layers = tuple(layer for layer in layers if self._kept is None or layer.index in self._kept)
         self._model = model
-        self._layer_of: dict[nn.Module, Any] = {layer.module: layer for layer in self._layers}
-        self._switch = AttentionSwitch(model, self._layers, self._attention)
+        self._layer_of: dict[nn.Module, Any] = {layer.module: layer for layer in layers}
+        self._switch = AttentionSwitch(model, layers, self._attention)
         self._parameters = tuple(inspect.signature(model.forward).parameters)
         self._switching = switching_points(model.config.get_text_config(decoder=True))
+        self._dropping: tuple[tuple[str, nn.Module], ...] = ()
         self._active: ExitStack | None = None
-        self._sequences = Sequences(self._layers)
+        self._scratch = Scratch()
+        self._sequences = Sequences(self._layers, self._kept)
         self._mark: CacheMark | None = None
         self._forward: Forward | None = None
         self._run: Run | None = None
@@ -69,8 +78,10 @@ class Captured:
         if self._active is not None:
             raise CaptureError("this capture is active already; leave its context before entering it again")
         with ExitStack() as stack:
+            self._dropping = dropping(self._model)
             self._switch.on()
             stack.callback(self._switch.off)
+            stack.callback(self._scratch.clear)
             stack.callback(self._model.register_forward_pre_hook(self._open, with_kwargs=True).remove)
             stack.callback(self._model.register_forward_hook(self._close).remove)
             if hasattr(self._model, "generate"):
@@ -129,7 +140,7 @@ class Captured:
         cache = given.get("past_key_values")
         past = past_length(cache)
         reach = _reach(given, past) if self._switching else 0
-        require_evaluation(model)
+        require_evaluation(self._dropping)
         require_unpacked(given)
         if past > 0:
             assert cache is not None
@@ -138,7 +149,7 @@ class Captured:
         # Only now, that nothing was refused, is what was captured before let go.
         self._pending = None
         if past == 0:
-            self._sequences, self._mark = Sequences(self._layers), None
+            self._sequences, self._mark = Sequences(self._layers, self._kept), None
         self._sequences.reach, self._sequences.ends = reach, self._ends()
         if self._run is not None:
             kept = {name: given.get(name) for name in ("position_ids", "token_type_ids")}
@@ -179,31 +190,38 @@ class Captured:
         **others: Any,
     ) -> tuple[Tensor, None]:
         """What transformers calls in place of its own attention functions."""
-        layer = self._layer_of.get(module)
-        if layer is None or self._forward is None:
+        layer, forward = self._layer_of.get(module), self._forward
+        if layer is None or forward is None:
             raise CaptureError(
                 f"{type(module).__name__} computed attention outside of a forward of the captured "
                 f"{type(self._model).__name__}; call the model itself, not a part of it"
             )
         require_plain(layer, dropout, is_causal, others)
-        place = self._forward.report(layer, query, key, attention_mask)
+        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        kept = None if self._kept is None else self._kept.get(layer.index)
+        if kept is None and self._kept is not None and softcap is None and s_aux is None:
+            return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling)
+        place = forward.report(layer, query, key, attention_mask)
+        if place.columns < key.shape[2]:
+            key, value = key[:, :, : place.columns], value[:, :, : place.columns]
         output, diagonal, received = attend(
             query,
-            key[:, :, : place.columns],
-            value[:, :, : place.columns],
+            key,
+            value,
             mask=place.mask,
             first=place.first,
-            counted=place.counted.to(query.device),
-            scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
+            counted=None if place.counted is None else place.counted.to(query.device),
+            scaling=scaling,
             softcap=softcap,
             sinks=s_aux,
+            starts=place.starts,
+            scratch=self._scratch,
         )
-        # Not in inference mode even if the model is: later steps may add to the sums outside of it.
-        with torch.no_grad(), torch.inference_mode(False):
-            sums = self._sequences.sums.get(layer.index)
-            if sums is None:
-                sums = self._sequences.sums[layer.index] = LayerSums.empty(diagonal)
-            sums.add(diagonal, received, self._forward.tokens)
+        if kept is not None:
+            require_heads(layer, kept, query.shape[1])
+            diagonal, received = diagonal[:, list(kept)], received[:, list(kept)]
+        if kept is not None or self._kept is None:
+            self._sequences.add(layer, query.shape[1], diagonal, received, forward.tokens)
         return output, None
 
     # Sequences that go on, and that end.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +28,9 @@ HARMLESS = frozenset(
 )
 """Arguments of attention functions that change nothing here: the mask holds the window, the rest is for others."""
 
+MASK_ROWS = 256
+"""Rows of a mask that are looked at together: a copy of the whole would be large."""
+
 
 @dataclass(frozen=True)
 class Place:
@@ -42,8 +45,21 @@ class Place:
     mask: Tensor | None
     """(batch or 1, heads or 1, rows, columns) bool; None: every row sees all columns up to its own."""
 
-    counted: Tensor
-    """(batch, rows) bool."""
+    starts: Tensor | None
+    """(batch or 1, rows) first column that each row sees, where all from there up to its own are seen; or None."""
+
+    counted: Tensor | None
+    """(batch, rows) bool; None: every row counts."""
+
+
+@dataclass(frozen=True)
+class Mask:
+    """A mask that was checked."""
+
+    mask: Tensor | None
+    keys: int
+    starts: Tensor | None
+    """See `Place`."""
 
 
 @dataclass
@@ -64,8 +80,10 @@ class Forward:
     visible: Tensor | None = None
     """(batch, rows) bool: no padding."""
 
-    _seen: list[tuple[Tensor | None, int]] = field(default_factory=list)
-    """Masks that were checked, with their number of keys: the layers share them."""
+    _seen: list[Mask] = field(default_factory=list)
+    """Masks that were checked: the layers share them."""
+
+    _counted: tuple[Tensor | None] | None = None
 
     @property
     def tokens(self) -> int:
@@ -100,8 +118,12 @@ class Forward:
                 f"{layer.name} has {rows} queries, but only {keys} keys; every token must keep its own key: "
                 "leave out what shortens or shares the cache, or score the text in one forward with use_cache=False"
             )
-        self._check(layer, mask, batch, rows, keys, first)
-        return Place(first, columns, None if mask is None else mask[..., :columns], self.counted)
+        known = self._checked(layer, mask, batch, rows, keys, first)
+        if self._counted is None:
+            every = (mask is None and self.ends is None) or bool(self.counted.all())
+            self._counted = (None if every else self.counted,)
+        cropped = mask if mask is None or columns == keys else mask[..., :columns]
+        return Place(first, columns, cropped, known.starts, self._counted[0])
 
     def _agree(self, layer: AttentionLayer, batch: int, rows: int) -> None:
         if (self.batch or batch, self.rows or rows) != (batch, rows):
@@ -111,24 +133,28 @@ class Forward:
             )
         self.batch, self.rows = batch, rows
 
-    def _check(self, layer: AttentionLayer, mask: Tensor | None, batch: int, rows: int, keys: int, first: int) -> None:
-        if any(mask is known and keys == size for known, size in self._seen):
-            return
-        self._seen.append((mask, keys))
+    def _checked(
+        self, layer: AttentionLayer, mask: Tensor | None, batch: int, rows: int, keys: int, first: int
+    ) -> Mask:
+        for known in self._seen:
+            if known.mask is mask and known.keys == keys:
+                return known
         if mask is None:
-            visible = self._all_visible(layer, batch, rows)
+            visible, starts = self._all_visible(layer, batch, rows), None
         else:
             _require_readable(layer, mask, rows, keys)
             _require_causal(layer, mask, first)
             own = mask.diagonal(offset=first, dim1=-2, dim2=-1).any(dim=1)  # (batch or 1, rows)
-            visible = own.expand(batch, rows)
+            visible, starts = own.expand(batch, rows), first_seen(mask, own, first)
         if self.visible is None:
             self.visible = visible
-        elif not torch.equal(self.visible, visible.to(self.visible.device)):
+        elif self.visible is not visible and not torch.equal(self.visible, visible.to(self.visible.device)):
             raise CaptureError(
                 f"{layer.name} has padding in other places than the layers before it; give one attention_mask "
                 "in which each token sees itself in every layer or in none"
             )
+        self._seen.append(Mask(mask, keys, starts))
+        return self._seen[-1]
 
     def _all_visible(self, layer: AttentionLayer, batch: int, rows: int) -> Tensor:
         if rows > 1 and self.past > 0:
@@ -163,18 +189,25 @@ def require_plain(layer: AttentionLayer, dropout: float, is_causal: bool | None,
             )
 
 
-def require_evaluation(model: nn.Module) -> None:
-    """Nothing may be dropped out: neither the model nor any dropout in it is in training mode.
+def dropping(model: nn.Module) -> tuple[tuple[str, nn.Module], ...]:
+    """The modules whose training mode would drop something out, by name: the model itself and every dropout in it."""
+    return tuple(
+        (name or type(module).__name__, module)
+        for name, module in model.named_modules()
+        if module is model or (isinstance(module, nn.Dropout) and module.p > 0)
+    )
+
+
+def require_evaluation(modules: Iterable[tuple[str, nn.Module]]) -> None:
+    """None of the modules that `dropping` found may be in training mode.
 
     Raises:
         CaptureError: one is; names it.
     """
-    for name, module in model.named_modules():
-        drops = module is model or (isinstance(module, nn.Dropout) and module.p > 0)
-        if module.training and drops:
+    for name, module in modules:
+        if module.training:
             raise CaptureError(
-                f"{name or type(module).__name__} is in training mode, where dropout draws other numbers every time; "
-                "call model.eval() first"
+                f"{name} is in training mode, where dropout draws other numbers every time; call model.eval() first"
             )
 
 
@@ -207,10 +240,35 @@ def _require_readable(layer: AttentionLayer, mask: Tensor, rows: int, keys: int)
 
 
 def _require_causal(layer: AttentionLayer, mask: Tensor, first: int) -> None:
-    block = 256  # rows at a time: a copy of the whole mask would be large
-    for start in range(0, mask.shape[-2], block):
-        later = mask[..., start : start + block, :].triu(first + start + 1)
+    for start in range(0, mask.shape[-2], MASK_ROWS):
+        later = mask[..., start : start + MASK_ROWS, :].triu(first + start + 1)
         if bool(later.any()):
             raise CaptureError(
                 f"the mask of {layer.name} lets a token see later ones; only causal attention has a triangular map"
             )
+
+
+def first_seen(mask: Tensor, own: Tensor, first: int) -> Tensor | None:
+    """The first column that each row of a causal mask sees, if it sees all from there up to its own.
+
+    Args:
+        mask: (batch or 1, heads or 1, rows, columns) bool, already found causal.
+        own: (batch or 1, rows) bool, whether the row sees its own column; the others are padding and not looked at.
+        first: column of the first row's own token.
+
+    Returns:
+        (batch or 1, rows) int32, 0 for padding; None for masks of another kind, and where it is of no use: for one
+        row, and where heads have masks of their own.
+    """
+    rows = mask.shape[-2]
+    if rows == 1 or mask.shape[1] > 1:
+        return None
+    parts = []
+    for start in range(0, rows, MASK_ROWS):
+        part, seen = mask[:, 0, start : start + MASK_ROWS].to(torch.int8), own[:, start : start + MASK_ROWS]
+        starts = part.argmax(-1)  # of several largest the first
+        columns = torch.arange(first + start, first + start + part.shape[1], device=mask.device)
+        if bool((seen & (part.sum(-1) != columns - starts + 1)).any()):
+            return None
+        parts.append(torch.where(seen, starts, 0).int())
+    return torch.cat(parts, dim=1)

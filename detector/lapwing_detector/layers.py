@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 
-from lapwing_detector.errors import UnsupportedModel
+from lapwing_detector.errors import InvalidInput, UnsupportedModel
 
 WITHOUT_ATTENTION = frozenset({"linear_attention", "mamba", "mamba2", "conv", "recurrent", "moe", "mlp"})
 """Kinds of layers of hybrid models that have no attention map."""
@@ -43,6 +44,38 @@ def attention_layers(model: object) -> tuple[AttentionLayer, ...]:
     )
     _compare_with_config(checked, found)
     return tuple(sorted(found, key=lambda layer: layer.index))
+
+
+def kept_heads(
+    layers: tuple[AttentionLayer, ...], heads: Mapping[int, Collection[int]] | None
+) -> dict[int, tuple[int, ...]] | None:
+    """Layer index -> heads to keep, ascending; None for all of all layers.
+
+    Raises:
+        InvalidInput: a layer that has no attention, a negative head, or none at all.
+    """
+    if heads is None:
+        return None
+    known = [layer.index for layer in layers]
+    for index, wanted in heads.items():
+        if index not in known:
+            raise InvalidInput("heads", f"names layer {index}; the layers with attention are {known}")
+        if any(head < 0 for head in wanted):
+            raise InvalidInput("heads", f"names head {min(wanted)} of layer {index}; heads count from 0")
+    kept = {index: tuple(sorted(set(heads[index]))) for index in known if heads.get(index)}
+    if not kept:
+        raise InvalidInput("heads", "names no head; leave it out to capture all of them")
+    return kept
+
+
+def require_heads(layer: AttentionLayer, kept: Collection[int], heads: int) -> None:
+    """The layer must have the heads that are to be kept.
+
+    Raises:
+        InvalidInput: it has fewer.
+    """
+    if max(kept) >= heads:
+        raise InvalidInput("heads", f"names head {max(kept)} of layer {layer.index}, which has {heads}, from 0")
 
 
 def uses_attention_interface(kind: type[nn.Module]) -> bool:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lapwing_detector.errors import CaptureError
@@ -13,8 +16,8 @@ from lapwing_detector.summary import AttentionSummary
 
 
 @dataclass
-class LayerSums:
-    """Diagonal and column sums of one layer, in buffers that double, so that decoding is not quadratic."""
+class Sums:
+    """Diagonal and column sums of some heads, with room for more tokens."""
 
     diagonal: Tensor
     """(batch, heads, capacity) float32."""
@@ -22,11 +25,10 @@ class LayerSums:
     received: Tensor
     """(batch, heads, capacity) float32."""
 
-    @classmethod
-    def empty(cls, like: Tensor) -> LayerSums:
-        """No token yet, for the batch, heads and device of this (batch, heads, any) tensor."""
-        nothing = torch.zeros(*like.shape[:2], 0, dtype=torch.float32, device=like.device)
-        return cls(nothing, nothing.clone())
+    @property
+    def capacity(self) -> int:
+        """Tokens for which there is room."""
+        return self.diagonal.shape[2]
 
     def add(self, diagonal: Tensor, received: Tensor, tokens: int) -> None:
         """Add the rows of new tokens.
@@ -36,17 +38,8 @@ class LayerSums:
             received: (batch, heads, columns) of their rows; the last column is the last new token.
             tokens: sequence length with the new tokens.
         """
-        self._reserve(tokens)
-        self.diagonal[..., tokens - diagonal.shape[-1] : tokens] = diagonal
-        self.received[..., tokens - received.shape[-1] : tokens] += received
-
-    def _reserve(self, tokens: int) -> None:
-        capacity = self.diagonal.shape[-1]
-        if tokens > capacity:
-            # A prompt gets what it needs, decoding doubles.
-            more = (tokens if capacity == 0 else max(tokens, 2 * capacity)) - capacity
-            self.diagonal = torch.nn.functional.pad(self.diagonal, (0, more))
-            self.received = torch.nn.functional.pad(self.received, (0, more))
+        self.diagonal[:, :, tokens - diagonal.shape[2] : tokens] = diagonal
+        self.received[:, :, tokens - received.shape[2] : tokens] += received
 
 
 @dataclass
@@ -54,6 +47,11 @@ class Sequences:
     """The newest batch that the model works on."""
 
     layers: tuple[AttentionLayer, ...]
+    """Those that are captured."""
+
+    kept: Mapping[int, Collection[int]] | None = None
+    """Layer index -> heads that are kept; None: all of them."""
+
     tokens: int = 0
     """Length so far, padding and finished rows included; the same for every sequence of the batch."""
 
@@ -69,8 +67,14 @@ class Sequences:
     counted: list[Tensor] = field(default_factory=list)
     """(batch, rows) bool, one for each forward: the row counts, being no padding and not of a finished sequence."""
 
-    sums: dict[int, LayerSums] = field(default_factory=dict)
-    """By layer index."""
+    heads: dict[int, int] = field(default_factory=dict)
+    """By layer index: how many heads it has, kept or not."""
+
+    sums: dict[int, Sums] = field(default_factory=dict)
+    """By layer index, of the kept heads; views of `joint` once there is one."""
+
+    joint: list[Sums] = field(default_factory=list)
+    """All layers that are on one device side by side, in the order of the layers; empty during the first forward."""
 
     @property
     def any_ended(self) -> bool:
@@ -82,6 +86,44 @@ class Sequences:
         """Sequences; None before the first forward."""
         return int(self.counted[0].shape[0]) if self.counted else None
 
+    def add(self, layer: AttentionLayer, heads: int, diagonal: Tensor, received: Tensor, tokens: int) -> None:
+        """Add the rows of new tokens in one layer.
+
+        Args:
+            layer: one of `layers`.
+            heads: how many it has, kept or not.
+            diagonal: (batch, kept heads, rows) of the new tokens.
+            received: (batch, kept heads, columns) of their rows; the last column is the last new token.
+            tokens: sequence length with the new tokens.
+        """
+        self.heads[layer.index] = heads
+        known = self.sums.get(layer.index)
+        if known is None:
+            self.sums[layer.index] = Sums(diagonal, received)
+            return
+        if tokens > known.capacity:
+            self.join(max(tokens, 2 * known.capacity))  # so that decoding is not quadratic
+            known = self.sums[layer.index]
+        known.add(diagonal, received, tokens)
+
+    def join(self, capacity: int) -> None:
+        """Move the sums of all layers into one memory for each device, with room for so many tokens."""
+        devices = dict.fromkeys(self.sums[layer.index].diagonal.device for layer in self.layers)
+        self.joint = [self._joined(device, capacity) for device in devices]
+
+    def _joined(self, device: torch.device, capacity: int) -> Sums:
+        here = [layer.index for layer in self.layers if self.sums[layer.index].diagonal.device == device]
+        olds = [self.sums[index] for index in here]
+        sizes = [old.diagonal.shape[1] for old in olds]
+        with torch.no_grad(), torch.inference_mode(False):  # later steps may add to them outside of it
+            shape = (olds[0].diagonal.shape[0], sum(sizes), capacity)
+            joint = Sums(*(torch.zeros(shape, dtype=torch.float32, device=device) for _ in range(2)))
+        parts = zip(torch.split(joint.diagonal, sizes, 1), torch.split(joint.received, sizes, 1), strict=True)
+        for index, old, (diagonal, received) in zip(here, olds, parts, strict=True):
+            diagonal[:, :, : old.capacity], received[:, :, : old.capacity] = old.diagonal, old.received
+            self.sums[index] = Sums(diagonal, received)
+        return joint
+
     def summaries(self) -> list[AttentionSummary]:
         """One for each sequence, of its counted tokens only.
 
@@ -92,21 +134,27 @@ class Sequences:
             raise CaptureError(
                 "nothing was captured; run the model inside the context: with capture_attention(model) as captured: ..."
             )
-        heads = {layer.index: self.sums[layer.index].diagonal.shape[1] for layer in self.layers}
-        if len(set(heads.values())) > 1:
+        if len(set(self.heads.values())) > 1:
             raise CaptureError(
-                f"layers differ in their number of heads, so no (layers, heads) array holds them: {heads}; "
+                f"layers differ in their number of heads, so no (layers, heads) array holds them: {self.heads}; "
                 "use a model with the same number in every layer"
             )
         return [self._summary(row, counted) for row, counted in enumerate(torch.cat(self.counted, dim=1).cpu())]
 
     def _summary(self, row: int, counted: Tensor) -> AttentionSummary:
-        def gather(name: str) -> Tensor:
-            parts = [getattr(self.sums[layer.index], name)[row, :, : self.tokens].cpu() for layer in self.layers]
-            return torch.stack(parts)[..., counted]  # (layers, heads, tokens)
+        every = bool(counted.all())
+        shape = (len(self.layers), next(iter(self.heads.values())), int(counted.sum()))
+
+        def gather(name: str) -> NDArray[np.float32]:
+            gathered = np.full(shape, np.nan, np.float32)  # never zero for a head that was not looked at
+            for place, layer in enumerate(self.layers):
+                part = getattr(self.sums[layer.index], name)[row, :, : self.tokens].cpu()
+                kept = slice(None) if self.kept is None else list(self.kept[layer.index])
+                gathered[place, kept] = part if every else part[:, counted]
+            return gathered
 
         return AttentionSummary(
-            diagonal=gather("diagonal").numpy(),
-            received=gather("received").numpy(),
+            diagonal=gather("diagonal"),
+            received=gather("received"),
             layers=tuple(layer.index for layer in self.layers),
         )

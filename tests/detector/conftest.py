@@ -2,10 +2,11 @@ from __future__ import annotations
 
 import pytest
 
-from lapwing_detector import attention
+from lapwing_detector import strips
 
 
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks of a few rows, so that short texts straddle them: 300 columns of 4 heads make 7 rows, 16 make 131."""
-    monkeypatch.setattr(attention, "BLOCK_BYTES", 4 * 4 * 300 * 7)
+    """Small strips and tiles, so that short texts straddle them: 300 columns of 2 heads make 7 rows in 5 tiles."""
+    monkeypatch.setattr(strips, "STRIP_BYTES", 4 * 2 * 300 * 7)
+    monkeypatch.setattr(strips, "TILE_COLUMNS", 64)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
-from lapwing_detector import attention, capture, forward, generation_run
+from lapwing_detector import attention, capture, forward, generation_run, strips
 from lapwing_detector.attention import attend
 from lapwing_detector.capture import Captured, capture_attention
 from lapwing_detector.layers import AttentionLayer
+from lapwing_detector.sequences import Sums
 from lapwing_detector.summary import AttentionSummary
 from tests.detector.captures import (
     SAME_MAP,
@@ -47,9 +49,13 @@ def error_of(family: str, length: int = 60) -> float:
     return difference(captured_forward(tiny_model(family), ids)[0], eager_forward(tiny_model(family), ids))
 
 
+def with_changed(**changes: object) -> Any:
+    return lambda query, key, value, **rest: attend(query, key, value, **{**rest, **changes})
+
+
 def test_control_not_causal(breaking: pytest.MonkeyPatch) -> None:
     assert error_of("llama") < SAME_MAP
-    breaking.setattr(attention, "_hide", lambda scores, mask, first: scores)
+    breaking.setattr(attention._Layer, "_hide", lambda self, scores, strip, tile: None)
     assert error_of("llama") > 0.01
 
 
@@ -61,28 +67,24 @@ def test_control_mask_function_that_is_not_causal_is_refused(breaking: pytest.Mo
 
 
 def test_control_scale(breaking: pytest.MonkeyPatch) -> None:
-    real = attention._scores
-    breaking.setattr(attention, "_scores", lambda query, key, scaling, softcap: real(query, key, 1.0, softcap))
+    breaking.setattr(capture, "attend", with_changed(scaling=1.0))
     assert error_of("llama") > 0.01
     assert error_of("gpt2") > 0.01
 
 
 def test_control_scale_of_another_layer(breaking: pytest.MonkeyPatch) -> None:
-    real = attention._scores
-    breaking.setattr(attention, "_scores", lambda query, key, scaling, softcap: real(query, key, 0.5, softcap))
+    breaking.setattr(capture, "attend", with_changed(scaling=0.5))
     assert error_of("gpt2") > 0.01  # it scales by the layer; 0.5 is right for the first one only
 
 
 def test_control_softcap(breaking: pytest.MonkeyPatch) -> None:
-    real = attention._scores
-    breaking.setattr(attention, "_scores", lambda query, key, scaling, softcap: real(query, key, scaling, None))
+    breaking.setattr(capture, "attend", with_changed(softcap=None))
     assert error_of("gemma2") > 0.01
 
 
 @pytest.mark.parametrize("family", ["mistral", "gemma2"])
 def test_control_window(breaking: pytest.MonkeyPatch, family: str) -> None:
-    real = attention._hide
-    breaking.setattr(attention, "_hide", lambda scores, mask, first: real(scores, None, first))
+    breaking.setattr(capture, "attend", with_changed(mask=None, starts=None))
     assert error_of(family, WINDOW) < SAME_MAP  # within the window nothing is lost
     assert error_of(family, WINDOW + 1) > 1e-3
 
@@ -101,7 +103,7 @@ def test_control_padding_counted(breaking: pytest.MonkeyPatch, side: str, whole_
 
     def all_count(self: forward.Forward, *call: object) -> forward.Place:
         place = real(self, *call)  # type: ignore[arg-type]
-        return forward.Place(place.first, place.columns, place.mask, torch.ones_like(place.counted))
+        return replace(place, counted=None)
 
     breaking.setattr(forward.Forward, "report", all_count)
     # On the right, padding looks like real rows; on the left it sees nothing, and attends to everything.
@@ -113,7 +115,7 @@ def test_control_all_keys_of_a_static_cache(breaking: pytest.MonkeyPatch) -> Non
 
     def uncropped(self: forward.Forward, layer: AttentionLayer, query: Any, key: Any, mask: Any) -> forward.Place:
         place = real(self, layer, query, key, mask)
-        return forward.Place(place.first, key.shape[2], mask, place.counted)
+        return replace(place, columns=key.shape[2], mask=mask)
 
     prompts = [token_ids(1, 12)[0]]
     assert generation_error(tiny_model("llama"), prompts, cache_implementation="static")[0] < STEP_BY_STEP
@@ -124,13 +126,13 @@ def test_control_all_keys_of_a_static_cache(breaking: pytest.MonkeyPatch) -> Non
 
 
 def test_control_sums_in_bfloat16(breaking: pytest.MonkeyPatch) -> None:
-    breaking.setattr(attention, "_at_least_float32", lambda tensor: tensor.dtype)
-    breaking.setattr(torch.Tensor, "float", lambda self: self)
+    breaking.setattr(torch, "promote_types", lambda one, other: one)
     assert rounding_error() > 1e-3
 
 
 def test_control_one_block_is_the_map(breaking: pytest.MonkeyPatch) -> None:
-    breaking.setattr(attention, "BLOCK_BYTES", 2**40)
+    for size in ("STRIP_BYTES", "STRIP_ROWS", "MOST_ROWS", "TILE_COLUMNS"):
+        breaking.setattr(strips, size, 2**40)
     assert largest_tensor(600) >= 600 * 600
 
 
@@ -175,14 +177,11 @@ def test_control_finished_rows_counted(breaking: pytest.MonkeyPatch) -> None:
 
 
 def test_control_absolute_positions_in_a_sliding_cache(breaking: pytest.MonkeyPatch) -> None:
-    from lapwing_detector.sequences import LayerSums
-
-    def from_the_first_column(self: LayerSums, diagonal: torch.Tensor, received: torch.Tensor, tokens: int) -> None:
-        self._reserve(tokens)
+    def from_the_first_column(self: Sums, diagonal: torch.Tensor, received: torch.Tensor, tokens: int) -> None:
         self.diagonal[..., tokens - diagonal.shape[-1] : tokens] = diagonal
         self.received[..., : received.shape[-1]] += received
 
-    breaking.setattr(LayerSums, "add", from_the_first_column)
+    breaking.setattr(Sums, "add", from_the_first_column)
     error, _ = generation_error(tiny_model("mistral"), [token_ids(1, 20)[0]], do_sample=False)
     assert error > 0.01
 

@@ -1,0 +1,96 @@
+"""Cuts attention maps into pieces that stay in a core's cache. Knows sizes only: no tensor is computed here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import Tensor
+
+TILE_COLUMNS = 2048
+"""Most columns of scores at a time: the keys of more do not stay in a core's cache."""
+
+TILE_BYTES = 2 * 2**20
+"""Scores up to which several heads or sequences are taken at once, so that short texts are not many small products."""
+
+STRIP_ROWS = 256
+"""Rows of one strip, counted for each head that shares its keys: enough for products at full speed."""
+
+LEAST_ROWS, MOST_ROWS = 32, 128
+"""Rows of one strip for one head: few when the hidden triangle at its end should be small."""
+
+STRIP_BYTES = 16 * 2**20
+"""Most that the scores of a strip take over all its tiles, which are kept until the denominators are known."""
+
+
+@dataclass(frozen=True)
+class Strip:
+    """Some rows of the maps of some heads, over all the columns that these rows see."""
+
+    batch: slice
+    shared: slice
+    """Key-value heads."""
+
+    heads: slice
+    """The heads that they serve."""
+
+    rows: slice
+    low: int
+    """First column that any of the rows sees."""
+
+    clean: int
+    """First column from which on the rows see all up to their own."""
+
+    own: int
+    """Column of the first row's own token."""
+
+    stop: int
+    """Behind the column of the last row's own token."""
+
+    @property
+    def tiles(self) -> list[slice]:
+        """Its columns in nearly equal parts; the last one holds the own tokens of all its rows."""
+        columns = self.stop - self.low
+        size = max(-(-columns // -(-columns // TILE_COLUMNS)), self.stop - self.own)
+        return [slice(max(self.low, end - size), end) for end in range(self.stop, self.low, -size)][::-1]
+
+
+def strips(
+    batch: int, heads: int, shared: int, rows: int, *, first: int, starts: Tensor | None, clean: bool
+) -> Iterator[Strip]:
+    """All the strips of a layer.
+
+    Args:
+        batch: sequences.
+        heads: of the queries.
+        shared: key-value heads, each of which serves heads / shared consecutive heads.
+        rows: of the maps.
+        first: column of the first row's own token.
+        starts: (batch or 1, rows), first column of each row if it sees all from there up to its own; else None.
+        clean: without `starts`, whether every row sees all columns up to its own.
+    """
+    group, columns = heads // shared, first + rows
+    height = max(1, min(rows, max(LEAST_ROWS, min(MOST_ROWS, STRIP_ROWS // group)), STRIP_BYTES // (4 * group * columns)))
+    for sequences, served in _parts(batch, shared, TILE_BYTES // (4 * group * height * min(columns, TILE_COLUMNS))):
+        # From the widest strip to the narrowest: what each needs fits where the last one was.
+        for start in reversed(range(0, rows, height)):
+            stop = min(start + height, rows)
+            low = 0
+            seen = 0 if clean else first + stop
+            if starts is not None:
+                of_strip = starts[sequences if starts.shape[0] > 1 else slice(None), start:stop]
+                low, seen = int(of_strip.min()), int(of_strip.max())
+            heads_served = slice(served.start * group, served.stop * group)
+            yield Strip(sequences, served, heads_served, slice(start, stop), low, seen, first + start, first + stop)
+
+
+def _parts(batch: int, shared: int, together: int) -> Iterator[tuple[slice, slice]]:
+    """Sequences and key-value heads that are taken at once: some heads of one sequence, or all heads of several."""
+    if together >= shared:
+        several = together // shared
+        yield from ((slice(one, min(one + several, batch)), slice(0, shared)) for one in range(0, batch, several))
+    else:
+        several = max(1, together)
+        for one in range(batch):
+            for served in range(0, shared, several):
+                yield slice(one, one + 1), slice(served, min(served + several, shared))
