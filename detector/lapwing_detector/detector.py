@@ -179,7 +179,7 @@ class Detector:
                 good.append((index, ids, clock))
         together = Stopwatch()
         with together.stage("forward"):
-            summaries = self.language_model.summaries([ids.all for _, ids, _ in good])
+            summaries = self.language_model.summaries([ids.all for _, ids, _ in good], probe.heads or None)
         for (index, ids, clock), summary in zip(good, summaries, strict=True):
             seconds = clock.seconds | together.seconds
             results.insert(index, detect(probe, summary, ids, false_positive_rate, seconds))

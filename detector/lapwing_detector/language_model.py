@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -120,17 +120,24 @@ class LanguageModel:
             inputs["logits_to_keep"] = 1  # a large vocabulary makes them the largest tensor of all
         return self.model(input_ids=input_ids, **inputs)
 
-    def summaries(self, sequences: Sequence[Sequence[int]]) -> list[AttentionSummary]:
-        """Attention of token id sequences, read in one forward, padded on the right."""
+    def summaries(
+        self, sequences: Sequence[Sequence[int]], heads: Mapping[int, Collection[int]] | None = None
+    ) -> list[AttentionSummary]:
+        """Attention of token id sequences, read in one forward, padded on the right.
+
+        Args:
+            sequences: token ids.
+            heads: layer index -> the heads that are needed; all without it. See `capture_attention`.
+        """
         if not sequences:
             return []
         if len(sequences) > 1 and switching_points(self.model.config.get_text_config()):
             # In a batch all would have the frequencies of the longest.
-            return [summary for ids in sequences for summary in self.summaries([ids])]
+            return [summary for ids in sequences for summary in self.summaries([ids], heads)]
         longest = max(len(ids) for ids in sequences)
         rows = [[*ids, *[self.pad_id] * (longest - len(ids))] for ids in sequences]
         visible = [[1] * len(ids) + [0] * (longest - len(ids)) for ids in sequences]
-        with capture_attention(self.model) as captured, torch.inference_mode():
+        with capture_attention(self.model, heads=heads) as captured, torch.inference_mode():
             self.forward(self.tensor(rows), attention_mask=self.tensor(visible), use_cache=False)
             return captured.summaries()
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -160,6 +160,12 @@ class Probe:
         digest.update(np.ascontiguousarray(self.weights, dtype="<f4").tobytes())
         return digest.hexdigest()[:12]
 
+    @cached_property
+    def heads(self) -> dict[int, tuple[int, ...]]:
+        """The heads that it reads, by layer, ascending: what `capture_attention` needs to keep for it."""
+        rows = zip(self.layers, self.selected, strict=True)
+        return {layer: tuple(map(int, np.flatnonzero(row))) for layer, row in rows if row.any()}
+
     def logit(self, features: NDArray[np.float32]) -> Any:
         """The linear score.
 
@@ -186,7 +192,7 @@ class Probe:
             TooShort: the sequence has too few tokens for one of the features.
             ProbeMismatch: the summary has other layers or heads than the probe.
         """
-        self._require_shape(summary)
+        self._require_layers(summary, self.layers)
         return np.concatenate([FEATURES[feature].compute(summary, self.k) for feature in self.features], axis=-1)
 
     def score(self, summary: AttentionSummary) -> tuple[float, Share]:
@@ -198,10 +204,9 @@ class Probe:
             TooShort: the sequence has too few tokens for one of the features.
             ProbeMismatch: the summary has other layers or heads than the probe.
         """
-        self._require_shape(summary)
+        read = self.read(summary)
         if summary.token_count < self.needed_tokens:
             raise TooShort(summary.token_count, self.needed_tokens)
-        read = AttentionSummary(summary.diagonal[self.selected][None], summary.received[self.selected][None], (0,))
         tokens = np.zeros(summary.token_count)
         per_head = np.zeros(int(self.selected.sum()))
         weights, start = self.weights[self.selected].astype(np.float64), 0  # (read, width)
@@ -221,6 +226,20 @@ class Probe:
         heads = np.zeros(self.selected.shape, np.float32)
         heads[self.selected] = per_head
         return float(per_head.sum()) + self.bias, Share(tokens.astype(np.float32), heads)
+
+    def read(self, summary: AttentionSummary) -> AttentionSummary:
+        """What it looks at: the selected heads, all in one layer; (1, selected heads, tokens).
+
+        Args:
+            summary: of one sequence; may lack the layers that it reads nothing of.
+
+        Raises:
+            ProbeMismatch: the summary has other heads than the probe, or not all the layers that it reads.
+        """
+        self._require_layers(summary, self.heads)
+        rows = [summary.layers.index(layer) for layer, heads in self.heads.items() for _ in heads]
+        columns = [head for heads in self.heads.values() for head in heads]
+        return AttentionSummary(summary.diagonal[rows, columns][None], summary.received[rows, columns][None], (0,))
 
     def flagged_at(self, logit: float) -> tuple[float, ...]:
         """The false-positive rates of all operating points that this logit passes, strictest first."""
@@ -323,11 +342,14 @@ class Probe:
             raise ValueError(f"{directory} holds revision {other.revision}, this probe is {self.revision}")
         return push(self, repo_id, private, None if directory is None else Path(directory))
 
-    def _require_shape(self, summary: AttentionSummary) -> None:
-        if summary.layers != self.layers or summary.diagonal.shape[1] != self.weights.shape[1]:
+    def _require_layers(self, summary: AttentionSummary, needed: Collection[int]) -> None:
+        foreign = set(summary.layers) - set(self.layers) or set(needed) - set(summary.layers)
+        if foreign or summary.diagonal.shape[1] != self.weights.shape[1]:
             raise ProbeMismatch(
-                f"the probe {self.name!r} reads layers {self.layers} of {self.weights.shape[1]} heads, "
-                f"the attention has layers {summary.layers} of {summary.diagonal.shape[1]}; use the model that it fits"
+                f"the probe {self.name!r} has layers {self.layers} of {self.weights.shape[1]} heads and needs "
+                f"{tuple(needed)}, the attention has layers {summary.layers} of {summary.diagonal.shape[1]}; "
+                "use the model that it fits, and capture the heads that it reads: "
+                "capture_attention(model, heads=probe.heads)"
             )
 
     def _weight_norms(self, feature: str) -> NDArray[np.float32]:

@@ -42,7 +42,7 @@ def detect(
             message = f"{summary.token_count} tokens; the probe needs {probe.needed_tokens}; score a longer text"
         elif not ids.response_ids:
             reason, message = Reason.TOO_SHORT, "the response has no tokens; there is nothing in it to be made up"
-        elif not (np.isfinite(summary.diagonal).all() and np.isfinite(summary.received).all()):
+        elif not finite(probe.read(summary)):
             reason, message = Reason.NON_FINITE, "the model's attention is not finite; load it in float32 or bfloat16"
         else:
             logit, share = probe.score(summary)
@@ -66,6 +66,11 @@ def detect(
         head_contributions=() if share is None else strongest(probe, share),
         seconds=seconds | clock.seconds,
     )
+
+
+def finite(summary: AttentionSummary) -> bool:
+    """Whether all its numbers are."""
+    return bool(np.isfinite(summary.diagonal).all() and np.isfinite(summary.received).all())
 
 
 def strongest(probe: Probe, share: Share) -> tuple[HeadContribution, ...]:

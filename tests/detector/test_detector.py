@@ -84,9 +84,9 @@ def test_one_probe_scores_a_whole_batch_though_another_is_set_meanwhile(detector
     swapped = Detector(loaded, first)
     read = LanguageModel.summaries
 
-    def swap_and_read(model, sequences):
+    def swap_and_read(model, sequences, heads):
         swapped.probe = second
-        return read(model, sequences)
+        return read(model, sequences, heads)
 
     monkeypatch.setattr(LanguageModel, "summaries", swap_and_read)
     assert {one.probe_name for one in swapped.score_batch([(QUESTION, "France"), (QUESTION, "Peru")])} == {"first"}

@@ -1,0 +1,81 @@
+"""A capture of few heads gives the same numbers for these, and none for the others."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from lapwing_detector import capture
+from lapwing_detector.capture import capture_attention
+from lapwing_detector.errors import InvalidInput
+from lapwing_detector.summary import AttentionSummary
+from tests.detector.captures import SAME_MAP, STEP_BY_STEP, generated
+from tests.detector.tiny_models import FAMILIES, captured_forward, new_model, tiny_model, token_ids
+
+KEPT = {0: [3, 1], 2: [0]}
+
+
+def require_same(few: AttentionSummary, all_heads: AttentionSummary, tolerance: float) -> None:
+    assert few.layers == (0, 2)
+    for name in ("diagonal", "received"):
+        part, whole = getattr(few, name), getattr(all_heads, name)
+        for row, layer in enumerate(few.layers):
+            kept = sorted(KEPT[layer])
+            np.testing.assert_allclose(part[row, kept], whole[layer, kept], rtol=tolerance, atol=tolerance)
+            others = [head for head in range(part.shape[1]) if head not in kept]
+            assert np.isnan(part[row, others]).all()  # never zero for what was not looked at
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "gpt_oss"])
+def test_kept_heads_are_those_of_the_whole_capture(family: str) -> None:
+    model, ids = tiny_model(family), token_ids(1, 70)
+    with capture_attention(model, heads=KEPT) as captured, torch.no_grad():
+        logits = model(ids).logits
+    # Layer 1 runs by SDPA here and by the capture there, which round differently.
+    require_same(captured.summaries()[0], captured_forward(model, ids)[0], 5 * SAME_MAP)
+    with torch.no_grad():
+        torch.testing.assert_close(logits, model(ids).logits, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2"])
+def test_kept_heads_while_generating(family: str) -> None:
+    prompts = [token_ids(1, n, seed=n)[0] for n in (12, 3, 30)]
+    _, result, mask = generated(tiny_model(family), prompts)
+    with capture_attention(tiny_model(family), heads=KEPT) as captured:
+        again = tiny_model(family).generate(result[:, :30], attention_mask=mask, max_new_tokens=40)
+    whole, _, _ = generated(tiny_model(family), prompts)
+    assert torch.equal(result, again)
+    for few, all_heads in zip(captured.summaries(), whole.summaries(), strict=True):
+        require_same(few, all_heads, STEP_BY_STEP)
+
+
+def test_layers_that_are_not_kept_are_left_to_sdpa(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    real = capture.attend
+    monkeypatch.setattr(capture, "attend", lambda *args, **rest: calls.append(1) or real(*args, **rest))
+    for heads, expected in ((KEPT, 2), (None, 3)):
+        calls.clear()
+        with capture_attention(tiny_model("llama"), heads=heads), torch.no_grad():
+            tiny_model("llama")(token_ids(1, 9))
+        assert len(calls) == expected
+
+
+@pytest.mark.parametrize(
+    ("heads", "said"),
+    [
+        ({7: [0]}, r"layer 7; the layers with attention are \[0, 1, 2\]"),
+        ({0: [-1]}, "head -1 of layer 0"),
+        ({0: []}, "names no head"),
+        ({}, "names no head"),
+    ],
+)
+def test_heads_that_cannot_be_kept(heads: dict[int, list[int]], said: str) -> None:
+    with pytest.raises(InvalidInput, match=said):
+        capture_attention(tiny_model("llama"), heads=heads)
+
+
+def test_a_head_that_the_layer_lacks() -> None:
+    model = new_model("llama")
+    with capture_attention(model, heads={1: [0, 4]}), pytest.raises(InvalidInput, match="head 4 of layer 1, which has"):
+        model(token_ids(1, 5))
