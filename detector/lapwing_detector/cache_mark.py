@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, EncoderDecoderCache
 
 from lapwing_detector.errors import CaptureError
 
@@ -27,13 +27,18 @@ def cache_in(output: Any) -> Cache | None:
     return next((value for value in values if isinstance(value, Cache)), None)
 
 
+def decoder_cache(cache: Cache) -> Cache:
+    """The cache of the decoder's attention to itself, where it comes together with one of attention to an encoder."""
+    return cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+
+
 def require_room(cache: Cache, tokens: int) -> None:
     """One more token must fit.
 
     Raises:
         CaptureError: a static cache is full.
     """
-    for layer in cache.layers:
+    for layer in decoder_cache(cache).layers:
         size = int(layer.get_max_length())
         if size != -1 and not getattr(layer, "is_sliding", False) and size < tokens + 1:
             raise CaptureError(
@@ -46,6 +51,7 @@ class CacheMark:
     """Remembers a cache as a forward left it, without keeping its memory."""
 
     def __init__(self, cache: Cache) -> None:
+        cache = decoder_cache(cache)
         keys = _keys(cache)
         self.inference = keys is not None and keys.is_inference()
         """Whether it was filled in inference mode, so that it can only be filled on there."""
@@ -59,6 +65,7 @@ class CacheMark:
         Raises:
             CaptureError: it is not.
         """
+        cache = decoder_cache(cache)
         if self._cache() is not cache:
             raise CaptureError(
                 "past_key_values is another cache than the one that the captured forward filled; go on with that one "

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +17,11 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from lapwing_detector.attention import attend
 from lapwing_detector.cache_mark import CacheMark, cache_in, past_length, require_room
 from lapwing_detector.decoding import plan_decoding
-from lapwing_detector.errors import CaptureError
+from lapwing_detector.eager_fallback import EagerFallback, reduce_map
+from lapwing_detector.errors import CaptureError, InvalidInput
 from lapwing_detector.forward import Forward, dropping, require_evaluation, require_plain, require_unpacked
 from lapwing_detector.generation_run import Endings, Pending, Run
-from lapwing_detector.layers import attention_layers, kept_heads, require_heads
+from lapwing_detector.layers import AttentionLayer, attention_layers, eager_layers, kept_heads, require_heads
 from lapwing_detector.rotary import require_same_frequencies, switching_points
 from lapwing_detector.scratch import Scratch
 from lapwing_detector.sequences import Sequences
@@ -28,7 +29,12 @@ from lapwing_detector.summary import AttentionSummary
 from lapwing_detector.switch import AttentionSwitch, shadow
 
 
-def capture_attention(model: PreTrainedModel, *, heads: Mapping[int, Collection[int]] | None = None) -> Captured:
+def capture_attention(
+    model: PreTrainedModel,
+    *,
+    heads: Mapping[int, Collection[int]] | None = None,
+    fallback: Literal["eager"] | None = None,
+) -> Captured:
     """Capture the attention of everything that the model does inside the context.
 
         with capture_attention(model) as captured:
@@ -42,12 +48,15 @@ def capture_attention(model: PreTrainedModel, *, heads: Mapping[int, Collection[
         model: a decoder whose attention goes through transformers' attention interface, in evaluation mode.
         heads: layer index -> the heads to keep, such as `probe.heads`. Other layers are left to the model's own
             attention and absent from the summaries; other heads of these layers are NaN there. All without it.
+        fallback: for models whose attention does not: `eager` lets each layer compute its whole map, which is reduced
+            at once and dropped. Slower, and it needs the memory of one map; call the model under `torch.no_grad()` or
+            in inference mode, or autograd keeps them all. Of no effect where it is not needed.
 
     Raises:
         UnsupportedModel: the attention of this model can't be captured.
-        InvalidInput: `heads` names a layer that has no attention, or no head.
+        InvalidInput: `heads` names a layer that has no attention, or no head; there is no such fallback.
     """
-    return Captured(model, heads)
+    return Captured(model, heads, fallback)
 
 
 class Captured:
@@ -56,13 +65,25 @@ class Captured:
     A context; the model is captured inside it, and as it was before outside.
     """
 
-    def __init__(self, model: PreTrainedModel, heads: Mapping[int, Collection[int]] | None = None) -> None:
-        layers = attention_layers(model)
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        heads: Mapping[int, Collection[int]] | None = None,
+        fallback: Literal["eager"] | None = None,
+    ) -> None:
+        if fallback not in (None, "eager"):
+            raise InvalidInput("fallback", f"is {fallback!r}; it must be 'eager', or None")
+        eager = eager_layers(model) if fallback == "eager" else None
+        layers = attention_layers(model) if eager is None else eager
         self._kept = kept_heads(layers, heads)
         self._layers = tuple(layer for layer in layers if self._kept is None or layer.index in self._kept)
         self._model = model
         self._layer_of: dict[nn.Module, Any] = {layer.module: layer for layer in layers}
-        self._switch = AttentionSwitch(model, layers, self._attention)
+        self._switch = (
+            AttentionSwitch(model, layers, self._attention)
+            if eager is None
+            else EagerFallback(model, self._layers, self._map)
+        )
         self._parameters = tuple(inspect.signature(model.forward).parameters)
         self._switching = switching_points(model.config.get_text_config(decoder=True))
         self._dropping: tuple[tuple[str, nn.Module], ...] = ()
@@ -126,12 +147,25 @@ class Captured:
         Raises:
             CaptureError: nothing was captured, the last forward failed, or layers differ in their number of heads.
         """
+        self._require_whole()
+        self.complete()
+        return self._sequences.summaries()
+
+    @property
+    def sums(self) -> Sequences:
+        """What the summaries are made of, as it stands now: of the tokens that the model was fed; not to be changed.
+
+        Raises:
+            CaptureError: the last forward failed.
+        """
+        self._require_whole()
+        return self._sequences
+
+    def _require_whole(self) -> None:
         if self._forward is not None:
             raise CaptureError(
                 "the last forward did not finish, so its sums are not whole; run it again from the start"
             )
-        self.complete()
-        return self._sequences.summaries()
 
     # What the model calls.
 
@@ -155,6 +189,8 @@ class Captured:
             kept = {name: given.get(name) for name in ("position_ids", "token_type_ids")}
             self._run.inputs = {name: value for name, value in kept.items() if value is not None}
         self._forward = Forward(past, self._sequences.batch, self._sequences.ends)
+        if isinstance(self._switch, EagerFallback):
+            self._switch.begin(given, past)
 
     def _close(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         forward = self._forward
@@ -191,6 +227,11 @@ class Captured:
     ) -> tuple[Tensor, None]:
         """What transformers calls in place of its own attention functions."""
         layer, forward = self._layer_of.get(module), self._forward
+        if layer is None and forward is not None:
+            raise CaptureError(
+                f"{type(module).__name__} is no layer of the decoder, whose attention is captured; give text only, "
+                "without images or sounds"
+            )
         if layer is None or forward is None:
             raise CaptureError(
                 f"{type(module).__name__} computed attention outside of a forward of the captured "
@@ -217,18 +258,40 @@ class Captured:
             starts=place.starts,
             scratch=self._scratch,
         )
-        if kept is not None:
-            require_heads(layer, kept, query.shape[1])
-            diagonal, received = diagonal[:, list(kept)], received[:, list(kept)]
-        if kept is not None or self._kept is None:
-            self._sequences.add(layer, query.shape[1], diagonal, received, forward.tokens)
+        self._add(layer, diagonal, received, forward.tokens)
         return output, None
+
+    def _map(self, layer: AttentionLayer, attention: Tensor, mask: Tensor) -> None:
+        """What a layer that runs eagerly hands over; see EagerFallback."""
+        forward = self._forward
+        if forward is None:
+            raise CaptureError(
+                f"{layer.name} computed attention outside of a forward of the captured {type(self._model).__name__}; "
+                "call the model itself, not a part of it"
+            )
+        place = forward.report(layer, attention, attention.transpose(-1, -2), mask)  # only shapes are looked at
+        self._add(layer, *reduce_map(layer, attention, mask, place), forward.tokens)
+
+    def _add(self, layer: AttentionLayer, diagonal: Tensor, received: Tensor, tokens: int) -> None:
+        heads = diagonal.shape[1]
+        if self._kept is not None:
+            kept = self._kept.get(layer.index)
+            if kept is None:
+                return
+            require_heads(layer, kept, heads)
+            diagonal, received = diagonal[:, list(kept)], received[:, list(kept)]
+        self._sequences.add(layer, heads, diagonal, received, tokens)
 
     # Sequences that go on, and that end.
 
     def _require_continuation(self, cache: Cache, past: int) -> None:
         if self._forward is not None:
             raise CaptureError("the forward before did not finish; start again from an empty cache")
+        if past == self._sequences.tokens and self._mark is None:
+            raise CaptureError(
+                f"{type(self._model).__name__} did not return the cache that its forward filled, so whether it is "
+                "the same one is not known; score the text in one forward"
+            )
         if past != self._sequences.tokens or self._mark is None:
             raise CaptureError(
                 f"the cache holds {past} tokens, {self._sequences.tokens} of them were captured; run all forwards "
@@ -270,6 +333,11 @@ class Captured:
             raise CaptureError(
                 f"{type(self._model).__name__}.generate does not decide by transformers' stopping criteria, so where "
                 "its sequences end is not known; score the finished text in one forward"
+            )
+        if run.cache is None:
+            raise CaptureError(
+                f"{type(self._model).__name__} generates without a cache, beginning anew with every token; score the "
+                "finished text in one forward"
             )
         ids = result if isinstance(result, Tensor) else result.sequences
         unfed = ids.shape[1] - self._sequences.tokens

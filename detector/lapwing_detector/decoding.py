@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from transformers import GenerationConfig, PreTrainedModel
-from transformers.generation.configuration_utils import GenerationMode
+from transformers.generation.configuration_utils import ALL_STATIC_CACHE_IMPLEMENTATIONS, GenerationMode
 
 from lapwing_detector.errors import UnsupportedGeneration
 
@@ -107,7 +107,7 @@ def _arguments(
 ) -> dict[str, Any]:
     """The arguments, with compiling off and with room in a static cache for the newest token's own step."""
     changes: dict[str, Any] = {"disable_compile": True}
-    if "static" in (config.cache_implementation or ""):
+    if config.cache_implementation in ALL_STATIC_CACHE_IMPLEMENTATIONS:
         room = prompt_tokens + int(config.max_new_tokens or config.max_length or 0)
         changes["max_cache_len"] = max(int(config.max_cache_len or 0), room)
     if given.get("generation_config") is None:

@@ -140,7 +140,7 @@ class Forward:
             if known.mask is mask and known.keys == keys:
                 return known
         if mask is None:
-            visible, starts = self._all_visible(layer, batch, rows), None
+            visible, starts = self._all_visible(layer, batch, rows, keys), None
         else:
             _require_readable(layer, mask, rows, keys)
             _require_causal(layer, mask, first)
@@ -156,7 +156,12 @@ class Forward:
         self._seen.append(Mask(mask, keys, starts))
         return self._seen[-1]
 
-    def _all_visible(self, layer: AttentionLayer, batch: int, rows: int) -> Tensor:
+    def _all_visible(self, layer: AttentionLayer, batch: int, rows: int, keys: int) -> Tensor:
+        if rows == 1 and keys > self.tokens:  # a static cache has more keys, but a mask that hides them
+            raise CaptureError(
+                f"{layer.name} has a query that sees {keys} keys, where {self.tokens} tokens are known of: its cache "
+                "does not tell how many it holds; score the text in one forward with use_cache=False"
+            )
         if rows > 1 and self.past > 0:
             raise CaptureError(
                 f"{layer.name} has {rows} queries behind {self.past} tokens and no mask: it is not known which keys "

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 
+from lapwing_detector.eager_fallback import computes_a_map
 from lapwing_detector.errors import InvalidInput, UnsupportedModel
 
 WITHOUT_ATTENTION = frozenset({"linear_attention", "mamba", "mamba2", "conv", "recurrent", "moe", "mlp"})
 """Kinds of layers of hybrid models that have no attention map."""
+
+WITH_ATTENTION = frozenset(
+    {"attention", "full_attention", "sliding_attention", "chunked_attention", "hybrid", "hybrid_sliding"}
+)
+"""Kinds of layers in which every token sees itself, and the keys before it by their place alone."""
 
 
 @dataclass(frozen=True)
@@ -31,19 +37,30 @@ class AttentionLayer:
 
 
 def attention_layers(model: object) -> tuple[AttentionLayer, ...]:
-    """Every attention of a decoder, in the order of its layers.
+    """Every attention of a decoder that goes through transformers' attention interface, in the order of its layers.
 
     Raises:
-        UnsupportedModel: some attention of the model can't be captured.
+        UnsupportedModel: some attention of the model can't be captured; names the fallback where it could.
     """
     checked = _checked(model)
-    found = tuple(
-        AttentionLayer(_layer_index(checked, name), name, module)
-        for name, module in checked.named_modules()
-        if uses_attention_interface(type(module))
-    )
-    _compare_with_config(checked, found)
-    return tuple(sorted(found, key=lambda layer: layer.index))
+    reason = _why_not_by_interface(checked)
+    if reason is not None:
+        raise UnsupportedModel(f"{reason}; {_mend(checked)}")
+    found = _found(checked, _asks_interface, "goes through transformers' interface")
+    for layer in found:
+        if getattr(layer.module, "config", None) is None:
+            raise UnsupportedModel(f"{type(checked).__name__}: {layer.name} has no config to switch its attention by")
+    return found
+
+
+def eager_layers(model: object) -> tuple[AttentionLayer, ...] | None:
+    """Every attention of a decoder that can't be captured by the interface; None for a decoder that can.
+
+    Raises:
+        UnsupportedModel: some attention of the model can't be captured by its eager maps either.
+    """
+    checked = _checked(model)
+    return None if _why_not_by_interface(checked) is None else _eager(checked)
 
 
 def kept_heads(
@@ -95,12 +112,53 @@ def _checked(model: object) -> PreTrainedModel:
         raise UnsupportedModel(f"{name} is an encoder-decoder; only decoder models have one causal attention map")
     if getattr(model, "_compiled_call_impl", None) is not None:
         raise UnsupportedModel(f"{name} is compiled, so its attention can't be switched; load it without compile()")
-    if not type(model)._can_set_attn_implementation():
-        raise UnsupportedModel(
-            f"{name} does not use transformers' attention interface, so its attention can't be captured; "
-            "use a family that does, such as Llama, Qwen3, Mistral, Gemma 2, Phi-3, GPT-2 or GPT-NeoX"
-        )
     return model
+
+
+def _why_not_by_interface(model: PreTrainedModel) -> str | None:
+    name = type(model).__name__
+    if not type(model)._can_set_attn_implementation():
+        return f"{name} does not use transformers' attention interface, so its attention can't be captured"
+    for index, kind in enumerate(_kinds(model.config.get_text_config(decoder=True)) or ()):
+        # Where a layer selects its keys by what they hold, a token need not see itself, and would look like padding.
+        if kind not in WITH_ATTENTION and kind not in WITHOUT_ATTENTION:
+            return f"{name}: layer {index} is of the kind {kind!r}, which is not known here"
+    return None
+
+
+def _mend(model: PreTrainedModel) -> str:
+    try:
+        _eager(model)
+    except UnsupportedModel:
+        return "use a family that does, such as Llama, Qwen3, Mistral, Gemma 2, Phi-3, GPT-2 or GPT-NeoX"
+    return 'its layers can run eagerly, which is slower: capture_attention(model, fallback="eager")'
+
+
+def _eager(model: PreTrainedModel) -> tuple[AttentionLayer, ...]:
+    return _found(model, lambda module: _asks_interface(module) or computes_a_map(module), "computes maps")
+
+
+def _asks_interface(module: nn.Module) -> bool:
+    return uses_attention_interface(type(module))
+
+
+def _found(model: PreTrainedModel, computes: Callable[[nn.Module], bool], how: str) -> tuple[AttentionLayer, ...]:
+    inside = _decoder_modules(model)
+    found = tuple(
+        AttentionLayer(_layer_index(model, name), name, module)
+        for name, module in model.named_modules()
+        if module in inside and computes(module)
+    )
+    _compare_with_config(model, found, how)
+    return tuple(sorted(found, key=lambda layer: layer.index))
+
+
+def _decoder_modules(model: PreTrainedModel) -> set[nn.Module]:
+    """Those of the decoder: not of the towers beside it that read images or sounds."""
+    untyped: Any = model
+    decoder = untyped.get_decoder()
+    # Where a family calls something else its decoder, it is no model.
+    return set((decoder if isinstance(decoder, PreTrainedModel) else model).modules())
 
 
 def _layer_index(model: PreTrainedModel, name: str) -> int:
@@ -113,24 +171,25 @@ def _layer_index(model: PreTrainedModel, name: str) -> int:
     return int(number.group(1))
 
 
-def _compare_with_config(model: PreTrainedModel, found: tuple[AttentionLayer, ...]) -> None:
+def _compare_with_config(model: PreTrainedModel, found: tuple[AttentionLayer, ...], how: str) -> None:
     if not found:
-        raise UnsupportedModel(f"{type(model).__name__} has no attention that goes through transformers' interface")
+        raise UnsupportedModel(f"{type(model).__name__} has no attention that {how}")
     indices = sorted(layer.index for layer in found)
     expected = _expected_indices(model.config.get_text_config(decoder=True))
     if indices != expected:
         raise UnsupportedModel(
-            f"{type(model).__name__}: attention goes through transformers' interface in layers {indices}, "
+            f"{type(model).__name__}: attention {how} in layers {indices}, "
             f"its configuration has attention in layers {expected}; every one must be captured, exactly once: "
             "use the plain decoder, without cross-attention or layers of your own"
         )
-    for layer in found:
-        if getattr(layer.module, "config", None) is None:
-            raise UnsupportedModel(f"{type(model).__name__}: {layer.name} has no config to switch its attention by")
 
 
 def _expected_indices(config: Any) -> list[int]:
-    kinds = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None)
+    kinds = _kinds(config)
     if kinds is None:
         return list(range(config.num_hidden_layers))
     return [index for index, kind in enumerate(kinds) if kind not in WITHOUT_ATTENTION]
+
+
+def _kinds(config: Any) -> list[str] | None:
+    return getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None)

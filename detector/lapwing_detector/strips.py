@@ -70,7 +70,9 @@ def strips(
         clean: without `starts`, whether every row sees all columns up to its own.
     """
     group, columns = heads // shared, first + rows
-    height = max(1, min(rows, max(LEAST_ROWS, min(MOST_ROWS, STRIP_ROWS // group)), STRIP_BYTES // (4 * group * columns)))
+    height = max(
+        1, min(rows, max(LEAST_ROWS, min(MOST_ROWS, STRIP_ROWS // group)), STRIP_BYTES // (4 * group * columns))
+    )
     for sequences, served in _parts(batch, shared, TILE_BYTES // (4 * group * height * min(columns, TILE_COLUMNS))):
         # From the widest strip to the narrowest: what each needs fits where the last one was.
         for start in reversed(range(0, rows, height)):

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from functools import wraps
 from typing import Any
 
+import torch
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
@@ -16,6 +17,9 @@ from lapwing_detector.layers import AttentionLayer
 
 PREFIX = "lapwing_capture_"
 """Start of the name of every attention function that is registered here; each capture has its own."""
+
+OUTSIDE = "the capture of attention keeps sums between calls; compile without fullgraph=True"
+"""Why a compiler of forwards leaves the function out of its graphs."""
 
 _numbers = itertools.count()
 _lock = threading.Lock()
@@ -28,7 +32,8 @@ class AttentionSwitch:
         self.name = f"{PREFIX}{next(_numbers)}"
         self._model = model
         self._layers = tuple(layers)
-        self._function = function
+        outside: Any = torch.compiler.disable
+        self._function = outside(function, reason=OUTSIDE)
         self._configs = _distinct_configs(model, self._layers)
         self._verified: list[Any] = []
         self._before: list[tuple[Any, str | None]] = []
