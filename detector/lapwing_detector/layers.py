@@ -6,6 +6,7 @@ import inspect
 import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from torch import nn
@@ -95,6 +96,7 @@ def require_heads(layer: AttentionLayer, kept: Collection[int], heads: int) -> N
         raise InvalidInput("heads", f"names head {max(kept)} of layer {layer.index}, which has {heads}, from 0")
 
 
+@cache
 def uses_attention_interface(kind: type[nn.Module]) -> bool:
     """Whether the forward of this class asks transformers' attention interface for its attention function."""
     code = getattr(inspect.unwrap(kind.forward), "__code__", None)
@@ -143,11 +145,13 @@ def _asks_interface(module: nn.Module) -> bool:
 
 
 def _found(model: PreTrainedModel, computes: Callable[[nn.Module], bool], how: str) -> tuple[AttentionLayer, ...]:
-    inside = _decoder_modules(model)
+    named = [(name, module) for name, module in model.named_modules() if computes(module)]
+    expected = _expected_indices(model.config.get_text_config(decoder=True))
+    inside = _decoder_modules(model) if len(named) != len(expected) else ()
     found = tuple(
         AttentionLayer(_layer_index(model, name), name, module)
-        for name, module in model.named_modules()
-        if module in inside and computes(module)
+        for name, module in named
+        if not inside or module in inside
     )
     _compare_with_config(model, found, how)
     return tuple(sorted(found, key=lambda layer: layer.index))

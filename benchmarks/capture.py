@@ -1,0 +1,152 @@
+"""Time and memory of plain SDPA, of the same with attention captured, and of the eager route, side by side.
+
+    python benchmarks/capture.py                        # everything; about a quarter of an hour on 2 cores
+    python benchmarks/capture.py --quick                # under a minute
+    python benchmarks/capture.py --only 'prefill 4096'  # the cases whose names hold these words; --list shows them
+    python benchmarks/capture.py --draw RESULTS.json    # table and picture of an earlier run
+
+Prints one table. The full and the quick run also write their numbers, with a description of the machine, as JSON, the
+full one a picture of time and memory over the length as well. Compare ratios, not seconds, between machines, and leave
+the machine alone meanwhile: the table says how much other work it had at the start.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import machine
+import memory
+import picture
+from cases import FULL, QUICK, Case, MemoryCase, TimeCase, maps_mb
+from results import MemoryResult, Results, TimeResult
+from table import table
+from tqdm import tqdm
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results"
+
+BUSY = 0.5
+"""Load of the machine above which the table is not to be believed: 2 threads that wait for a third lose far more than
+its share, and the way with more parallel sections loses more (at 512 tokens 1.2 became 2.3 on 2 busy cores)."""
+
+
+def main() -> None:
+    arguments = _arguments()
+    cases = chosen(QUICK if arguments.quick else FULL, arguments.only)
+    if arguments.list:
+        print(*(case.name for case in cases), sep="\n")
+        return
+    results = Results.read(arguments.draw) if arguments.draw else measure(cases, arguments.threads, arguments.quick)
+    print(table(results))
+    _keep(results, arguments)
+
+
+def chosen(cases: Sequence[Case], only: Sequence[str]) -> list[Case]:
+    """The cases that hold all words of one of the texts in `only`; all of them if it is empty.
+
+    Raises:
+        SystemExit: there are none.
+    """
+    found = [case for case in cases if not only or any(set(text.split()) <= set(case.name.split()) for text in only)]
+    if not found:
+        sys.exit(f"no case is called {' or '.join(map(repr, only))}; --list shows the names")
+    return found
+
+
+def measure(cases: Sequence[Case], threads: int, quick: bool) -> Results:
+    """Run the cases in processes of their own, the times first: those in one process, model and all."""
+    results = Results(machine.describe(threads), quick)
+    if (load := results.machine["load"]) > BUSY:
+        print(f"load {load}: other work runs beside, which bends the ratios as well", file=sys.stderr)
+    results.left_out = {case.name: reason for case in cases if (reason := _impossible(case))}
+    cases = [case for case in cases if case.name not in results.left_out]
+    # float32 first: the model is rounded to bfloat16 in place.
+    timed = sorted((case for case in cases if isinstance(case, TimeCase)), key=lambda case: case.dtype != "float32")
+    with tqdm(total=len(cases), unit="case", file=sys.stderr, leave=False) as progress:
+        answers = _child("timing.py", timed, threads) if timed else iter(())
+        for case in timed:
+            progress.set_description(case.name)
+            results.times.append(TimeResult(case, next(answers)["seconds"]))
+            progress.update()
+        for forward in (case for case in cases if isinstance(case, MemoryCase)):
+            progress.set_description(forward.name)
+            found = [one for _ in range(forward.processes) for one in _child("memory.py", [forward], threads)]
+            results.memory.append(MemoryResult(forward, [one["peak_mb"] for one in found]))
+            progress.update()
+    return results
+
+
+def _impossible(case: Case) -> str:
+    """Why this machine can't run the case; empty if it can."""
+    if not memory.available():
+        return f"the peak can't be read on {sys.platform}" if isinstance(case, MemoryCase) else ""
+    ways = case.ways if isinstance(case, TimeCase) else (case.way,)
+    needed = 1.2 * maps_mb(case.tokens) + 2000  # the model, and what one layer adds while it computes
+    if "eager" in ways and needed > memory.free_mb():
+        return f"it needs about {needed / 1e3:.0f} GB of memory, {memory.free_mb() / 1e3:.0f} are free"
+    return ""
+
+
+def _child(script: str, cases: Sequence[Case], threads: int) -> Iterator[dict[str, Any]]:
+    """What the script answers to each case, in a process of its own."""
+    heap = cases[0].heap if isinstance(cases[0], MemoryCase) else "glibc"
+    environment = os.environ | memory.HEAPS[heap] | {"OMP_NUM_THREADS": str(threads)}
+    command = [sys.executable, str(HERE / script), str(threads)]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, text=True
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        json.dump([asdict(case) for case in cases], process.stdin)
+        process.stdin.close()
+        yield from map(json.loads, process.stdout)
+    if process.returncode != 0:
+        sys.exit(f"{script} failed with {process.returncode}; what it said is above")
+
+
+def _keep(results: Results, arguments: argparse.Namespace) -> None:
+    suffix = "-quick" if results.quick else ""
+    whole = not arguments.only and not arguments.draw
+    out = arguments.out or (whole and RESULTS / f"{machine.file_stem(arguments.threads)}{suffix}.json")
+    # A quick run has too few lengths for a picture, unless one is asked for.
+    drawn = arguments.picture or ((whole or arguments.draw) and not results.quick and RESULTS / "capture.png")
+    if out:
+        results.write(out)
+    if drawn:
+        picture.save(results, drawn)
+    for path in (out, drawn):
+        if path:
+            print(f"wrote {path}", file=sys.stderr)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="fewer lengths and repetitions; under a minute on 2 cores")
+    parser.add_argument(
+        "--only",
+        action="append",
+        default=[],
+        metavar="WORDS",
+        help="only cases whose names hold all of these words, such as time, memory, 'decode float32'; may be "
+        "repeated; writes no files unless --out or --picture is given",
+    )
+    parser.add_argument("--list", action="store_true", help="print the names of the cases and measure nothing")
+    parser.add_argument("--threads", type=int, default=min(2, machine.cores()), help="of torch (default: %(default)s)")
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE.json", help="numbers (default: benchmarks/results/<cpu>.json)"
+    )
+    parser.add_argument("--picture", type=Path, metavar="FILE", help="default: benchmarks/results/capture.png")
+    parser.add_argument("--draw", type=Path, metavar="FILE.json", help="measure nothing; show what was measured before")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""What is measured, and the limits that it is held against. Measures nothing itself.
+
+More of it is one more row here; a new kind of work is one more function in workload.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+LAYERS, HEADS, KEY_VALUE_HEADS, HIDDEN, INTERMEDIATE, VOCABULARY = 12, 16, 4, 1024, 2048, 8000
+"""Of the model: a Llama with random weights, since time and memory do not depend on what it has learned."""
+
+BATCH = 8
+
+Way = Literal["sdpa", "ours", "selected", "eager"]
+"""The model alone; with every head captured; with a quarter of the heads; with maps that are then summed."""
+
+Work = Literal["prefill", "decode", "generate", "batch"]
+DType = Literal["float32", "bfloat16"]
+Heap = Literal["fixed", "glibc"]
+
+
+@dataclass(frozen=True)
+class TimeCase:
+    """Two ways to do the same work, in turns in one process; the ratio is that of the first to the second."""
+
+    work: Work
+    tokens: int
+    """Tokens of the prompt; of the longest one in a batch."""
+
+    ways: tuple[Way, Way] = ("ours", "sdpa")
+    dtype: DType = "float32"
+    at_most: float | None = None
+    at_least: float | None = None
+    repetitions: int = 7
+    """Of each way, at least."""
+
+    seconds: float = 6.0
+    """Short work is repeated for this long."""
+
+    new_tokens: int = 64
+    """That are decoded or generated."""
+
+    @property
+    def name(self) -> str:
+        """What the table and `--only` call it."""
+        tokens = f"{self.new_tokens} after {self.tokens}" if self.work in ("decode", "generate") else self.tokens
+        return f"time {self.work} {tokens} {self.dtype} {self.ways[0]}/{self.ways[1]}"
+
+
+@dataclass(frozen=True)
+class MemoryCase:
+    """The peak of one forward above the loaded model, each time in a fresh process."""
+
+    way: Way
+    tokens: int
+    heap: Heap = "fixed"
+    """With glibc's own growing threshold the peak is another one from run to run; see memory.py."""
+
+    processes: int = 1
+
+    @property
+    def name(self) -> str:
+        """What the table and `--only` call it."""
+        return f"memory {self.tokens} {self.way}" + ("" if self.heap == "fixed" else f" {self.heap}")
+
+
+Case = TimeCase | MemoryCase
+
+EAGER_PEAK_AT_LEAST = {4096: 20.0}
+"""Eager peak / ours, by tokens."""
+
+
+def extra_mb_at_most(tokens: int) -> float:
+    """How much more than SDPA a captured forward may take: two float32 per layer, head and token, and 64 MB."""
+    return 2 * 4 * LAYERS * HEADS * tokens / 1e6 + 64
+
+
+def maps_mb(tokens: int) -> float:
+    """Size of all attention maps in float32."""
+    return 4 * LAYERS * HEADS * tokens**2 / 1e6
+
+
+FULL: tuple[Case, ...] = (
+    *(TimeCase("prefill", tokens, at_most=1.03) for tokens in (128, 512, 1024, 2048)),
+    *(TimeCase("prefill", tokens, at_most=1.08) for tokens in (4096, 8192)),
+    *(TimeCase("decode", tokens, at_most=1.03) for tokens in (64, 1024)),
+    TimeCase("generate", 64),  # no limit: the closing step makes it one forward more in 64
+    TimeCase("batch", 512, at_most=1.05),
+    *(TimeCase("prefill", tokens, ("selected", "sdpa")) for tokens in (512, 2048, 4096)),
+    TimeCase("decode", 1024, ("selected", "sdpa")),
+    *(TimeCase("prefill", tokens, ("eager", "ours")) for tokens in (128, 512, 1024)),
+    TimeCase("prefill", 2048, ("eager", "ours"), at_least=4.5),
+    TimeCase("prefill", 4096, ("eager", "ours"), repetitions=3),
+    *(TimeCase("prefill", tokens, dtype="bfloat16", at_most=1.03) for tokens in (512, 2048)),
+    *(TimeCase("decode", tokens, dtype="bfloat16", at_most=1.03) for tokens in (64, 1024)),
+    *(MemoryCase(way, tokens) for tokens in (1024, 2048, 4096) for way in ("sdpa", "ours", "eager")),
+    *(MemoryCase(way, 8192) for way in ("sdpa", "ours")),
+    *(MemoryCase(way, tokens, "glibc", processes=3) for tokens in (2048, 4096) for way in ("sdpa", "ours")),
+)
+
+QUICK: tuple[Case, ...] = (
+    TimeCase("prefill", 128, at_most=1.03, repetitions=5, seconds=1),
+    TimeCase("prefill", 512, at_most=1.03, repetitions=3, seconds=1),
+    TimeCase("decode", 64, new_tokens=16, repetitions=2, seconds=0),  # the limit is one of 64 tokens
+    TimeCase("prefill", 512, ("eager", "ours"), repetitions=2, seconds=0),
+    TimeCase("prefill", 128, dtype="bfloat16", at_most=1.03, repetitions=3, seconds=0),
+    *(MemoryCase(way, 512) for way in ("sdpa", "ours", "eager")),
+)

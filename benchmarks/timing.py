@@ -1,0 +1,86 @@
+"""Times cases in one process: TimeCases as JSON on standard input, one line of JSON for each on standard output."""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from cases import TimeCase, Way
+from torch import Tensor
+from transformers import LlamaForCausalLM
+from workload import Sums, make_inputs, make_model, run
+
+WARM_UP_SECONDS = 0.5
+MOST_REPETITIONS = 99
+
+
+def measure(model: LlamaForCausalLM, case: TimeCase) -> dict[str, list[float]]:
+    """Seconds of each repetition, by way.
+
+    Raises:
+        AssertionError: the two ways do not give the same sums, so their times must not be compared.
+    """
+    inputs = make_inputs(case.work, case.tokens)
+    _warm_up(model, case, inputs)
+    seconds: dict[str, list[float]] = {way: [] for way in case.ways}
+    start = time.perf_counter()
+    for repetition in range(MOST_REPETITIONS):
+        if repetition >= case.repetitions and time.perf_counter() - start > case.seconds:
+            break
+        # Each way goes first as often as the other: what the first leaves in cache and heap is the second's start.
+        for way in case.ways if repetition % 2 else case.ways[::-1]:
+            seconds[way].append(_once(model, way, case, inputs)[0])
+    return seconds
+
+
+def _warm_up(model: LlamaForCausalLM, case: TimeCase, inputs: dict[str, Tensor]) -> None:
+    start = time.perf_counter()
+    while True:
+        first, second = (_once(model, way, case, inputs)[1] for way in case.ways)
+        if "eager" in case.ways:
+            _require_same(first, second)
+        if time.perf_counter() - start > WARM_UP_SECONDS:
+            return
+
+
+def _once(model: LlamaForCausalLM, way: Way, case: TimeCase, inputs: dict[str, Tensor]) -> tuple[float, Sums]:
+    with _no_collection():
+        return run(model, way, case.work, inputs, case.new_tokens)
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """As `timeit` does: whose turn it is when the garbage collector runs is chance."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+def _require_same(first: Sums, second: Sums) -> None:
+    for ours, theirs in zip(first, second, strict=True):
+        for mine, other in zip(ours, theirs, strict=True):
+            # Sums of float32 in another order, through as many layers.
+            torch.testing.assert_close(mine, other, rtol=1e-3, atol=1e-5)
+
+
+def main() -> None:
+    given: list[dict[str, Any]] = json.load(sys.stdin)
+    torch.set_num_threads(int(sys.argv[1]))
+    model = make_model()
+    for fields in given:
+        case = TimeCase(**{**fields, "ways": tuple(fields["ways"])})
+        model.to(getattr(torch, case.dtype))  # float32 comes first, so nothing is rounded that should not be
+        print(json.dumps({"seconds": measure(model, case)}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
