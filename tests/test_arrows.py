@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 WIRE = {"grpc", "google"}
-ARRAYS = {"torch", "transformers", "numpy", "safetensors", "huggingface_hub", "jinja2", "typer"}
+ARRAYS = {"torch", "transformers", "numpy", "safetensors", "huggingface_hub", "jinja2", "triton", "typer"}
 LEARNING = {"sklearn", "scipy", "threadpoolctl"}
 ALLOWED = {
     "proto/lapwing": {"lapwing"} | WIRE,

@@ -221,7 +221,9 @@ def _ceiling(rows: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """(rows, rows): the lowest finite number above the diagonal, infinity on it and below."""
     with torch.inference_mode(False):  # or gradients could not flow past it
         later = torch.ones(rows, rows, dtype=torch.bool, device=device).triu_(1)
-        return torch.where(later, torch.finfo(dtype).min, torch.inf).to(dtype)
+        return torch.full((rows, rows), torch.inf, dtype=dtype, device=device).masked_fill_(
+            later, torch.finfo(dtype).min
+        )
 
 
 def _scale(scaling: float, softcap: float | None) -> float:

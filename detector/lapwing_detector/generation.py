@@ -15,6 +15,7 @@ from lapwing_detector.detection import Detection
 from lapwing_detector.errors import InvalidInput, TooLong
 from lapwing_detector.language_model import LanguageModel
 from lapwing_detector.probe import Probe
+from lapwing_detector.running import RunningLogits
 from lapwing_detector.scoring import Stopwatch, detect
 from lapwing_detector.tokens import TokenIds
 
@@ -157,7 +158,8 @@ def _steps(
     false_positive_rate: float,
 ) -> Iterator[GeneratedToken | Generation]:
     clock, stream = Stopwatch(), TextStream(language_model.tokenizer)
-    captured = capture_attention(language_model.model)
+    captured = capture_attention(language_model.model, heads=probe.heads or None)
+    running = RunningLogits(probe, captured)
     cache: Any = None
 
     def step(ids: tuple[int, ...]) -> torch.Tensor:
@@ -169,22 +171,25 @@ def _steps(
         logits: torch.Tensor = output.logits[:, -1].cpu()  # (1, vocabulary)
         return logits
 
+    def verdict() -> Detection:
+        ids = prompt.followed_by(written)
+        return detect(probe, captured.summaries()[0], ids, false_positive_rate, clock.seconds)
+
     written: list[int] = []
+    detection: Detection | None = None
     token, log_probability = chooser.choose(step(prompt.prompt_ids))
     while token not in language_model.stop_tokens:
         # The row of a token exists only once it has been fed, so it is fed before it is scored and given out.
         following = chooser.choose(step((token,)))
         written.append(token)
         last = len(written) == limit or following[0] in language_model.stop_tokens
-        running = detect(probe, captured.summaries()[0], prompt.followed_by(written), false_positive_rate, {})
-        yield GeneratedToken(
-            len(written) - 1, token, stream.push(token, last), log_probability, running.probability, running.logit
-        )
-        token, log_probability = following
-        if len(written) == limit:
+        detection = verdict() if last else None
+        [logit] = [detection.logit] if detection else running.logits()
+        probability = None if logit is None else probe.calibration.probability(logit)
+        yield GeneratedToken(len(written) - 1, token, stream.push(token, last), log_probability, probability, logit)
+        if last:
             break
+        token, log_probability = following
     reason = "length" if len(written) == limit else "stop"
-    ids = prompt.followed_by(written)
-    detection = detect(probe, captured.summaries()[0], ids, false_positive_rate, clock.seconds)
     text = str(language_model.tokenizer.decode(written, skip_special_tokens=True))
-    yield Generation(text, ids.prompt_ids, ids.response_ids, reason, detection)
+    yield Generation(text, prompt.prompt_ids, tuple(written), reason, detection or verdict())
