@@ -14,16 +14,15 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from lapwing_detector.attention import attend
 from lapwing_detector.cache_mark import CacheMark, cache_in, past_length, require_room
 from lapwing_detector.decoding import plan_decoding
 from lapwing_detector.eager_fallback import EagerFallback, reduce_map
 from lapwing_detector.errors import CaptureError, InvalidInput
 from lapwing_detector.forward import Forward, dropping, require_evaluation, require_plain, require_unpacked
 from lapwing_detector.generation_run import Endings, Pending, Run
-from lapwing_detector.layers import AttentionLayer, attention_layers, eager_layers, kept_heads, require_heads
+from lapwing_detector.layers import AttentionLayer, attention_layers, eager_layers, kept_heads
+from lapwing_detector.reading import Reader
 from lapwing_detector.rotary import require_same_frequencies, switching_points
-from lapwing_detector.scratch import Scratch
 from lapwing_detector.sequences import Sequences
 from lapwing_detector.summary import AttentionSummary
 from lapwing_detector.switch import AttentionSwitch, shadow
@@ -88,7 +87,7 @@ class Captured:
         self._switching = switching_points(model.config.get_text_config(decoder=True))
         self._dropping: tuple[tuple[str, nn.Module], ...] = ()
         self._active: ExitStack | None = None
-        self._scratch = Scratch()
+        self._reader = Reader()
         self._sequences = Sequences(self._layers, self._kept)
         self._mark: CacheMark | None = None
         self._forward: Forward | None = None
@@ -102,7 +101,7 @@ class Captured:
             self._dropping = dropping(self._model)
             self._switch.on()
             stack.callback(self._switch.off)
-            stack.callback(self._scratch.clear)
+            stack.callback(self._reader.clear)
             stack.callback(self._model.register_forward_pre_hook(self._open, with_kwargs=True).remove)
             stack.callback(self._model.register_forward_hook(self._close).remove)
             if hasattr(self._model, "generate"):
@@ -239,27 +238,11 @@ class Captured:
             )
         require_plain(layer, dropout, is_causal, others)
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-        kept = None if self._kept is None else self._kept.get(layer.index)
-        if kept is None and self._kept is not None and softcap is None and s_aux is None:
+        if not self._sequences.keeps(layer) and softcap is None and s_aux is None:
             return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling)
         place = forward.report(layer, query, key, attention_mask)
-        if place.columns < key.shape[2]:
-            key, value = key[:, :, : place.columns], value[:, :, : place.columns]
-        output, diagonal, received = attend(
-            query,
-            key,
-            value,
-            mask=place.mask,
-            first=place.first,
-            counted=None if place.counted is None else place.counted.to(query.device),
-            scaling=scaling,
-            softcap=softcap,
-            sinks=s_aux,
-            starts=place.starts,
-            scratch=self._scratch,
-        )
-        self._add(layer, diagonal, received, forward.tokens)
-        return output, None
+        mechanism = {"scaling": scaling, "softcap": softcap, "sinks": s_aux}
+        return self._reader.read(self._sequences, layer, query, key, value, place, mechanism), None
 
     def _map(self, layer: AttentionLayer, attention: Tensor, mask: Tensor) -> None:
         """What a layer that runs eagerly hands over; see EagerFallback."""
@@ -270,17 +253,7 @@ class Captured:
                 "call the model itself, not a part of it"
             )
         place = forward.report(layer, attention, attention.transpose(-1, -2), mask)  # only shapes are looked at
-        self._add(layer, *reduce_map(layer, attention, mask, place), forward.tokens)
-
-    def _add(self, layer: AttentionLayer, diagonal: Tensor, received: Tensor, tokens: int) -> None:
-        heads = diagonal.shape[1]
-        if self._kept is not None:
-            kept = self._kept.get(layer.index)
-            if kept is None:
-                return
-            require_heads(layer, kept, heads)
-            diagonal, received = diagonal[:, list(kept)], received[:, list(kept)]
-        self._sequences.add(layer, heads, diagonal, received, tokens)
+        self._sequences.add(layer, *reduce_map(layer, attention, mask, place), forward.tokens)
 
     # Sequences that go on, and that end.
 

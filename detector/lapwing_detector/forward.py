@@ -42,6 +42,9 @@ class Place:
     columns: int
     """Columns in use: a static cache has more, a sliding one starts behind the first token."""
 
+    tokens: int
+    """Length of the sequences with the new rows."""
+
     mask: Tensor | None
     """(batch or 1, heads or 1, rows, columns) bool; None: every row sees all columns up to its own."""
 
@@ -123,7 +126,7 @@ class Forward:
             every = (mask is None and self.ends is None) or bool(self.counted.all())
             self._counted = (None if every else self.counted,)
         cropped = mask if mask is None or columns == keys else mask[..., :columns]
-        return Place(first, columns, cropped, known.starts, self._counted[0])
+        return Place(first, columns, self.tokens, cropped, known.starts, self._counted[0])
 
     def _agree(self, layer: AttentionLayer, batch: int, rows: int) -> None:
         if (self.batch or batch, self.rows or rows) != (batch, rows):
@@ -263,10 +266,10 @@ def first_seen(mask: Tensor, own: Tensor, first: int) -> Tensor | None:
 
     Returns:
         (batch or 1, rows) int32, 0 for padding; None for masks of another kind, and where it is of no use: for one
-        row, and where heads have masks of their own.
+        row on a CPU, and where heads have masks of their own.
     """
     rows = mask.shape[-2]
-    if rows == 1 or mask.shape[1] > 1:
+    if (rows == 1 and mask.device.type == "cpu") or mask.shape[1] > 1:
         return None
     parts = []
     for start in range(0, rows, MASK_ROWS):

@@ -92,12 +92,12 @@ def require_heads(layer: AttentionLayer, kept: Collection[int], heads: int) -> N
     Raises:
         InvalidInput: it has fewer.
     """
-    if max(kept) >= heads:
+    if max(kept, default=0) >= heads:
         raise InvalidInput("heads", f"names head {max(kept)} of layer {layer.index}, which has {heads}, from 0")
 
 
 @cache
-def uses_attention_interface(kind: type[nn.Module]) -> bool:
+def uses_attention_interface(kind: type) -> bool:
     """Whether the forward of this class asks transformers' attention interface for its attention function."""
     code = getattr(inspect.unwrap(kind.forward), "__code__", None)
     return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lapwing_detector.errors import CaptureError
-from lapwing_detector.layers import AttentionLayer
+from lapwing_detector.layers import AttentionLayer, require_heads
 from lapwing_detector.summary import AttentionSummary
 
 
@@ -86,25 +86,54 @@ class Sequences:
         """Sequences; None before the first forward."""
         return int(self.counted[0].shape[0]) if self.counted else None
 
-    def add(self, layer: AttentionLayer, heads: int, diagonal: Tensor, received: Tensor, tokens: int) -> None:
-        """Add the rows of new tokens in one layer.
+    def keeps(self, layer: AttentionLayer) -> bool:
+        """Whether the rows of this layer are summed up."""
+        return self.kept is None or layer.index in self.kept
+
+    def kept_of(self, layer: AttentionLayer, heads: int) -> list[int] | None:
+        """Those of the layer's heads that are kept; None for all of them.
+
+        Raises:
+            InvalidInput: one that it does not have.
+        """
+        if self.kept is None:
+            return None
+        kept = list(self.kept.get(layer.index, ()))
+        require_heads(layer, kept, heads)
+        return kept
+
+    def add(self, layer: AttentionLayer, diagonal: Tensor, received: Tensor, tokens: int) -> None:
+        """Add the rows of new tokens in one layer, of the heads that are kept.
 
         Args:
-            layer: one of `layers`.
-            heads: how many it has, kept or not.
-            diagonal: (batch, kept heads, rows) of the new tokens.
-            received: (batch, kept heads, columns) of their rows; the last column is the last new token.
+            layer: any layer; one that is not kept is passed over.
+            diagonal: (batch, heads, rows) of the new tokens.
+            received: (batch, heads, columns) of their rows; the last column is the last new token.
             tokens: sequence length with the new tokens.
         """
+        if not self.keeps(layer):
+            return
+        heads = diagonal.shape[1]
+        kept = self.kept_of(layer, heads)
+        if kept is not None:
+            diagonal, received = diagonal[:, kept], received[:, kept]
+        self.add_kept(layer, heads, diagonal, received, tokens)
+
+    def add_kept(self, layer: AttentionLayer, heads: int, diagonal: Tensor, received: Tensor, tokens: int) -> None:
+        """The same with (batch, kept heads, ...) of a layer that has so many heads in all."""
         self.heads[layer.index] = heads
-        known = self.sums.get(layer.index)
+        known = self.room(layer, tokens)
         if known is None:
             self.sums[layer.index] = Sums(diagonal, received)
-            return
-        if tokens > known.capacity:
+        else:
+            known.add(diagonal, received, tokens)
+
+    def room(self, layer: AttentionLayer, tokens: int) -> Sums | None:
+        """The sums of a layer so far, with room for so many tokens; None before its first rows."""
+        known = self.sums.get(layer.index)
+        if known is not None and tokens > known.capacity:
             self.join(max(tokens, 2 * known.capacity))  # so that decoding is not quadratic
-            known = self.sums[layer.index]
-        known.add(diagonal, received, tokens)
+        return self.sums.get(layer.index)
 
     def join(self, capacity: int) -> None:
         """Move the sums of all layers into one memory for each device, with room for so many tokens."""

@@ -11,14 +11,14 @@ import numpy as np
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lapwing_detector import capture
+from lapwing_detector import reading
 from lapwing_detector.summary import AttentionSummary
 from tests.detector.tiny_models import captured_forward, difference
 
 MATTERS = 1e-2
 """What leaving out a mechanism does to the sums, at least; rounding is below 1e-4."""
 
-ATTEND = capture.attend
+ATTEND = reading.attend
 
 
 class Used:
@@ -30,7 +30,7 @@ class Used:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        with patch.object(capture, "attend", self._watched):
+        with patch.object(reading, "attend", self._watched):
             yield
 
     def _watched(self, query: Tensor, key: Tensor, value: Tensor, **rest: Any) -> Any:
@@ -65,7 +65,7 @@ def broken_error(mechanism: str, model: PreTrainedModel, ids: Tensor, oracle: At
     def broken(query: Tensor, key: Tensor, value: Tensor, **rest: Any) -> Any:
         return ATTEND(**SWITCHED_OFF[mechanism]({"query": query, "key": key, "value": value, **rest}))
 
-    with patch.object(capture, "attend", broken):
+    with patch.object(reading, "attend", broken):
         return difference(captured_forward(model, ids)[0], oracle)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from lapwing_detector import attention, capture, forward, generation_run, strips
+from lapwing_detector import attention, capture, forward, generation_run, reading, strips
 from lapwing_detector.attention import attend
 from lapwing_detector.capture import Captured, capture_attention
 from lapwing_detector.layers import AttentionLayer
@@ -67,31 +67,31 @@ def test_control_mask_function_that_is_not_causal_is_refused(breaking: pytest.Mo
 
 
 def test_control_scale(breaking: pytest.MonkeyPatch) -> None:
-    breaking.setattr(capture, "attend", with_changed(scaling=1.0))
+    breaking.setattr(reading, "attend", with_changed(scaling=1.0))
     assert error_of("llama") > 0.01
     assert error_of("gpt2") > 0.01
 
 
 def test_control_scale_of_another_layer(breaking: pytest.MonkeyPatch) -> None:
-    breaking.setattr(capture, "attend", with_changed(scaling=0.5))
+    breaking.setattr(reading, "attend", with_changed(scaling=0.5))
     assert error_of("gpt2") > 0.01  # it scales by the layer; 0.5 is right for the first one only
 
 
 def test_control_softcap(breaking: pytest.MonkeyPatch) -> None:
-    breaking.setattr(capture, "attend", with_changed(softcap=None))
+    breaking.setattr(reading, "attend", with_changed(softcap=None))
     assert error_of("gemma2") > 0.01
 
 
 @pytest.mark.parametrize("family", ["mistral", "gemma2"])
 def test_control_window(breaking: pytest.MonkeyPatch, family: str) -> None:
-    breaking.setattr(capture, "attend", with_changed(mask=None, starts=None))
+    breaking.setattr(reading, "attend", with_changed(mask=None, starts=None))
     assert error_of(family, WINDOW) < SAME_MAP  # within the window nothing is lost
     assert error_of(family, WINDOW + 1) > 1e-3
 
 
 def test_control_order_of_key_value_heads(breaking: pytest.MonkeyPatch) -> None:
     breaking.setattr(
-        capture, "attend", lambda query, key, value, **rest: attend(query, key.flip(1), value.flip(1), **rest)
+        reading, "attend", lambda query, key, value, **rest: attend(query, key.flip(1), value.flip(1), **rest)
     )
     assert error_of("llama") > 0.01
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from lapwing_detector import capture
+from lapwing_detector import reading
 from lapwing_detector.capture import capture_attention
 from lapwing_detector.errors import InvalidInput
 from lapwing_detector.summary import AttentionSummary
@@ -52,8 +52,8 @@ def test_kept_heads_while_generating(family: str) -> None:
 
 def test_layers_that_are_not_kept_are_left_to_sdpa(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
-    real = capture.attend
-    monkeypatch.setattr(capture, "attend", lambda *args, **rest: calls.append(1) or real(*args, **rest))
+    real = reading.attend
+    monkeypatch.setattr(reading, "attend", lambda *args, **rest: calls.append(1) or real(*args, **rest))
     for heads, expected in ((KEPT, 2), (None, 3)):
         calls.clear()
         with capture_attention(tiny_model("llama"), heads=heads), torch.no_grad():
