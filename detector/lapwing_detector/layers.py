@@ -97,7 +97,7 @@ def require_heads(layer: AttentionLayer, kept: Collection[int], heads: int) -> N
 
 
 @cache
-def uses_attention_interface(kind: type) -> bool:
+def uses_attention_interface(kind: type[nn.Module]) -> bool:
     """Whether the forward of this class asks transformers' attention interface for its attention function."""
     code = getattr(inspect.unwrap(kind.forward), "__code__", None)
     return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names
@@ -141,7 +141,8 @@ def _eager(model: PreTrainedModel) -> tuple[AttentionLayer, ...]:
 
 
 def _asks_interface(module: nn.Module) -> bool:
-    return uses_attention_interface(type(module))
+    kind: Any = type(module)
+    return uses_attention_interface(kind)
 
 
 def _found(model: PreTrainedModel, computes: Callable[[nn.Module], bool], how: str) -> tuple[AttentionLayer, ...]:
