@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from lapwing_detector.generation import GeneratedToken, Generation
     from lapwing_detector.head_map import HeadMap, plot_pair
     from lapwing_detector.probe import Probe
+    from lapwing_detector.running import RunningLogits
     from lapwing_detector.summary import AttentionSummary
 
 _HOMES = {
@@ -34,6 +35,7 @@ _HOMES = {
     "HeadMap": "head_map",
     "Probe": "probe",
     "Reason": "detection",
+    "RunningLogits": "running",
     "State": "detection",
     "attention_eigenvalues": "features",
     "attention_scores": "features",
@@ -54,6 +56,7 @@ __all__ = [
     "HeadMap",
     "Probe",
     "Reason",
+    "RunningLogits",
     "State",
     "attention_eigenvalues",
     "attention_scores",

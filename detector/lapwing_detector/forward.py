@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lapwing_detector import kernels
 from lapwing_detector.errors import CaptureError
 from lapwing_detector.layers import AttentionLayer
 
@@ -266,10 +267,10 @@ def first_seen(mask: Tensor, own: Tensor, first: int) -> Tensor | None:
 
     Returns:
         (batch or 1, rows) int32, 0 for padding; None for masks of another kind, and where it is of no use: for one
-        row on a CPU, and where heads have masks of their own.
+        row without kernels, and where heads have masks of their own.
     """
     rows = mask.shape[-2]
-    if (rows == 1 and mask.device.type == "cpu") or mask.shape[1] > 1:
+    if (rows == 1 and not kernels.available(mask.device)) or mask.shape[1] > 1:
         return None
     parts = []
     for start in range(0, rows, MASK_ROWS):
