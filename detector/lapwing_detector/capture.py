@@ -335,7 +335,7 @@ class Captured:
             inputs["attention_mask"] = visible.long()
         self._run = pending.run
         try:
-            with torch.no_grad(), torch.inference_mode(mark.inference):
+            with torch.inference_mode(mark.inference), torch.no_grad():  # in this order: the former sets the latter
                 self._model(input_ids=pending.tokens[:, None], past_key_values=cache, use_cache=True, **inputs)
         finally:
             self._run = None

@@ -144,7 +144,7 @@ class Sequences:
         here = [layer.index for layer in self.layers if self.sums[layer.index].diagonal.device == device]
         olds = [self.sums[index] for index in here]
         sizes = [old.diagonal.shape[1] for old in olds]
-        with torch.no_grad(), torch.inference_mode(False):  # later steps may add to them outside of it
+        with torch.inference_mode(False):  # later steps may add to them outside of it
             shape = (olds[0].diagonal.shape[0], sum(sizes), capacity)
             joint = Sums(*(torch.zeros(shape, dtype=torch.float32, device=device) for _ in range(2)))
         parts = zip(torch.split(joint.diagonal, sizes, 1), torch.split(joint.received, sizes, 1), strict=True)
