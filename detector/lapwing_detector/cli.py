@@ -1,4 +1,4 @@
-"""The detector's verbs: `lapwing heatmap`. Loads no model."""
+"""The detector's verbs: `lapwing heatmap`, `lapwing doctor`; nothing heavy is loaded before one is called."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from lapwing_detector.doctor.examination import Diagnosis
     from lapwing_detector.head_map import HeadMap
+    from lapwing_detector.language_model import LanguageModel
 
 
 def heatmap(
@@ -56,6 +58,76 @@ def heatmap(
         print(f"lapwing heatmap: {error}", file=sys.stderr)
         raise typer.Exit(1) from error
     print(f"wrote {out}", file=sys.stderr)
+
+
+def doctor(
+    model: Annotated[str, typer.Argument(help="Hub id or directory; the embedded Atlas without it.")] = "",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16; as stored without it.")] = "",
+    device: Annotated[str, typer.Option(help="Where the model runs, such as cpu or cuda.")] = "cpu",
+    fallback: Annotated[
+        str, typer.Option(help="eager: let layers make whole maps where they can't be captured otherwise.")
+    ] = "",
+    quick: Annotated[bool, typer.Option("--quick", help="Measure no time.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the table.")] = False,
+) -> None:
+    """Check a model before anyone relies on what is captured of its attention.
+
+    Which layers are captured; whether that is what the model's own eager attention gives, alone, in a padded batch
+    and while generating; whether one BOS token stands in front; what memory and time long texts will take; and what
+    capturing costs on this machine. Time differs from run to run and decides nothing.
+
+    Exit code 1 if something is wrong, or the model can't be loaded or captured.
+
+    Example: lapwing doctor meta-llama/Llama-3.1-8B --device cuda --dtype bfloat16
+    """
+    from lapwing_detector.doctor.report import as_json as to_json
+    from lapwing_detector.doctor.report import table
+    from lapwing_detector.errors import DetectorError
+    from lapwing_detector.language_model import DTYPES, LanguageModel
+
+    if dtype and dtype not in DTYPES:
+        raise typer.BadParameter(f"--dtype is {dtype!r}; known are {', '.join(DTYPES)}")
+    if fallback not in ("", "eager"):
+        raise typer.BadParameter(f"--fallback is {fallback!r}; known is eager")
+    require_device(device)
+    try:
+        loaded = LanguageModel.load(model or None, dtype=dtype or None, device=device)
+    except DetectorError as error:
+        print(f"lapwing doctor: {error}", file=sys.stderr)
+        if as_json:
+            print(json.dumps({"ok": False, "model": {"name": model}, "error": str(error), "checks": {}}))
+        raise typer.Exit(1) from error
+    diagnosis = diagnosed(loaded, eager=bool(fallback), quick=quick)
+    print(to_json(diagnosis) if as_json else table(diagnosis))
+    if diagnosis.wrong:
+        raise typer.Exit(1)
+
+
+def require_device(device: str) -> None:
+    """Misuse where this machine has no such device."""
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch asserts that it was built for a device
+        said = (str(error).splitlines() or [""])[0]
+        raise typer.BadParameter(f"--device is {device!r}, which can't be used here: {said}") from error
+
+
+def diagnosed(loaded: LanguageModel, *, eager: bool, quick: bool) -> Diagnosis:
+    """With a bar once it takes longer than a person waits without one."""
+    from tqdm import tqdm
+
+    from lapwing_detector.doctor.examination import examine, looks
+
+    # It counts what is finished, and hears of what begins: so from -1.
+    with tqdm(total=len(looks(quick)), initial=-1, desc="doctor", unit="check", delay=2.0, leave=False) as progress:
+
+        def begin(name: str) -> None:
+            progress.set_postfix_str(name, refresh=False)
+            progress.update()
+
+        return examine(loaded, fallback="eager" if eager else None, quick=quick, begin=begin)
 
 
 def full_name(feature: str) -> str:
