@@ -34,10 +34,10 @@ format: $(INSTALLED)  ## put the code into the form that check asks for
 proto: $(INSTALLED)  ## generate the stubs from the .proto files
 	$(BIN)/python proto/generate.py
 
-bench: $(INSTALLED)  ## measure what the README claims (about half an hour; QUICK=1 for a look in a minute)
+bench: $(INSTALLED)  ## measure what the README claims (about three quarters of an hour; QUICK=1 for a look)
 	$(BIN)/python benchmarks/capture.py $(if $(QUICK),--quick)
 	$(BIN)/python benchmarks/running.py $(if $(QUICK),--quick)
-	$(BIN)/python benchmarks/gpu.py
+	$(BIN)/python benchmarks/gpu.py $(if $(QUICK),--quick)
 
 atlas: $(INSTALLED)  ## make the embedded model again from nothing and put it into the package
 	$(BIN)/lapwing demo --rebuild --into $(ATLAS)

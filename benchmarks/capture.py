@@ -1,13 +1,14 @@
 """Time and memory of plain SDPA, of the same with attention captured, and of the eager route, side by side.
 
-    python benchmarks/capture.py                        # everything; about a quarter of an hour on 2 cores
+    python benchmarks/capture.py                        # everything; about three quarters of an hour on 2 cores
     python benchmarks/capture.py --quick                # under a minute
     python benchmarks/capture.py --only 'prefill 4096'  # the cases whose names hold these words; --list shows them
     python benchmarks/capture.py --draw RESULTS.json    # table and picture of an earlier run
 
 Prints one table. The full and the quick run also write their numbers, with a description of the machine, as JSON, the
-full one a picture of time and memory over the length as well. Compare ratios, not seconds, between machines, and leave
-the machine alone meanwhile: the table says how much other work it had at the start.
+full one a picture of time and memory over the length as well. Each machine and number of threads has one file, which
+the next run replaces; --out keeps another. Compare ratios, not seconds, between machines, and leave the machine alone
+meanwhile: the table says how much other work it had at the start and at the end.
 """
 
 from __future__ import annotations
@@ -32,10 +33,6 @@ from tqdm import tqdm
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
-
-BUSY = 0.5
-"""Load of the machine above which the table is not to be believed: 2 threads that wait for a third lose far more than
-its share, and the way with more parallel sections loses more (at 512 tokens 1.2 became 2.3 on 2 busy cores)."""
 
 
 def main() -> None:
@@ -64,8 +61,6 @@ def chosen(cases: Sequence[Case], only: Sequence[str]) -> list[Case]:
 def measure(cases: Sequence[Case], threads: int, quick: bool) -> Results:
     """Run the cases in processes of their own, the times first: those in one process, model and all."""
     results = Results(machine.describe(threads), quick)
-    if (load := results.machine["load"]) > BUSY:
-        print(f"load {load}: other work runs beside, which bends the ratios as well", file=sys.stderr)
     results.left_out = {case.name: reason for case in cases if (reason := _impossible(case))}
     cases = [case for case in cases if case.name not in results.left_out]
     # float32 first: the model is rounded to bfloat16 in place.
@@ -81,6 +76,7 @@ def measure(cases: Sequence[Case], threads: int, quick: bool) -> Results:
             found = [one for _ in range(forward.processes) for one in _child("memory.py", [forward], threads)]
             results.memory.append(MemoryResult(forward, [one["peak_mb"] for one in found]))
             progress.update()
+    machine.finish(results.machine)
     return results
 
 
@@ -141,7 +137,10 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--list", action="store_true", help="print the names of the cases and measure nothing")
     parser.add_argument("--threads", type=int, default=min(2, machine.cores()), help="of torch (default: %(default)s)")
     parser.add_argument(
-        "--out", type=Path, metavar="FILE.json", help="numbers (default: benchmarks/results/<cpu>.json)"
+        "--out",
+        type=Path,
+        metavar="FILE.json",
+        help="numbers (default: benchmarks/results/<cpu>-<threads>-threads.json, which the next run replaces)",
     )
     parser.add_argument("--picture", type=Path, metavar="FILE", help="default: benchmarks/results/capture.png")
     parser.add_argument("--draw", type=Path, metavar="FILE.json", help="measure nothing; show what was measured before")

@@ -1,56 +1,35 @@
 """Cost of capturing attention on a GPU: a model of 8B shape with random weights, beside the same on fused SDPA.
 
     python benchmarks/gpu.py            # everything; a few minutes
-    python benchmarks/gpu.py --quick    # shortest prompt, few repetitions
+    python benchmarks/gpu.py --quick    # shortest prompt, fewer repetitions
 
-Without a GPU it says so and measures nothing. Times are those of CUDA events around the forwards; captured and plain
-forwards take turns, and the ratio is that of the medians. What `summaries()` takes afterwards, to bring the sums to the
-CPU, is a column of its own. Writes its numbers to benchmarks/results/<gpu>.json.
+Without a GPU it says so and measures nothing. Plain and captured runs take turns, and the ratio is that of the medians.
+Before anything is timed, the sums are held against those that torch computes without the kernels, and the logits
+against the plain model's. Writes its numbers to benchmarks/results/<gpu>.json, which the next run replaces.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import re
 import statistics
 import sys
-import time
-from collections.abc import Callable
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+import gpu_work
 import machine
 import torch
-from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
-from transformers.cache_utils import DynamicCache
+from gpu_check import against_torch, apart, require_right
+from gpu_work import DEVICE, NEW_TOKENS, SHAPE, Heads, Work
+from results import Limit, middle_half, ratio_of_medians
+from table import columns, limit_cells, other_work
+from transformers import LlamaForCausalLM
 
-from lapwing_detector.capture import Captured, capture_attention
-
-LAYERS, HEADS, KEY_VALUE_HEADS = 32, 32, 8
-SHAPE = {
-    "vocab_size": 128256,
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": LAYERS,
-    "num_attention_heads": HEADS,
-    "num_key_value_heads": KEY_VALUE_HEADS,
-    "max_position_embeddings": 16384,
-}
-BYTES = 24 * 10**9
-"""Memory that the weights (16 GB) and a forward over 8192 tokens take."""
-
-QUARTER = {layer: range(layer % 4, HEADS, 4) for layer in range(LAYERS)}
-"""Every fourth head: spread over all layers, the costliest way to read a quarter of them."""
-
-NEW_TOKENS = 64
-REPETITIONS = 15
-
-Work = Literal["prefill", "decode"]
+REPETITIONS, QUICK_REPETITIONS = 15, 7
+SHORTEST = 512
 
 
 @dataclass(frozen=True)
@@ -61,9 +40,13 @@ class Case:
     tokens: int
     """Of the prompt."""
 
-    heads: Literal["all", "quarter"]
+    heads: Heads
     at_most: float | None
-    """Limit of the ratio."""
+
+    @property
+    def limit(self) -> Limit | None:
+        """Of the ratio."""
+        return None if self.at_most is None else Limit(self.at_most, at_most=True)
 
 
 CASES = (
@@ -85,196 +68,135 @@ class Result:
     """Seconds of each repetition, in their order."""
 
     case: Case
-    plain: list[float]
-    captured: list[float]
-    summaries: list[float]
+    path: str
+    """What captured: kernels, or torch."""
+
+    logits_apart: float
+    """Of plain and captured, as a share of their norm."""
+
+    plain: list[float] = field(default_factory=list)
+    captured: list[float] = field(default_factory=list)
+    forward: list[float] = field(default_factory=list)
+    """Of the captured seconds, the model's own work."""
 
     @property
     def ratio(self) -> float:
-        """Of the medians."""
-        return statistics.median(self.captured) / statistics.median(self.plain)
+        """Of the medians: captured to plain."""
+        return ratio_of_medians(self.captured, self.plain)
+
+    @property
+    def forward_ratio(self) -> float:
+        """The same of the forwards alone."""
+        return ratio_of_medians(self.forward, self.plain)
 
     @property
     def middle(self) -> tuple[float, float]:
         """First and third quartile of the ratios within each repetition."""
-        low, _, high = statistics.quantiles(
-            [one / other for one, other in zip(self.captured, self.plain, strict=True)], n=4, method="inclusive"
-        )
-        return low, high
+        return middle_half(self.captured, self.plain)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="prompts of 512 tokens only, 5 repetitions")
-    quick = parser.parse_args().quick
-    if (reason := unable()) is not None:
+    parser.add_argument(
+        "--quick", action="store_true", help=f"prompts of {SHORTEST} tokens only, {QUICK_REPETITIONS} repetitions"
+    )
+    parser.add_argument("--out", type=Path, metavar="FILE.json", help="default: benchmarks/results/<gpu>.json")
+    arguments = parser.parse_args()
+    if (reason := gpu_work.unable()) is not None:
         print(f"{reason}; nothing was measured on a GPU")
         return
-    cases = [case for case in CASES if case.tokens == 512] if quick else list(CASES)
-    model = make_model()
+    about = describe()
+    model = gpu_work.make_model()
+    about["apart_from_torch"] = against_torch(model)
     results = []
-    for case in cases:
-        results.append(measure(model, case, 5 if quick else REPETITIONS))
+    for case in (case for case in CASES if not arguments.quick or case.tokens == SHORTEST):
+        results.append(measure(model, case, QUICK_REPETITIONS if arguments.quick else REPETITIONS))
         print(*row(results[-1]), sep="  ", file=sys.stderr)
-    print(table(results))
-    if not quick:
-        write(results)
+    machine.finish(about)
+    print(table(results, about))
+    name = machine.stem(about["gpu"]) + ("-quick" if arguments.quick else "")
+    write(results, about, arguments.out or Path(__file__).parent / "results" / f"{name}.json")
 
 
-def unable() -> str | None:
-    """Why nothing can be measured here; None if it can."""
-    if not torch.cuda.is_available():
-        return "there is no NVIDIA GPU that torch can use here"
-    free, _ = torch.cuda.mem_get_info()
-    if free < BYTES:
-        return f"the GPU has {free / 1e9:.0f} GB free, the model needs {BYTES / 1e9:.0f}"
-    return None
-
-
-def make_model() -> LlamaForCausalLM:
-    """In bfloat16, made on the GPU."""
-    torch.manual_seed(0)
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        with torch.device("cuda"):
-            # Never ends by itself, so that every decoding has the same number of steps.
-            config = LlamaConfig(**SHAPE, eos_token_id=None, pad_token_id=0, attn_implementation="sdpa")
-            return LlamaForCausalLM(config).eval()
-    finally:
-        torch.set_default_dtype(before)
-
-
-@torch.inference_mode()
 def measure(model: LlamaForCausalLM, case: Case, repetitions: int) -> Result:
-    generator = torch.Generator("cuda").manual_seed(case.tokens)
-    ids = torch.randint(1, SHAPE["vocab_size"], (1, case.tokens), generator=generator, device="cuda")
-    result = Result(case, [], [], [])
+    """Plain and captured in turns.
+
+    Raises:
+        SystemExit: logits or sums can't be right, so their time means nothing.
+    """
+    ids = gpu_work.make_ids(case.tokens)
     for _ in range(2):  # kernels are compiled, and memory is taken
-        _plain(model, case, ids)
-        _captured(model, case, ids)
+        plain = gpu_work.run(model, case.work, ids, None)
+        with gpu_work.counted() as calls:
+            captured = gpu_work.run(model, case.work, ids, case.heads)
+    require_right(case.heads, plain, captured)
+    entry = "attend_row" if case.work == "decode" else "attend"
+    result = Result(case, "kernels" if calls[entry] else "torch", round(apart(captured.logits, plain.logits), 4))
     for repetition in range(repetitions):
         # Each goes first as often as the other: what one leaves, in caches and clocks, is the other's start.
-        for captured in (True, False) if repetition % 2 else (False, True):
-            if captured:
-                seconds, after = _captured(model, case, ids)
-                result.captured.append(seconds)
-                result.summaries.append(after)
-            else:
-                result.plain.append(_plain(model, case, ids))
+        for heads in (case.heads, None) if repetition % 2 else (None, case.heads):
+            one = gpu_work.run(model, case.work, ids, heads)
+            (result.plain if heads is None else result.captured).append(one.seconds)
+            if heads is not None:
+                result.forward.append(one.forward)
     return result
 
 
-def _plain(model: LlamaForCausalLM, case: Case, ids: Tensor) -> float:
-    return WORK[case.work](model, ids, None)
+HEADER = (
+    *("work", "prompt", "heads", "path", "SDPA", "captured", "ratio", "middle half", "limit", "met"),
+    *("forward alone", "ratio", "logits apart"),
+)
 
-
-def _captured(model: LlamaForCausalLM, case: Case, ids: Tensor) -> tuple[float, float]:
-    """Seconds of the forwards, and of the summaries.
-
-    Raises:
-        SystemExit: what was captured can't be attention, so its time means nothing.
-    """
-    heads = None if case.heads == "all" else QUARTER
-    capture = capture_attention(model, heads=heads)
-    seconds = WORK[case.work](model, ids, capture)
-    start = time.perf_counter()
-    (summary,) = capture.summaries()
-    after = time.perf_counter() - start
-    sums = torch.from_numpy(summary.received).sum(-1)
-    sums = sums[sums.isfinite()]  # heads that were not asked for are NaN
-    expected = LAYERS * HEADS // (1 if heads is None else 4)
-    # Every row of a map sums to 1: a wrong mask or log-sum-exp would show. 1 % is for weights rounded to bfloat16.
-    if len(sums) != expected or not bool(((sums / summary.token_count - 1).abs() < 0.01).all()):
-        sys.exit(f"{case}: the captured sums are wrong: {len(sums)} heads, {sums.min():.1f} to {sums.max():.1f}")
-    return seconds, after
-
-
-def _prefill(model: LlamaForCausalLM, ids: Tensor, capture: Captured | None) -> float:
-    torch.cuda.synchronize()
-    clock = Clock()
-    with capture or nullcontext():
-        model(ids, use_cache=True, logits_to_keep=1)
-    return clock.seconds()
-
-
-def _decode(model: LlamaForCausalLM, ids: Tensor, capture: Captured | None) -> float:
-    """Greedy steps alone, without reading the prompt."""
-    cache = DynamicCache(config=model.config)
-    with capture or nullcontext():
-        logits = model(ids, past_key_values=cache, logits_to_keep=1).logits
-        torch.cuda.synchronize()
-        clock = Clock()
-        for _ in range(NEW_TOKENS):
-            logits = model(logits[:, -1].argmax(-1, keepdim=True), past_key_values=cache, logits_to_keep=1).logits
-        return clock.seconds()
-
-
-WORK: dict[Work, Callable[[LlamaForCausalLM, Tensor, Captured | None], float]] = {
-    "prefill": _prefill,
-    "decode": _decode,
-}
-
-
-class Clock:
-    """Time on the GPU's stream since it was made, waiting for the CPU included."""
-
-    def __init__(self) -> None:
-        self._start, self._end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        self._start.record()
-
-    def seconds(self) -> float:
-        """Until all that was asked of the GPU is done."""
-        self._end.record()
-        self._end.synchronize()
-        return float(self._start.elapsed_time(self._end)) / 1e3
-
-
-HEADER = ("work", "prompt", "heads", "SDPA", "captured", "ratio", "middle half", "limit", "met", "summaries")
+KEY = f"""\
+captured: from making the capture to having the summaries; the limit is of that. forward alone: the model's work in it.
+SDPA: the plain model. "?" where the limit lies within the middle half of the ratios within a turn. path: what captured.
+decode: {NEW_TOKENS} tokens one by one, without reading the prompt. logits apart: captured from plain, by their norm."""
 
 
 def row(result: Result) -> tuple[str, ...]:
     case, (low, high) = result.case, result.middle
-    limit = case.at_most
     return (
         case.work,
         str(case.tokens),
         case.heads,
+        result.path,
         f"{1e3 * statistics.median(result.plain):.1f} ms",
         f"{1e3 * statistics.median(result.captured):.1f} ms",
         f"{result.ratio:.3f}",
         f"{low:.3f} to {high:.3f}",
-        "" if limit is None else f"{limit:.2f}",
-        "" if limit is None else "yes" if result.ratio <= limit else "NO",
-        f"{1e3 * statistics.median(result.summaries):.1f} ms",
+        *limit_cells(case.limit, result.ratio, "{:.2f}", result.middle),
+        f"{1e3 * statistics.median(result.forward):.1f} ms",
+        f"{result.forward_ratio:.3f}",
+        f"{result.logits_apart:.4f}",
     )
 
 
-def table(results: list[Result]) -> str:
-    rows = [HEADER, *map(row, results)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(one, widths, strict=True)).rstrip() for one in rows]
-    gpu = describe()
+def table(results: list[Result], about: dict[str, Any]) -> str:
+    far = ", ".join(f"{name} {share}" for name, share in about["apart_from_torch"].items())
     return "\n".join(
         [
-            f"{gpu['gpu']}, torch {gpu['torch']} (CUDA {gpu['cuda']}), triton {gpu['triton']}, "
-            f"transformers {gpu['transformers']}, {gpu['date']}",
-            f"Llama with random weights, {SHAPE}, bfloat16, batch of 1; decode: {NEW_TOKENS} tokens",
-            *lines,
+            f"{about['gpu']}, torch {about['torch']} (CUDA {about['cuda']}), triton {about['triton']}, "
+            f"transformers {about['transformers']}, {about['date']}; {other_work(about)}",
+            f"Llama with random weights, {SHAPE}, bfloat16, batch of 1",
+            f"Captured with kernels and without, apart by shares of the norm: {far}",
+            "",
+            *columns([HEADER, *map(row, results)]),
+            "",
+            KEY,
         ]
     )
 
 
-def describe() -> dict[str, object]:
+def describe() -> dict[str, Any]:
     """JSON-ready: the GPU and the machine around it."""
-    properties = torch.cuda.get_device_properties(0)
+    properties = torch.cuda.get_device_properties(DEVICE)
     try:
         triton = version("triton")
     except PackageNotFoundError:
         triton = "missing"
     return {
         "gpu": properties.name,
-        "memory_gb": round(properties.total_memory / 1e9, 1),
+        "gpu_memory_gb": round(properties.total_memory / 1e9, 1),
         "multiprocessors": properties.multi_processor_count,
         "cuda": torch.version.cuda,
         "triton": triton,
@@ -282,18 +204,20 @@ def describe() -> dict[str, object]:
     }
 
 
-def write(results: list[Result]) -> None:
-    about = describe()
-    stem = re.sub(r"[^a-z0-9]+", "-", str(about["gpu"]).lower()).strip("-")
-    path = Path(__file__).parent / "results" / f"{stem}.json"
+def write(results: list[Result], about: dict[str, Any], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     plain: dict[str, Any] = {"machine": about, "model": SHAPE, "times": []}
     for result in results:
-        numbers = {
-            name: [round(one, 6) for one in getattr(result, name)] for name in ("plain", "captured", "summaries")
+        seconds = {name: [round(one, 6) for one in getattr(result, name)] for name in ("plain", "captured", "forward")}
+        told = {
+            "path": result.path,
+            "logits_apart": result.logits_apart,
+            "ratio": round(result.ratio, 4),
+            "forward_ratio": round(result.forward_ratio, 4),
+            "middle_half_of_ratios": [round(one, 4) for one in result.middle],
+            "met": None if result.case.limit is None else result.case.limit.met_by(result.ratio),
         }
-        met = None if result.case.at_most is None else result.ratio <= result.case.at_most
-        plain["times"].append({"case": asdict(result.case), "ratio": round(result.ratio, 4), "met": met, **numbers})
+        plain["times"].append({"case": asdict(result.case), **told, **seconds})
     path.write_text(json.dumps(plain, indent=1) + "\n", encoding="utf-8")
     print(f"wrote {path}", file=sys.stderr)
 

@@ -56,7 +56,7 @@ def main() -> None:
 
     case = MemoryCase(**json.load(sys.stdin)[0])
     torch.set_num_threads(int(sys.argv[1]))
-    model, inputs = make_model(), make_inputs("prefill", case.tokens)
+    model, inputs = make_model().to(getattr(torch, case.dtype)), make_inputs("prefill", case.tokens)
     run(model, case.way, "prefill", make_inputs("prefill", 8))  # lazily loaded code is no part of the forward
     forget_peak()
     before = resident_mb()

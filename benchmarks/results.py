@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,8 @@ from cases import (
     KEY_VALUE_HEADS,
     LAYERS,
     VOCABULARY,
+    DType,
+    Heap,
     MemoryCase,
     TimeCase,
     Way,
@@ -36,6 +38,22 @@ class Limit:
         """A measured number keeps to the limit."""
         return measured <= self.value if self.at_most else measured >= self.value
 
+    def verdict(self, measured: float, middle: tuple[float, float] | None = None) -> str:
+        """Yes or NO, with "?" where the limit lies inside the middle half: the next run may well say the opposite."""
+        uncertain = middle is not None and middle[0] < self.value < middle[1]
+        return ("yes" if self.met_by(measured) else "NO") + "?" * uncertain
+
+
+def ratio_of_medians(first: Sequence[float], second: Sequence[float]) -> float:
+    return statistics.median(first) / statistics.median(second)
+
+
+def middle_half(first: Sequence[float], second: Sequence[float]) -> tuple[float, float]:
+    """First and third quartile of the ratios within each repetition."""
+    ratios = [one / other for one, other in zip(first, second, strict=True)]
+    low, _, high = statistics.quantiles(ratios, n=4, method="inclusive")
+    return low, high
+
 
 @dataclass(frozen=True)
 class TimeResult:
@@ -52,16 +70,16 @@ class TimeResult:
     @property
     def ratio(self) -> float:
         """Of the medians."""
-        first, second = self.case.ways
-        return self.median(first) / self.median(second)
+        return ratio_of_medians(*self._pair())
 
     @property
     def middle(self) -> tuple[float, float]:
         """First and third quartile of the ratios within each repetition."""
-        first, second = (self.seconds[way] for way in self.case.ways)
-        ratios = [one / other for one, other in zip(first, second, strict=True)]
-        low, _, high = statistics.quantiles(ratios, n=4, method="inclusive")
-        return low, high
+        return middle_half(*self._pair())
+
+    def _pair(self) -> tuple[list[float], list[float]]:
+        first, second = self.case.ways
+        return self.seconds[first], self.seconds[second]
 
     @property
     def limit(self) -> Limit | None:
@@ -96,27 +114,23 @@ class Results:
     left_out: dict[str, str] = field(default_factory=dict)
     """Names of cases that this machine could not run, with the reason."""
 
-    def peak(self, way: Way, tokens: int, heap: str = "fixed") -> MemoryResult | None:
+    def peak(self, way: Way, tokens: int, dtype: DType = "float32", heap: Heap = "fixed") -> MemoryResult | None:
         """The result of this forward, if there is one."""
-        wanted = (way, tokens, heap)
-        found = [one for one in self.memory if (one.case.way, one.case.tokens, one.case.heap) == wanted]
-        return found[0] if found else None
+        wanted = (way, tokens, dtype, heap)
+        return next((one for one in self.memory if _place(one.case) == wanted), None)
 
     def comparisons(self) -> list[Comparison]:
-        """Of the peaks, for every length."""
+        """Of the peaks of the same forward; only those of a fixed heap are held against limits."""
         found = []
-        for tokens in sorted({one.case.tokens for one in self.memory}):
-            ours, sdpa, eager = (self.peak(way, tokens) for way in ("ours", "sdpa", "eager"))
+        for tokens, dtype, heap in dict.fromkeys(_place(one.case)[1:] for one in self.memory):
+            ours, sdpa, eager = (self.peak(way, tokens, dtype, heap) for way in ("ours", "sdpa", "eager"))
             if ours and sdpa:
-                extra = Limit(extra_mb_at_most(tokens), at_most=True)
+                extra = Limit(extra_mb_at_most(tokens), at_most=True) if heap == "fixed" else None
                 found.append(Comparison(ours, sdpa, lambda one, other: one - other, "{:+.1f} MB", extra))
             if eager and ours:
-                least = EAGER_PEAK_AT_LEAST.get(tokens)
+                least = EAGER_PEAK_AT_LEAST.get(tokens) if heap == "fixed" else None
                 limit = None if least is None else Limit(least, at_most=False)
                 found.append(Comparison(eager, ours, lambda one, other: one / other, "{:.1f}", limit))
-            ours, sdpa = (self.peak(way, tokens, "glibc") for way in ("ours", "sdpa"))
-            if ours and sdpa:
-                found.append(Comparison(ours, sdpa, lambda one, other: one - other, "{:+.1f} MB", None))
         return found
 
     def write(self, path: Path) -> None:
@@ -175,6 +189,10 @@ class Comparison:
     def value(self) -> float:
         """From the medians."""
         return self.compute(self.first.median_mb, self.second.median_mb)
+
+
+def _place(case: MemoryCase) -> tuple[Way, int, DType, Heap]:
+    return case.way, case.tokens, case.dtype, case.heap
 
 
 def _plain_time(one: TimeResult) -> dict[str, Any]:

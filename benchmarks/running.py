@@ -23,6 +23,7 @@ import machine
 import numpy as np
 import torch
 from results import Limit
+from table import limit_cells, other_work
 from torch import Tensor, nn
 
 from lapwing_detector.identity import ModelIdentity
@@ -84,6 +85,7 @@ def main() -> None:
     lengths, repetitions = ((4096,), 9) if arguments.quick else ((1024, 4096, 8192), 51)
     described = machine.describe(threads=1)
     rows = [row for tokens in lengths for row in measure(tokens, repetitions)]
+    machine.finish(described)
     print(table(rows, described))
     name = f"{machine.file_stem(1)}-running{'-quick' if arguments.quick else ''}.json"
     path = arguments.out or Path(__file__).parent / "results" / name
@@ -197,7 +199,7 @@ def _row(tokens: int, heads: int, seconds: Mapping[str, list[float]]) -> Row:
 
 
 def table(rows: list[Row], described: Mapping[str, Any]) -> str:
-    form = "{:>6}  {:>5}  {:>11}  {:>14}  {:>11}  {:>6}  {:>15}  {:>6}  {:>8}  {:>3}"
+    form = "{:>6}  {:>5}  {:>11}  {:>14}  {:>11}  {:>6}  {:>15}  {:>6}  {:>8}  {:>4}"
     header = ("tokens", "heads", "running, ms", "middle half", "at once, ms", "ratio", "of all captured", "ratio")
     lines = [form.format(*header, "limit", "met")]
     for row in rows:
@@ -207,17 +209,22 @@ def table(rows: list[Row], described: Mapping[str, Any]) -> str:
         for way in ("at once", "of all captured"):
             theirs = row.milliseconds.get(way)
             others += ["", ""] if theirs is None else [f"{theirs:.2f}", f"{theirs / ours:.1f}"]
-        limit = "" if row.limit_ms is None else f"<= {row.limit_ms:.1f}"
-        met = {None: "", True: "yes", False: "NO"}[row.met]
+        limit, met = limit_cells(LIMITS_MS.get((row.heads, row.tokens)), ours, "{:.1f}", (low, high))
         lines.append(form.format(row.tokens, row.heads, f"{ours:.2f}", f"{low:.2f} to {high:.2f}", *others, limit, met))
     head = f"{described['cpu']}, {described['capability']}, one core, torch {described['torch']}, {described['date']}"
+    head += f"; {other_work(described)}"
     return "\n".join([head, "", *lines, "", KEY])
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one length, fewer tokens; under 20 s")
-    parser.add_argument("--out", type=Path, metavar="FILE.json", help="default: benchmarks/results/<cpu>-running.json")
+    parser.add_argument("--quick", action="store_true", help="one length, fewer repetitions; under 20 s")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE.json",
+        help="default: benchmarks/results/<cpu>-1-threads-running.json, which the next run replaces",
+    )
     return parser.parse_args()
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 from cases import HEADS, HIDDEN, KEY_VALUE_HEADS, LAYERS, VOCABULARY, Way
 from results import Comparison, Limit, Results, TimeResult
 
@@ -15,17 +18,38 @@ output_attentions=True and the same sums of its maps. Logits of the last positio
 turns in one process; ratio of medians, beside it the middle half of the ratios within a turn. decode: the steps
 alone, without reading the prompt; generate: all of it, and the captured way runs one more step, for the last row.
 memory: peak of one prefill above the loaded model, each in a fresh process; MB = 10^6 bytes; glibc: see memory.py.
-Limits: of prefill, decode and batch against SDPA, and of memory; "?" where one lies within the middle half.
+Limits: of prefill, decode and batch against SDPA, of the eager route, and of memory; "?" where one lies within the
+middle half.
 Model: Llama with random weights, {LAYERS} layers x {HEADS} heads ({KEY_VALUE_HEADS} for keys), hidden {HIDDEN}, \
 vocabulary {VOCABULARY:,}."""
 
 
 def table(results: Results) -> str:
     rows = [HEADER, *map(_time_row, results.times), *map(_memory_row, results.comparisons())]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(HEADER))]
+    return "\n".join([machine_line(results), "", *columns(rows), "", *_notes(results), KEY])
+
+
+def columns(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """Lines with their cells below one another; the first is the header."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    lines.insert(1, "  ".join("-" * width for width in widths))
-    return "\n".join([machine_line(results), "", *lines, "", *_notes(results), KEY])
+    return [lines[0], "  ".join("-" * width for width in widths), *lines[1:]]
+
+
+def limit_cells(
+    limit: Limit | None, measured: float, form: str, middle: tuple[float, float] | None = None
+) -> tuple[str, str]:
+    """The limit, and whether it is met."""
+    if limit is None:
+        return "", ""
+    return f"{'<=' if limit.at_most else '>='} {form.format(limit.value)}", limit.verdict(measured, middle)
+
+
+def other_work(machine: Mapping[str, Any]) -> str:
+    """What else ran on it, at both ends of the run."""
+    start, end = (machine.get(f"busy_at_{when}") for when in ("start", "end"))
+    told = [f"{busy} at the {when}" for busy, when in ((start, "start"), (end, "end")) if busy is not None]
+    return f"cores busy with other work: {', '.join(told) or 'unknown'}"
 
 
 def machine_line(results: Results) -> str:
@@ -33,7 +57,7 @@ def machine_line(results: Results) -> str:
     return (
         f"{machine['cpu']}, {machine['capability']}, {machine['threads']} of {machine['cores']} cores, "
         f"{machine['memory_gb']} GB, torch {machine['torch']}, transformers {machine['transformers']}, "
-        f"{machine['date']}, load {machine['load']} at the start"
+        f"{machine['date']}; {other_work(machine)}"
     )
 
 
@@ -46,21 +70,20 @@ def _time_row(one: TimeResult) -> tuple[str, ...]:
         f"{NAMES[second]} {_duration(one.median(second))}",
         f"{one.ratio:.3f}",
         f"{low:.3f} to {high:.3f}",
-        *_verdict(one.limit, one.ratio, "{:.2f}", uncertain=one.limit is not None and low < one.limit.value < high),
+        *limit_cells(one.limit, one.ratio, "{:.2f}", one.middle),
     )
 
 
 def _memory_row(one: Comparison) -> tuple[str, ...]:
     first, second = one.first, one.second
-    heap = "" if first.case.heap == "fixed" else f" {first.case.heap}"
     spread = "" if len(first.peaks_mb) == 1 else f"{_range(first.peaks_mb)} and {_range(second.peaks_mb)}"
     return (
-        f"memory {first.case.tokens}{heap}",
+        first.case.name.replace(f" {first.case.way}", ""),
         f"{NAMES[first.case.way]} {first.median_mb:,.0f} MB",
         f"{NAMES[second.case.way]} {second.median_mb:,.0f} MB",
         one.form.format(one.value),
         spread,
-        *_verdict(one.limit, one.value, one.form, uncertain=False),
+        *limit_cells(one.limit, one.value, one.form),
     )
 
 
@@ -69,13 +92,6 @@ def _notes(results: Results) -> list[str]:
     compared = {one.case for comparison in results.comparisons() for one in (comparison.first, comparison.second)}
     alone = [f"{one.case.name}: {one.median_mb:,.0f} MB" for one in results.memory if one.case not in compared]
     return [*alone, *(f"{name}: left out, {reason}" for name, reason in results.left_out.items())]
-
-
-def _verdict(limit: Limit | None, measured: float, form: str, uncertain: bool) -> tuple[str, str]:
-    if limit is None:
-        return "", ""
-    sign = "<=" if limit.at_most else ">="
-    return f"{sign} {form.format(limit.value)}", ("yes" if limit.met_by(measured) else "NO") + "?" * uncertain
 
 
 def _duration(seconds: float) -> str:

@@ -19,6 +19,7 @@ SUMMARIES = {
     "score": "Score responses with a running server.",
     "serve": "Serve scores over gRPC.",
     "heatmap": "Draw which attention heads a probe uses, and why.",
+    "doctor": "Check a model before anyone relies on what is captured of it.",
     "generate": "Let a model answer questions, for training a probe.",
     "label": "Label generated answers as right or made up.",
     "extract": "Compute the attention features of labelled answers.",

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -54,29 +55,40 @@ def attend(
     with torch.autocast(query.device.type, enabled=False):  # which would sum in bfloat16
         if query.shape[2] == 1:
             return _attend_row(query, key, value, mask, counted, scaling, softcap, sinks)
-        exact = torch.promote_types(key.dtype, torch.float32)
         layer = _Layer(
             query,
-            key.to(exact).contiguous(),
-            value.to(exact).contiguous(),
+            key,
+            value,
             mask,
             counted,
             scaling,
             softcap,
             sinks,
+            torch.promote_types(key.dtype, torch.float32),
             None if torch.is_grad_enabled() else scratch or Scratch(),
         )
         batch, heads, rows, _ = query.shape
         output = value.new_empty(batch, rows, heads, value.shape[-1])
         diagonal = key.new_empty(batch, heads, rows, dtype=torch.float32)
         received = key.new_zeros(batch, heads, key.shape[2], dtype=torch.float32)
-        starts = None if starts is None else starts.cpu()
-        for strip in strips(batch, heads, key.shape[1], rows, first=first, starts=starts, clean=mask is None):
-            output[strip.batch, strip.rows, strip.heads], diagonal[strip.batch, strip.heads, strip.rows], sums = (
-                layer.attend(strip)
-            )
-            for tile, part in sums:
-                received[strip.batch, strip.heads, tile] += part
+        plan = strips(
+            batch,
+            heads,
+            key.shape[1],
+            rows,
+            first=first,
+            starts=None if starts is None else starts.cpu(),
+            clean=mask is None,
+            cached=query.device.type == "cpu",
+        )
+        for (sequences, shared), part in groupby(plan, key=lambda strip: (strip.batch, strip.shared)):
+            keys, values = layer.exact("keys", key[sequences, shared]), layer.exact("values", value[sequences, shared])
+            for strip in part:
+                output[strip.batch, strip.rows, strip.heads], diagonal[strip.batch, strip.heads, strip.rows], sums = (
+                    layer.attend(strip, keys, values)
+                )
+                for tile, added in sums:
+                    received[strip.batch, strip.heads, tile] += added
         return output, diagonal, received
 
 
@@ -111,7 +123,7 @@ def _attend_row(
 
 @dataclass(frozen=True)
 class _Layer:
-    """What one layer attends with; see `attend`. Keys and values are contiguous and at least float32."""
+    """What one layer attends with; see `attend`."""
 
     query: Tensor
     key: Tensor
@@ -121,10 +133,19 @@ class _Layer:
     scaling: float
     softcap: float | None
     sinks: Tensor | None
+    dtype: torch.dtype
+    """Of all that is computed, at least float32."""
+
     scratch: Scratch | None
     """None while gradients are recorded, which need every number later."""
 
-    def attend(self, strip: Strip) -> tuple[Tensor, Tensor, list[tuple[slice, Tensor]]]:
+    def exact(self, name: str, part: Tensor) -> Tensor:
+        """Keys or values of some heads, to be read again and again; (sequences * key-value heads, columns, width)."""
+        if self.scratch is None or (part.dtype == self.dtype and part.is_contiguous()):
+            return part.to(self.dtype).flatten(0, 1)
+        return self._take(name, tuple(part.shape)).copy_(part).flatten(0, 1)
+
+    def attend(self, strip: Strip, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, list[tuple[slice, Tensor]]]:
         """Output (batch, rows, heads, value width), diagonal (batch, heads, rows), and the column sums of each tile.
 
         Every tile has a softmax of its own. What it would have been over all columns is that times the tile's share
@@ -135,10 +156,11 @@ class _Layer:
         tiles, weights, attended, denominators = strip.tiles, [], [], []
         single = len(tiles) == 1 and self.sinks is None
         for number, tile in enumerate(tiles):
-            scores = self._scores(query, strip, tile)
+            scores = self._scores(query, keys[:, tile], strip, tile)
             one = torch.softmax(scores, -1, out=self._out(f"weights {number}", scores.shape))
             weights.append(one)
-            attended.append(self._product(f"attended {number}", one, self.value[strip.batch, strip.shared, tile]))
+            shape = (*one.shape[:2], values.shape[2])
+            attended.append(torch.bmm(one, values[:, tile], out=self._out(f"attended {number}", shape)))
             if not single:
                 # log-sum-exp from where softmax has its maximum: cheaper than to take exp once more
                 denominators.append(scores.amax(-1) - one.amax(-1).log())
@@ -157,12 +179,12 @@ class _Layer:
         shape = (-1, part.shape[1] // (strip.shared.stop - strip.shared.start) * part.shape[2], part.shape[3])
         factor = _scale(self.scaling, self.softcap)
         if self.scratch is None:
-            return (part.to(self.key.dtype) * factor).reshape(shape)
-        return self.scratch.take("query", tuple(part.shape), self.key).copy_(part).mul_(factor).view(shape)
+            return (part.to(self.dtype) * factor).reshape(shape)
+        return self._take("query", tuple(part.shape)).copy_(part).mul_(factor).view(shape)
 
-    def _scores(self, query: Tensor, strip: Strip, tile: slice) -> Tensor:
-        keys = self.key[strip.batch, strip.shared, tile].flatten(0, 1).transpose(1, 2)
-        scores = torch.bmm(query, keys, out=self._out("scores", (*query.shape[:2], keys.shape[2])))
+    def _scores(self, query: Tensor, keys: Tensor, strip: Strip, tile: slice) -> Tensor:
+        shape = (*query.shape[:2], keys.shape[1])
+        scores = torch.bmm(query, keys.transpose(1, 2), out=self._out("scores", shape))
         if self.softcap is not None:
             scores = scores.tanh_().mul_(self.softcap) if self.scratch else scores.tanh() * self.softcap
         self._hide(scores.view(-1, *self._sizes(strip), scores.shape[2]), strip, tile)
@@ -208,12 +230,12 @@ class _Layer:
                 counts = (counts.view(-1, heads, rows) * here).view(-1, rows)
             yield tile, torch.bmm(counts[:, None], maps).view(-1, heads, maps.shape[-1])
 
-    def _product(self, name: str, weights: Tensor, values: Tensor) -> Tensor:
-        folded = values.flatten(0, 1)
-        return torch.bmm(weights, folded, out=self._out(name, (*weights.shape[:2], folded.shape[2])))
-
     def _out(self, name: str, shape: tuple[int, ...]) -> Tensor | None:
-        return None if self.scratch is None else self.scratch.take(name, tuple(shape), self.key)
+        return None if self.scratch is None else self._take(name, tuple(shape))
+
+    def _take(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        assert self.scratch is not None
+        return self.scratch.take(name, shape, self.dtype, self.query.device)
 
 
 @lru_cache(maxsize=64)

@@ -45,8 +45,9 @@ def capture_attention(
 
     Args:
         model: a decoder whose attention goes through transformers' attention interface, in evaluation mode.
-        heads: layer index -> the heads to keep, such as `probe.heads`. Other layers are left to the model's own
-            attention and absent from the summaries; other heads of these layers are NaN there. All without it.
+        heads: layer index -> the heads to keep, such as `probe.heads`. Other layers run by plain SDPA (by ours where
+            SDPA is not supported) and are absent from the summaries; other heads of these layers are NaN there. All
+            without it.
         fallback: for models whose attention does not: `eager` lets each layer compute its whole map, which is reduced
             at once and dropped. Slower, and it needs the memory of one map; call the model under `torch.no_grad()` or
             in inference mode, or autograd keeps them all. Of no effect where it is not needed.
@@ -152,7 +153,7 @@ class Captured:
 
     @property
     def sums(self) -> Sequences:
-        """What the summaries are made of, as it stands now: of the tokens that the model was fed; not to be changed.
+        """What the summaries are made of, as it stands now, of the tokens that the model was fed: for `RunningLogits`.
 
         Raises:
             CaptureError: the last forward failed.

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,6 +15,9 @@ if TYPE_CHECKING:
     from lapwing_detector.doctor.examination import Diagnosis
     from lapwing_detector.head_map import HeadMap
     from lapwing_detector.language_model import LanguageModel
+
+IN_PYTHON = 'capture_attention(model, fallback="eager")'
+"""How a refused model is told of the fallback."""
 
 
 def heatmap(
@@ -62,7 +67,10 @@ def heatmap(
 
 def doctor(
     model: Annotated[str, typer.Argument(help="Hub id or directory; the embedded Atlas without it.")] = "",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16; as stored without it.")] = "",
+    dtype: Annotated[
+        str,
+        typer.Option(help="float32, bfloat16 or float16; as stored without it, but float32 for float16 on a CPU."),
+    ] = "",
     device: Annotated[str, typer.Option(help="Where the model runs, such as cpu or cuda.")] = "cpu",
     fallback: Annotated[
         str, typer.Option(help="eager: let layers make whole maps where they can't be captured otherwise.")
@@ -95,9 +103,9 @@ def doctor(
     except DetectorError as error:
         print(f"lapwing doctor: {error}", file=sys.stderr)
         if as_json:
-            print(json.dumps({"ok": False, "model": {"name": model}, "error": str(error), "checks": {}}))
+            print(json.dumps({"ok": False, "skipped": [], "model": {"name": model}, "error": str(error), "checks": {}}))
         raise typer.Exit(1) from error
-    diagnosis = diagnosed(loaded, eager=bool(fallback), quick=quick)
+    diagnosis = in_the_shell(diagnosed(loaded, eager=bool(fallback), quick=quick), model)
     print(to_json(diagnosis) if as_json else table(diagnosis))
     if diagnosis.wrong:
         raise typer.Exit(1)
@@ -128,6 +136,13 @@ def diagnosed(loaded: LanguageModel, *, eager: bool, quick: bool) -> Diagnosis:
             progress.update()
 
         return examine(loaded, fallback="eager" if eager else None, quick=quick, begin=begin)
+
+
+def in_the_shell(diagnosis: Diagnosis, model: str) -> Diagnosis:
+    """What a refusal tells those who write Python to do, for those who type commands."""
+    typed = " ".join(["lapwing doctor", *([shlex.quote(model)] if model else []), "--fallback eager"])
+    checks = tuple(replace(check, said=check.said.replace(IN_PYTHON, typed)) for check in diagnosis.checks)
+    return replace(diagnosis, checks=checks)
 
 
 def full_name(feature: str) -> str:

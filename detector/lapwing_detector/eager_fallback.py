@@ -201,7 +201,8 @@ def reduce_map(layer: AttentionLayer, attention: Tensor, mask: Tensor, place: Pl
                 "a triangular map"
             )
         received += (counts.to(block) @ block).squeeze(-2)
-    diagonal = attention.diagonal(offset=place.first, dim1=-2, dim2=-1).float()
+    # A copy in float32 as well: a view would keep the whole map.
+    diagonal = attention.diagonal(offset=place.first, dim1=-2, dim2=-1).to(torch.float32, copy=True)
     return diagonal, received[..., : place.columns]
 
 

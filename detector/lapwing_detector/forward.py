@@ -65,6 +65,9 @@ class Mask:
     starts: Tensor | None
     """See `Place`."""
 
+    plain: bool
+    """Whether every row that counts sees all up to its own token, so that no mask is needed: padding on the right."""
+
 
 @dataclass
 class Forward:
@@ -126,8 +129,9 @@ class Forward:
         if self._counted is None:
             every = (mask is None and self.ends is None) or bool(self.counted.all())
             self._counted = (None if every else self.counted,)
+        mask = None if known.plain else mask
         cropped = mask if mask is None or columns == keys else mask[..., :columns]
-        return Place(first, columns, self.tokens, cropped, known.starts, self._counted[0])
+        return Place(first, columns, self.tokens, cropped, None if known.plain else known.starts, self._counted[0])
 
     def _agree(self, layer: AttentionLayer, batch: int, rows: int) -> None:
         if (self.batch or batch, self.rows or rows) != (batch, rows):
@@ -157,7 +161,7 @@ class Forward:
                 f"{layer.name} has padding in other places than the layers before it; give one attention_mask "
                 "in which each token sees itself in every layer or in none"
             )
-        self._seen.append(Mask(mask, keys, starts))
+        self._seen.append(Mask(mask, keys, starts, starts is not None and not bool(starts.any())))
         return self._seen[-1]
 
     def _all_visible(self, layer: AttentionLayer, batch: int, rows: int, keys: int) -> Tensor:

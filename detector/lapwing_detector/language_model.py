@@ -57,6 +57,12 @@ class LanguageModel:
         place = str(embedded.model_path() if source is None else source)
         if dtype is not None and dtype not in DTYPES:
             raise InvalidInput("dtype", f"is {dtype!r}; it must be one of {', '.join(DTYPES)}")
+        if Path(place).is_absolute() and not Path(place).exists():
+            raise InvalidInput(
+                "model",
+                f"{place!r} can't be loaded as a causal language model: there is no such directory; give one, or the "
+                "id of a model on the Hub",
+            )
         refuse_remote_code(place)
         try:
             target = torch.device(device or "cpu")
@@ -68,7 +74,7 @@ class LanguageModel:
             if dtype is None and model.dtype == torch.float16 and target.type == "cpu":
                 model = model.float()
             model = model.to(target).eval()
-        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        except (OSError, ValueError, KeyError, RuntimeError, AssertionError, SafetensorError) as error:
             said = (str(error).splitlines() or [type(error).__name__])[0][:300]
             raise InvalidInput("model", f"{place!r} can't be loaded as a causal language model: {said}") from error
         if info["missing_keys"]:

@@ -186,13 +186,13 @@ class Probe:
         return np.vectorize(self.calibration.probability, otypes=[np.float64])(logits)
 
     def features_of(self, summary: AttentionSummary) -> NDArray[np.float32]:
-        """(layers, heads, width): what `logit` takes.
+        """(layers, heads, width): what `logit` takes; of all heads, selected or not.
 
         Raises:
             TooShort: the sequence has too few tokens for one of the features.
-            ProbeMismatch: the summary has other layers or heads than the probe.
+            ProbeMismatch: the summary has other layers or heads than the probe, or was captured of few heads.
         """
-        self._require_layers(summary, self.layers)
+        self._require_layers(summary, self.layers, "capture all heads: capture_attention(model)")
         return np.concatenate([FEATURES[feature].compute(summary, self.k) for feature in self.features], axis=-1)
 
     def score(self, summary: AttentionSummary) -> tuple[float, Share]:
@@ -236,7 +236,7 @@ class Probe:
         Raises:
             ProbeMismatch: the summary has other heads than the probe, or not all the layers that it reads.
         """
-        self._require_layers(summary, self.heads)
+        self._require_layers(summary, self.heads, "capture its heads: capture_attention(model, heads=probe.heads)")
         rows = [summary.layers.index(layer) for layer, heads in self.heads.items() for _ in heads]
         columns = [head for heads in self.heads.values() for head in heads]
         return AttentionSummary(summary.diagonal[rows, columns][None], summary.received[rows, columns][None], (0,))
@@ -342,14 +342,13 @@ class Probe:
             raise ValueError(f"{directory} holds revision {other.revision}, this probe is {self.revision}")
         return push(self, repo_id, private, None if directory is None else Path(directory))
 
-    def _require_layers(self, summary: AttentionSummary, needed: Collection[int]) -> None:
+    def _require_layers(self, summary: AttentionSummary, needed: Collection[int], mend: str) -> None:
         foreign = set(summary.layers) - set(self.layers) or set(needed) - set(summary.layers)
         if foreign or summary.diagonal.shape[1] != self.weights.shape[1]:
             raise ProbeMismatch(
                 f"the probe {self.name!r} has layers {self.layers} of {self.weights.shape[1]} heads and needs "
                 f"{tuple(needed)}, the attention has layers {summary.layers} of {summary.diagonal.shape[1]}; "
-                "use the model that it fits, and capture the heads that it reads: "
-                "capture_attention(model, heads=probe.heads)"
+                f"use the model that it fits, and {mend}"
             )
 
     def _weight_norms(self, feature: str) -> NDArray[np.float32]:

@@ -60,9 +60,8 @@ class Reader:
         return output
 
     def clear(self) -> None:
-        """Gives the memory back."""
+        """Gives the memory back, but for the few numbers that would have to go to the device again."""
         self._scratch.clear()
-        self._indices.clear()
 
     def _by_kernels(
         self,

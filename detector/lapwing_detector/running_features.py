@@ -34,7 +34,8 @@ class Workspace:
 
     def chunks(self, heads: int, tokens: int) -> Tensor:
         """(heads, chunks, CHUNK) float32 with room for one number per token; what is left over is -infinity."""
-        chunks = self._scratch.take("chunks", (heads, -(-tokens // CHUNK), CHUNK), self._ramp)
+        shape = (heads, -(-tokens // CHUNK), CHUNK)
+        chunks = self._scratch.take("chunks", shape, torch.float32, self.device)
         chunks.view(heads, -1)[:, tokens:] = -math.inf
         return chunks
 

@@ -17,12 +17,12 @@ class Scratch:
     def __init__(self) -> None:
         self._memory: dict[str, Tensor] = {}
 
-    def take(self, name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
-        """An uninitialised tensor with the dtype and device of another."""
+    def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """An uninitialised tensor."""
         held, size = self._memory.get(name), math.prod(shape)
-        if held is None or held.numel() < size or held.dtype != like.dtype or held.device != like.device:
+        if held is None or held.numel() < size or held.dtype != dtype or held.device != device:
             with torch.inference_mode(False):  # or it could not be written outside of it
-                held = self._memory[name] = torch.empty(size, dtype=like.dtype, device=like.device)
+                held = self._memory[name] = torch.empty(size, dtype=dtype, device=device)
         return held[:size].view(shape)
 
     def clear(self) -> None:

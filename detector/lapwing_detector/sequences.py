@@ -14,6 +14,9 @@ from lapwing_detector.errors import CaptureError
 from lapwing_detector.layers import AttentionLayer, require_heads
 from lapwing_detector.summary import AttentionSummary
 
+LEAST_ROOM, MOST_ROOM = 64, 1024
+"""Tokens for which room is made at a time."""
+
 
 @dataclass
 class Sums:
@@ -132,7 +135,8 @@ class Sequences:
         """The sums of a layer so far, with room for so many tokens; None before its first rows."""
         known = self.sums.get(layer.index)
         if known is not None and tokens > known.capacity:
-            self.join(max(tokens, 2 * known.capacity))  # so that decoding is not quadratic
+            # More than one token at a time, or decoding would be quadratic; not many, since they may never come.
+            self.join(max(tokens, known.capacity + min(max(known.capacity, LEAST_ROOM), MOST_ROOM)))
         return self.sums.get(layer.index)
 
     def join(self, capacity: int) -> None:
@@ -173,11 +177,12 @@ class Sequences:
     def _summary(self, row: int, counted: Tensor) -> AttentionSummary:
         every = bool(counted.all())
         shape = (len(self.layers), next(iter(self.heads.values())), int(counted.sum()))
+        sums = [self.sums[layer.index] for layer in self.layers]
 
         def gather(name: str) -> NDArray[np.float32]:
             gathered = np.full(shape, np.nan, np.float32)  # never zero for a head that was not looked at
-            for place, layer in enumerate(self.layers):
-                part = getattr(self.sums[layer.index], name)[row, :, : self.tokens].cpu()
+            parts = _on_cpu([getattr(one, name)[row, :, : self.tokens] for one in sums])
+            for place, (layer, part) in enumerate(zip(self.layers, parts, strict=True)):
                 kept = slice(None) if self.kept is None else list(self.kept[layer.index])
                 gathered[place, kept] = part if every else part[:, counted]
             return gathered
@@ -187,3 +192,11 @@ class Sequences:
             received=gather("received"),
             layers=tuple(layer.index for layer in self.layers),
         )
+
+
+def _on_cpu(parts: list[Tensor]) -> list[Tensor]:
+    """The parts (heads, tokens) with one transfer for all of them where they are on one other device."""
+    devices = {part.device for part in parts}
+    if len(devices) > 1 or devices == {torch.device("cpu")}:
+        return [part.cpu() for part in parts]
+    return list(torch.split(torch.cat(parts).cpu(), [len(part) for part in parts]))

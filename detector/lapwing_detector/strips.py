@@ -1,4 +1,4 @@
-"""Cuts attention maps into pieces that stay in a core's cache. Knows sizes only: no tensor is computed here."""
+"""Cuts attention maps into pieces that stay in a core's cache. Knows sizes and places, no attention."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LEAST_ROWS, MOST_ROWS = 32, 128
 """Rows of one strip for one head: few when the hidden triangle at its end should be small."""
 
 STRIP_BYTES = 16 * 2**20
-"""Most that the scores of a strip take over all its tiles, which are kept until the denominators are known."""
+"""Most that a strip takes over all its tiles, which are kept until the denominators are known."""
 
 
 @dataclass(frozen=True)
@@ -47,18 +47,21 @@ class Strip:
     stop: int
     """Behind the column of the last row's own token."""
 
+    most: int
+    """Columns of a tile."""
+
     @property
     def tiles(self) -> list[slice]:
         """Its columns in nearly equal parts; the last one holds the own tokens of all its rows."""
         columns = self.stop - self.low
-        size = max(-(-columns // -(-columns // TILE_COLUMNS)), self.stop - self.own)
+        size = max(-(-columns // -(-columns // self.most)), self.stop - self.own)
         return [slice(max(self.low, end - size), end) for end in range(self.stop, self.low, -size)][::-1]
 
 
 def strips(
-    batch: int, heads: int, shared: int, rows: int, *, first: int, starts: Tensor | None, clean: bool
+    batch: int, heads: int, shared: int, rows: int, *, first: int, starts: Tensor | None, clean: bool, cached: bool
 ) -> Iterator[Strip]:
-    """All the strips of a layer.
+    """All the strips of a layer; those of the same sequences and key-value heads follow each other.
 
     Args:
         batch: sequences.
@@ -68,22 +71,26 @@ def strips(
         first: column of the first row's own token.
         starts: (batch or 1, rows), first column of each row if it sees all from there up to its own; else None.
         clean: without `starts`, whether every row sees all columns up to its own.
+        cached: whether the pieces are to stay in a core's cache; elsewhere they are as large as `STRIP_BYTES`.
     """
     group, columns = heads // shared, first + rows
-    height = max(
-        1, min(rows, max(LEAST_ROWS, min(MOST_ROWS, STRIP_ROWS // group)), STRIP_BYTES // (4 * group * columns))
-    )
-    for sequences, served in _parts(batch, shared, TILE_BYTES // (4 * group * height * min(columns, TILE_COLUMNS))):
+    most = TILE_COLUMNS if cached else columns
+    height = max(1, min(rows, STRIP_BYTES // (4 * group * columns)))
+    together = STRIP_BYTES // (4 * group * height * columns)
+    if cached:
+        height = min(height, max(LEAST_ROWS, min(MOST_ROWS, STRIP_ROWS // group)))
+        several = TILE_BYTES // (4 * group * height * min(columns, most))
+        together = min(several, STRIP_BYTES // (4 * group * height * columns))
+    for sequences, served in _parts(batch, shared, together):
         # From the widest strip to the narrowest: what each needs fits where the last one was.
         for start in reversed(range(0, rows, height)):
             stop = min(start + height, rows)
-            low = 0
-            seen = 0 if clean else first + stop
+            low, seen = 0, 0 if clean else first + stop
             if starts is not None:
                 of_strip = starts[sequences if starts.shape[0] > 1 else slice(None), start:stop]
                 low, seen = int(of_strip.min()), int(of_strip.max())
-            heads_served = slice(served.start * group, served.stop * group)
-            yield Strip(sequences, served, heads_served, slice(start, stop), low, seen, first + start, first + stop)
+            queries, here = slice(served.start * group, served.stop * group), slice(start, stop)
+            yield Strip(sequences, served, queries, here, low, seen, first + start, first + stop, most)
 
 
 def _parts(batch: int, shared: int, together: int) -> Iterator[tuple[slice, slice]]:

@@ -58,7 +58,7 @@ def reports(capability: tuple[int, int]) -> dict[str, Any]:
 
     JITFunction.__getitem__ = compile_only  # type: ignore[method-assign]
     driver.set_active(Absent(capability))
-    # What the goals are about on Hopper, and float32; elsewhere the widest heads, which need most.
+    # On Hopper the width of most large models, and float32; elsewhere the widest heads, which need most.
     cases = [(torch.bfloat16, 256, True)]
     if capability == (9, 0):
         cases = [(torch.bfloat16, 128, False), (torch.float32, 80, True)]

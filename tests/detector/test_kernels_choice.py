@@ -139,7 +139,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
     monkeypatch.setenv("CC", "cc")
     monkeypatch.setattr(torch.version, "cuda", "12.8")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    forget = (kernels._capable.cache_clear, kernels._complete.cache_clear)
+    forget = (kernels._unfit.cache_clear, kernels.missing.cache_clear, kernels._say.cache_clear)
     for clear in forget:
         clear()
     yield monkeypatch
@@ -185,12 +185,14 @@ def test_a_missing_compiler_is_said(gpu: pytest.MonkeyPatch) -> None:
         assert not kernels.available(GPU)
 
 
-def test_nothing_is_said_where_there_is_no_gpu_for_them(gpu: pytest.MonkeyPatch) -> None:
-    gpu.setattr(kernels, "find_spec", lambda name: None)
+def test_a_device_that_they_are_not_for_is_said_once(gpu: pytest.MonkeyPatch) -> None:
     gpu.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert not kernels.available(GPU)
+    for device, why in ((GPU, r"8\.0, this GPU has \(7, 5\)"), (torch.device("mps"), "for NVIDIA GPUs")):
+        with pytest.warns(kernels.KernelsMissing, match=why):
+            assert not kernels.available(device)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert not kernels.available(device)
 
 
 def test_the_package_imports_without_triton() -> None:

@@ -61,7 +61,7 @@ def test_buffers_grow_while_tokens_come() -> None:
     for _ in stepped(model, captured, ids, first=2):
         require_same(running.logits(), [said(probe, captured.summaries()[0])], SAME_SUMS)
         capacities |= {sums.capacity for sums in captured.sums.joint}
-    assert len(capacities) > 4
+    assert len(capacities) > 2
 
 
 def test_too_short_is_no_logit_and_never_zero() -> None:

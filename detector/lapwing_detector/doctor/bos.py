@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 from lapwing_detector.doctor.patient import TEXT, Patient
 from lapwing_detector.doctor.verdict import Check
 from lapwing_detector.tokens import Prompt, build_ids
 
 PROMPTS: dict[str, Prompt] = {"text": TEXT, "messages": [{"role": "user", "content": TEXT}]}
+
+DOUBLED = (
+    "tokenizer(text) of the chat template's text has BOS twice; where you make ids yourself, use "
+    "tokenizer(text, add_special_tokens=False). The ids that are made here have it once"
+)
 
 
 def check_bos(patient: Patient) -> Check:
@@ -35,8 +41,22 @@ def check_bos(patient: Patient) -> Check:
     )
     if faults:
         said = "; ".join(f"{what}: {fault}" for what, fault in faults.items()) + f"; {said}"
-    numbers = {"bos": bos, "put_in_front": adds, "counts": counts, "chat_template": "messages" in ids}
-    return Check("bos", "failed" if faults else "ok", said, numbers)
+    again = tokenised_again(tokenizer) if "messages" in ids else ()
+    numbers = {
+        "bos": bos,
+        "put_in_front": adds,
+        "counts": counts,
+        "chat_template": "messages" in ids,
+        "tokenised_again": again.count(bos),
+    }
+    note = DOUBLED if (bos, bos) in pairwise(again) else ""
+    return Check("bos", "failed" if faults else "ok", said, numbers, note)
+
+
+def tokenised_again(tokenizer: Any) -> tuple[int, ...]:
+    """The chat template's text as a plain text: what those get who leave special tokens to the tokenizer."""
+    text = tokenizer.apply_chat_template(PROMPTS["messages"], tokenize=False, add_generation_prompt=True)
+    return tuple(tokenizer(text)["input_ids"])
 
 
 def bos_fault(ids: tuple[int, ...], bos: int, adds: bool, is_text: bool) -> str | None:

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
-from lapwing_detector.doctor.layers import sliding_window
-from lapwing_detector.doctor.patient import NEW_TOKENS, Patient, Reading, eager_summary, logits_apart
+from lapwing_detector.doctor.layers import noun, reaches
+from lapwing_detector.doctor.own_maps import eager_summary
+from lapwing_detector.doctor.patient import NEW_TOKENS, Patient, Reading, logits_apart, logits_changed
 from lapwing_detector.doctor.verdict import Check, Skipped, compared, difference
 
 
@@ -19,25 +20,25 @@ def check_eager(patient: Patient) -> Check:
     Raises:
         Skipped: the model has no eager maps.
     """
-    ids, count = patient.tokens(len(patient.ids)), len(patient.ids)
-    captured = patient.read([patient.ids])
-    [summary] = captured.summaries
+    ids, count, model = patient.tokens(len(patient.ids)), len(patient.ids), patient.model
     with torch.inference_mode():
-        plain: Any = patient.model(input_ids=ids, use_cache=False)
-    logits = logits_apart(captured.logits, plain.logits[:, -1].float())
-    window = sliding_window(patient.model)
-    within = window is not None and count <= window
-    numbers = {"tokens": count, "logits": logits, "within_window": within}
-    # In half precision a router may choose another expert for the one token whose logits these are.
-    changed = patient.tolerance.kind == "largest" and logits > patient.tolerance.logits_at_most
+        plain: Any = model(input_ids=ids, use_cache=False)
+        with patient.capture() as captured:
+            output: Any = model(input_ids=ids, use_cache=False)
+    [summary] = captured.summaries()
+    logits = logits_changed(output.logits[0], plain.logits[0], patient.tolerance.kind)
+    within = {kind: reach for kind, reach in reaches(model).items() if count <= reach}
+    numbers = {"tokens": count, "logits": logits, "within": within}
+    changed = logits > patient.tolerance.logits_at_most
     change = f"capturing changes its logits by {logits:.1e} of the largest"
     try:
-        oracle = eager_summary(patient.model, ids, summary.layers)
+        oracle = eager_summary(model, ids, summary.layers)
     except Skipped as why:
         if changed:
             return Check("eager", "failed", f"{change}; {why}", numbers)
         raise
-    where = f"{count} tokens" + (f", within its window of {window:,}" if within else "")
+    edges = [f", within its {noun(kind)} of {reach:,}" for kind, reach in within.items()]
+    where = "".join([f"{count} tokens", *edges])
     check = compared("eager", where, {"to its own maps": difference(summary, oracle)}, patient.tolerance, numbers)
     return replace(check, state="failed", said=f"{change}; {check.said}") if changed else check
 

@@ -51,6 +51,11 @@ class Diagnosis:
         """Names of the checks that failed."""
         return [check.name for check in self.checks if check.state == "failed"]
 
+    @property
+    def skipped(self) -> list[str]:
+        """Names of the checks that were not made."""
+        return [check.name for check in self.checks if check.state == "skipped"]
+
 
 def examine(
     language_model: LanguageModel,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,9 @@ from transformers import PreTrainedModel
 from lapwing_detector.doctor.patient import Patient
 from lapwing_detector.doctor.verdict import Check
 from lapwing_detector.summary import AttentionSummary
+
+REACHES = {"sliding": "sliding_window", "chunked": "attention_chunk_size", "local": "window_size"}
+"""By what the name of a kind of layer holds: where its configuration says how many tokens a row sees at most."""
 
 
 def check_layers(patient: Patient) -> Check:
@@ -26,7 +29,7 @@ def check_layers(patient: Patient) -> Check:
         patient.language_model.forward(patient.tokens(len(patient.ids)), use_cache=False)
     [summary] = captured.summaries()
     model, heads = patient.model, captured.sums.heads
-    kinds, window = layer_kinds(model), sliding_window(model)
+    kinds, seen = layer_kinds(model), reaches(model)
     layers = [
         {"index": index, "kind": kind, "captured": index in heads, "heads": heads.get(index, 0)}
         for index, kind in enumerate(kinds)
@@ -34,12 +37,12 @@ def check_layers(patient: Patient) -> Check:
     by = "eager fallback" if patient.makes_maps else "attention interface"
     said = (
         f"{len(heads)} of {len(kinds)} captured ({spans(summary.layers)}), {summary.diagonal.shape[1]} heads each, "
-        f"by the {by}; {in_words(kinds, window)}"
+        f"by the {by}; {in_words(kinds, seen)}"
     )
     odd = not_finite(summary)
     if odd:
         said = f"the attention of layers {spans(odd)} is not finite, try another --dtype; {said}"
-    numbers = {"layers": layers, "by": by, "sliding_window": window, "not_finite": odd}
+    numbers = {"layers": layers, "by": by, "reaches": seen, "not_finite": odd}
     return Check("layers", "failed" if odd else "ok", said, numbers)
 
 
@@ -56,23 +59,36 @@ def layer_kinds(model: PreTrainedModel) -> list[str]:
         named = getattr(config, name, None)
         if named:
             return list(named)
-    sliding = getattr(config, "sliding_window", None) is not None
-    return ["sliding_attention" if sliding else "full_attention"] * int(config.num_hidden_layers)
+    kind = "full_attention"
+    if getattr(config, "sliding_window", None) is not None:
+        kind = "sliding_attention"
+    elif getattr(config, "attention_chunk_size", None) is not None:
+        kind = "chunked_attention"
+    return [kind] * int(config.num_hidden_layers)
 
 
-def sliding_window(model: PreTrainedModel) -> int | None:
-    """How many tokens a row of a sliding layer sees; None where no layer slides."""
-    if not any("sliding" in kind for kind in layer_kinds(model)):
-        return None
-    window = getattr(model.config.get_text_config(decoder=True), "sliding_window", None)
-    return None if window is None else int(window)
+def reaches(model: PreTrainedModel) -> dict[str, int]:
+    """Tokens that a row sees at most, by the kinds of layers that see a window or a chunk only."""
+    config: Any = model.config.get_text_config(decoder=True)
+    found = {
+        kind: getattr(config, name, None)
+        for kind in layer_kinds(model)
+        for part, name in REACHES.items()
+        if part in kind
+    }
+    return {kind: int(reach) for kind, reach in found.items() if reach is not None}
 
 
-def in_words(kinds: Sequence[str], window: int | None) -> str:
+def noun(kind: str) -> str:
+    """What ends the sight of a row in layers of this kind."""
+    return "chunk" if "chunked" in kind else "window"
+
+
+def in_words(kinds: Sequence[str], seen: Mapping[str, int]) -> str:
     """How many layers are of which kind, and which if there are several."""
     parts = []
     for kind, count in Counter(kinds).items():
-        name = kind.replace("_", " ") + (f" of {window:,}" if window and "sliding" in kind else "")
+        name = kind.replace("_", " ") + (f" of {seen[kind]:,}" if kind in seen else "")
         where = "" if count == len(kinds) else f" ({spans(i for i, one in enumerate(kinds) if one == kind)})"
         parts.append(f"all {name}" if count == len(kinds) else f"{count} {name}{where}")
     return ", ".join(parts)

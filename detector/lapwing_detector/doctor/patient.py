@@ -1,10 +1,9 @@
-"""The model that the doctor looks at, with a short text: what is captured of it, and its own eager maps."""
+"""The model that the doctor looks at, with a short text: what is captured of it, and its logits."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -15,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lapwing_detector.capture import Captured, capture_attention
-from lapwing_detector.doctor.verdict import Skipped, Tolerance, tolerance
+from lapwing_detector.doctor.verdict import Tolerance, tolerance
 from lapwing_detector.errors import InvalidInput
 from lapwing_detector.language_model import LanguageModel
 from lapwing_detector.layers import eager_layers
@@ -38,9 +37,6 @@ FEWEST = 16
 
 NEW_TOKENS = 12
 """That are generated."""
-
-SINKS_NOT_IN_MAPS = ("GraniteSWAForCausalLM", "GraniteMoeSWAForCausalLM")
-"""Their eager maps are returned as they were before the learned sinks took their share."""
 
 
 @dataclass(frozen=True)
@@ -133,57 +129,23 @@ def last_logits(logits: Tensor, lengths: Sequence[int]) -> Tensor:
     return torch.stack([row[length - 1] for row, length in zip(logits, lengths, strict=True)]).float()
 
 
+def logits_changed(ours: Tensor, theirs: Tensor, kind: Literal["largest", "median"]) -> float:
+    """Of the tokens' differences the one that decides; infinite where one is not finite.
+
+    The median lets a few tokens off, for which a router chooses another expert in half precision.
+
+    Args:
+        ours: logits (tokens, vocabulary).
+        theirs: the same, and believed; each token's difference is relative to its largest.
+    """
+    ours, theirs = ours.float(), theirs.float()
+    apart = (ours - theirs).abs().amax(-1) / theirs.abs().amax(-1).clamp(min=1)  # (tokens,)
+    if not bool(apart.isfinite().all()):
+        return float("inf")
+    return float(apart.median() if kind == "median" else apart.max())
+
+
 def logits_apart(one: Tensor, other: Tensor) -> float:
     """Largest difference, relative to the largest logit; infinite where one is not finite."""
     apart = float((one - other).abs().max() / other.abs().max().clamp(min=1))
     return apart if np.isfinite(apart) else float("inf")
-
-
-def eager_summary(model: PreTrainedModel, ids: Tensor, layers: tuple[int, ...]) -> AttentionSummary:
-    """Of the model's own eager maps, reduced in float64. Makes every T x T map.
-
-    Args:
-        ids: (1, tokens).
-        layers: indices of the layers with attention, in order.
-
-    Raises:
-        Skipped: the model gives no maps that could be compared.
-    """
-    if type(model).__name__ in SINKS_NOT_IN_MAPS:
-        raise Skipped("its eager maps are those before its learned sinks took their share, so they can't be compared")
-    try:
-        with torch.inference_mode(), eagerly(model):
-            output: Any = model(input_ids=ids, output_attentions=True, use_cache=False)
-    except (TypeError, ValueError, AttributeError, NotImplementedError, RuntimeError) as error:
-        raise Skipped(f"its eager attention can't be run: {type(error).__name__}: {error}") from error
-    maps = square_maps(getattr(output, "attentions", None) or (), ids.shape[1])
-    if len(maps) != len(layers):
-        raise Skipped(f"its eager attention gave {len(maps)} maps, {len(layers)} layers are captured")
-    heads = {one.shape[1] for one in maps}
-    if len(heads) > 1:
-        raise Skipped(f"its eager maps differ in their number of heads: {sorted(heads)}")
-    return AttentionSummary(
-        diagonal=np.concatenate([one.cpu().double().diagonal(dim1=-2, dim2=-1).numpy() for one in maps]),
-        received=np.concatenate([one.cpu().double().sum(dim=-2).numpy() for one in maps]),
-        layers=layers,
-    )
-
-
-def square_maps(found: Sequence[Any], tokens: int) -> list[Tensor]:
-    """The maps among what a model calls attentions: of other layers it is None, or of another shape."""
-    return [one for one in found if isinstance(one, Tensor) and tuple(one.shape[-2:]) == (tokens, tokens)]
-
-
-@contextmanager
-def eagerly(model: PreTrainedModel) -> Iterator[None]:
-    """Eager attention in all parts of the model; afterwards each has its own again."""
-    owners = {id(config): config for module in model.modules() if (config := getattr(module, "config", None))}
-    configs = [one for one in owners.values() if hasattr(one, "_attn_implementation_internal")]
-    before = [one._attn_implementation for one in configs]
-    try:
-        for one in configs:
-            one._attn_implementation_internal = "eager"
-        yield
-    finally:
-        for one, implementation in zip(configs, before, strict=True):
-            one._attn_implementation_internal = implementation

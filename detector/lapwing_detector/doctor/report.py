@@ -17,9 +17,17 @@ SHOWN = {"ok": "ok", "failed": "FAILED", "skipped": "skipped", "measured": "meas
 
 
 def as_json(diagnosis: Diagnosis) -> str:
-    """One object: `ok`, `model`, and by name the state of each check, what is said of it, and its numbers."""
-    checks = {one.name: {"state": one.state, "said": one.said, "numbers": one.numbers} for one in diagnosis.checks}
-    found = {"ok": not diagnosis.wrong, "model": diagnosis.patient, "checks": checks}
+    """One object: `ok`, the names of what was `skipped`, `model`, and by name what each check found."""
+    checks = {
+        one.name: {"state": one.state, "said": one.said, "note": one.note, "numbers": one.numbers}
+        for one in diagnosis.checks
+    }
+    found = {
+        "ok": not diagnosis.wrong,
+        "skipped": diagnosis.skipped,
+        "model": diagnosis.patient,
+        "checks": checks,
+    }
     return json.dumps(finite(found), allow_nan=False)
 
 
@@ -44,9 +52,12 @@ def table(diagnosis: Diagnosis) -> str:
 
 
 def check_lines(check: Check) -> list[str]:
-    """Name, state and what is said, wrapped; of the cost a table of lengths beneath."""
+    """Name, state and what is said, wrapped; beneath it a note, and of the cost a table of lengths."""
     start = f"{check.name:<10}{SHOWN[check.state]:<10}"
     lines = textwrap.wrap(check.said, WIDTH, initial_indent=start, subsequent_indent=" " * len(start))
+    if check.note:
+        indent = " " * len(start)
+        lines += textwrap.wrap(f"note: {check.note}", WIDTH, initial_indent=indent, subsequent_indent=indent)
     return lines + [" " * len(start) + line for line in length_lines(check.numbers)]
 
 
@@ -54,12 +65,13 @@ def length_lines(numbers: Mapping[str, Any]) -> list[str]:
     """A row for each length for which memory and time were estimated, under the names of the columns."""
     if "lengths" not in numbers:
         return []
-    rows = [["tokens", "time", "", "cache", "sums", "maps instead", ""]]
+    makes_maps = any(one["map_bytes"] for one in numbers["lengths"])
+    rows = [["tokens", "time", "", "cache", "sums", "map" if makes_maps else "masks", "total", "maps instead", ""]]
     for one in numbers["lengths"]:
         cache = "none" if one["cache_bytes"] is None else megabytes(one["cache_bytes"])
-        beyond = f"longer than its context of {numbers['context']:,}" if one["beyond_context"] else ""
-        sums, maps = megabytes(one["sums_bytes"]), megabytes(one["maps_bytes"])
-        rows.append([f"{one['tokens']:,}", *time_cells(one), cache, sums, maps, beyond])
+        sizes = (one["sums_bytes"], one["masks_bytes"] + one["map_bytes"], one["total_bytes"], one["maps_bytes"])
+        beyond = "beyond it" if one["beyond_context"] else ""
+        rows.append([f"{one['tokens']:,}", *time_cells(one), cache, *map(megabytes, sizes), beyond])
     return aligned(rows)
 
 
@@ -87,8 +99,8 @@ def conclusion(diagnosis: Diagnosis) -> str:
     """What it all comes to, in one sentence."""
     if diagnosis.wrong:
         return f"Something is wrong: {', '.join(diagnosis.wrong)}. Do not rely on what is captured of this model."
-    skipped = [check.name for check in diagnosis.checks if check.state == "skipped"]
-    said = f"Nothing is wrong; not checked: {', '.join(skipped)}." if skipped else "All is well."
+    skipped = ", ".join(diagnosis.skipped)
+    said = f"Nothing is wrong; not checked: {skipped}." if skipped else "All is well."
     if diagnosis.patient["dtype"] in ("bfloat16", "float16"):
         said += f" Rounding hides small differences in {diagnosis.patient['dtype']}: --dtype float32 sees them."
     return said

@@ -44,6 +44,9 @@ class Check:
     numbers: Mapping[str, Any] = field(default_factory=dict)
     """The same and more for programs; JSON values, but that floats may be infinite."""
 
+    note: str = ""
+    """A warning for people that fails nothing; mostly empty."""
+
 
 @dataclass(frozen=True)
 class Difference:
@@ -71,7 +74,7 @@ class Tolerance:
     kind: Literal["largest", "median"]
     at_most: float
     logits_at_most: float
-    """Of logits, relative to the largest: what is more is no rounding."""
+    """Of logits, relative to the largest: what is more is no rounding. Seen in half precision up to 5 in its units."""
 
     def worst(self, differences: Iterable[Difference]) -> Difference:
         """The one that decides."""

@@ -29,19 +29,23 @@ INTERPRETED = False
 
 
 class KernelsMissing(UserWarning):
-    """A GPU is there that kernels could use, something that they need is not, and capturing is slower for it."""
+    """The model is on a device other than a CPU and the kernels can't run there, so that capturing is slower."""
 
 
 def available(device: torch.device) -> bool:
-    """Whether the kernels run on a device; where only triton or its compiler is missing, a warning says so, once.
+    """Whether the kernels run on a device; a warning says why not, once for each reason. A CPU needs none of them.
 
-    They need an NVIDIA GPU of compute capability 8.0 (Ampere) or newer.
+    They need an NVIDIA GPU of compute capability 8.0 (Ampere) or newer, triton and a C compiler.
     """
-    if device.type != "cuda":
+    if device.type == "cpu":
         return INTERPRETED and missing() is None
-    return _capable(device) and _complete()
+    why = _unfit(device) or missing()
+    if why is not None:
+        _say(why)
+    return why is None
 
 
+@cache
 def missing() -> str | None:
     """What has to be installed before kernels can run; None if nothing."""
     if find_spec("triton") is None:
@@ -52,19 +56,16 @@ def missing() -> str | None:
 
 
 @cache
-def _capable(device: torch.device) -> bool:
-    # AMD's devices are called cuda as well.
-    return torch.version.cuda is not None and torch.cuda.get_device_capability(device) >= (8, 0)
+def _unfit(device: torch.device) -> str | None:
+    if device.type != "cuda" or torch.version.cuda is None:  # AMD's devices are called cuda as well
+        return "the kernels are for NVIDIA GPUs"
+    capability = torch.cuda.get_device_capability(device)
+    return None if capability >= (8, 0) else f"the kernels need compute capability 8.0, this GPU has {capability}"
 
 
 @cache
-def _complete() -> bool:
-    what = missing()
-    if what is not None:
-        warnings.warn(
-            f"{what}, so torch alone captures attention on the GPU, more slowly", KernelsMissing, stacklevel=3
-        )
-    return what is None
+def _say(why: str) -> None:
+    warnings.warn(f"{why}, so torch alone captures attention, more slowly", KernelsMissing, stacklevel=3)
 
 
 def supports(query: Tensor, key: Tensor, value: Tensor) -> bool:
