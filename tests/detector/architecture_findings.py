@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 from unittest.mock import patch
 
@@ -19,22 +19,27 @@ from lapwing_detector.capture import capture_attention
 from lapwing_detector.errors import DetectorError
 from lapwing_detector.summary import AttentionSummary
 from tests.detector.architecture_mechanisms import Used, broken_error, described
+from tests.detector.architecture_runs import RUNS, NoCache, largest, reduced
 from tests.detector.architectures import build
-from tests.detector.captures import padded
-from tests.detector.tiny_models import PAD, difference, token_ids
+from tests.detector.tiny_models import difference, token_ids
 
 TOKENS = 40
 """More than two windows or chunks of attention."""
 
-CHUNKS = ((0, 20), (20, 26), *((at, at + 1) for at in range(26, 31)))
-"""A prompt past the window's edge in two parts, then single tokens."""
-
-PROMPTS, NEW = (12, 7), 6
-"""Lengths of the prompts of one batch, and how many tokens are generated: past the window's edge."""
-
 SAME = 1e-4
 """Float32, several layers deep: eager attention itself is up to 2e-5 from the same model in float64, and the routers
 of experts amplify rounding."""
+
+
+@dataclass(frozen=True)
+class OverCache:
+    """Of one run over a cache. Differences are largest ones, see `difference`."""
+
+    eager: float
+    """From what is captured to the sums of its own eager maps of the same steps."""
+
+    forward: float
+    """From what is captured to one forward over the same text."""
 
 
 @dataclass
@@ -64,11 +69,8 @@ class Finding:
     broken: dict[str, float] = field(default_factory=dict)
     """From its own eager maps, with one mechanism switched off."""
 
-    over_cache: dict[str, float | str] = field(default_factory=dict)
-    """From what is captured of `generating` and of `chunks` to one forward, or why it is refused."""
-
-    own: dict[str, float] = field(default_factory=dict)
-    """Where `over_cache` is large: from its logits without capture to those of one forward, relative to the largest."""
+    over_cache: dict[str, OverCache | str] = field(default_factory=dict)
+    """Of each of RUNS, or why there is none."""
 
 
 @cache
@@ -107,17 +109,31 @@ def _look_by_fallback(model: PreTrainedModel, finding: Finding) -> None:
 
 
 def _run_over_cache(model: PreTrainedModel, finding: Finding, **options: Any) -> None:
-    for name, (captured, own) in RUNS.items():
+    for name in RUNS:
         try:
-            finding.over_cache[name] = error = captured(model, **options)
+            finding.over_cache[name] = run_over_cache(name, finding.model_type, model, **options)
         except DetectorError as refused:
-            finding.over_cache[name] = str(refused)
-        else:
-            if error > SAME:
-                finding.own[name] = own(model)
+            finding.over_cache[name] = f"refused, {refused}"
+        except NoCache:
+            finding.over_cache[name] = "not possible, it returns no cache"
+
+
+def run_over_cache(name: str, model_type: str, model: PreTrainedModel, **options: Any) -> OverCache:
+    """One of RUNS, with the options of the capture."""
+    run, run_eagerly = RUNS[name]
+    ran, eager = run(model, **options), eager_model(model_type)
+    with _sinks_in_the_maps(eager):
+        oracle = reduced(run_eagerly(eager, ran.ids), ran)
+    alone = [read(model, text, **options) for text in ran.texts()]
+    return OverCache(largest(ran.summaries, oracle), largest(ran.summaries, alone))
 
 
 # The oracle.
+
+
+@lru_cache(maxsize=1)  # a family asks several times in a row
+def eager_model(model_type: str) -> PreTrainedModel:
+    return build(model_type, attn_implementation="eager")
 
 
 def eager_summary(model_type: str, ids: Tensor, layers: tuple[int, ...]) -> AttentionSummary:
@@ -126,7 +142,7 @@ def eager_summary(model_type: str, ids: Tensor, layers: tuple[int, ...]) -> Atte
     Args:
         layers: numbers of the layers with attention, where the model does not return them.
     """
-    model = build(model_type, attn_implementation="eager")
+    model = eager_model(model_type)
     with torch.no_grad(), _sinks_in_the_maps(model):
         found = model(ids, output_attentions=True, use_cache=False).attentions
     square = (ids.shape[1], ids.shape[1])  # linear attention returns something of another shape, or None
@@ -179,60 +195,3 @@ def logits_error(model: PreTrainedModel, ids: Tensor, **options: Any) -> float:
 
 def relative(one: Tensor, other: Tensor) -> float:
     return float((one - other).abs().max() / other.abs().max().clamp(min=1))
-
-
-def feed(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    """CHUNKS over one cache; logits (batch, tokens, vocabulary)."""
-    past, logits = None, []
-    with torch.no_grad():
-        for start, stop in CHUNKS:
-            output = model(ids[:, start:stop], past_key_values=past, use_cache=True)
-            past = getattr(output, "past_key_values", None)
-            logits.append(output.logits)
-    return torch.cat(logits, dim=1)
-
-
-def chunks_error(model: PreTrainedModel, **options: Any) -> float:
-    ids = token_ids(2, CHUNKS[-1][1], seed=1)
-    with capture_attention(model, **options) as captured:
-        feed(model, ids)
-    whole = [read(model, row[None], **options) for row in ids]
-    return max(difference(one, other) for one, other in zip(captured.summaries(), whole, strict=True))
-
-
-def own_chunks_error(model: PreTrainedModel) -> float:
-    ids = token_ids(2, CHUNKS[-1][1], seed=1)
-    with torch.no_grad():
-        return relative(feed(model, ids), model(ids).logits)
-
-
-def generate(model: PreTrainedModel) -> Any:
-    """Of PROMPTS, padded on the left."""
-    ids, mask = padded([token_ids(1, length, seed=length)[0] for length in PROMPTS], "left")
-    torch.manual_seed(3)
-    options = {"do_sample": True, "eos_token_id": None, "pad_token_id": PAD}
-    return model.generate(
-        ids, attention_mask=mask, max_new_tokens=NEW, output_logits=True, return_dict_in_generate=True, **options
-    )
-
-
-def unpadded(sequences: Tensor) -> list[Tensor]:
-    """(1, tokens) each."""
-    return [row[None, max(PROMPTS) - length :] for length, row in zip(PROMPTS, sequences, strict=True)]
-
-
-def generation_error(model: PreTrainedModel, **options: Any) -> float:
-    with capture_attention(model, **options) as captured:
-        sequences = generate(model).sequences
-    alone = [read(model, ids, **options) for ids in unpadded(sequences)]
-    return max(difference(one, other) for one, other in zip(captured.summaries(), alone, strict=True))
-
-
-def own_generation_error(model: PreTrainedModel) -> float:
-    result = generate(model)
-    with torch.no_grad():
-        alone = [model(ids).logits[:, -NEW - 1 : -1] for ids in unpadded(result.sequences)]
-    return relative(torch.stack(result.logits, dim=1), torch.cat(alone))
-
-
-RUNS = {"generating": (generation_error, own_generation_error), "chunks": (chunks_error, own_chunks_error)}

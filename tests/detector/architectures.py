@@ -89,6 +89,11 @@ OWN: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1, 3]},
     "codegen": {"rotary_dim": 4},
     "cohere_compass_text": {"layer_types": ["full_attention"] * LAYERS, **ROTARY},
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 1e4},  # the last is no field, but asked for
+        "ffn_config": {"ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2},
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+    },
     "deepseek_v2": LATENT,
     "deepseek_v3": LATENT,
     "deepseek_v32": LATENT,
@@ -145,8 +150,7 @@ OWN: dict[str, dict[str, Any]] = {
 
 ODD = {
     "blt": "reads bytes in patches through four models of its own",
-    "dbrx": "its configuration names no rotary frequency",
-    "gemma3n": "needs the package timm",
+    "gemma3n": "its part for images needs the package timm; the one for text is gemma3n_text",
     "gemma4_assistant": "drafts tokens for another model and reads that model's cache",
     "gemma4_unified_assistant": "drafts tokens for another model and reads that model's cache",
     "musicgen": "its configuration is of an encoder and a decoder of sounds",
@@ -182,5 +186,5 @@ def _configuration(kind: type[PreTrainedConfig]) -> PreTrainedConfig:
     if kind.sub_configs:
         default = kind()
         parts = {name: getattr(default, name, None) for name in kind.sub_configs}
-        values |= {name: _configuration(type(part)) for name, part in parts.items() if part is not None}
+        values = {name: _configuration(type(part)) for name, part in parts.items() if part is not None} | values
     return kind(**{name: value for name, value in values.items() if value is not LEFT_OUT})

@@ -9,11 +9,31 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from transformers import StaticCache
 
 from lapwing_detector.capture import capture_attention
 from lapwing_detector.errors import UnsupportedModel
-from tests.detector.captures import STEP_BY_STEP
+from lapwing_detector.summary import AttentionSummary
+from tests.detector.captures import STEP_BY_STEP, padded
 from tests.detector.tiny_models import captured_forward, difference, new_model, token_ids
+
+STEPS = ((0, 18), (18, 19), (19, 20))
+"""A prompt past the window of 16, and single tokens; every other number of rows makes more graphs, which takes long."""
+
+TEXT = token_ids(STEPS[-1][1])
+
+
+class Graphs:
+    """A backend as `eager` that counts."""
+
+    def __init__(self) -> None:
+        torch._dynamo.reset()
+        self.made = 0
+
+    def __call__(self, graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        self.made += 1
+        return graph.forward
 
 
 def compiled(function: Any, **options: Any) -> Any:
@@ -34,6 +54,34 @@ def test_what_is_compiled_is_captured(part: str) -> None:
         with capture_attention(model) as captured:
             model(ids, use_cache=False)
     assert difference(captured.summaries()[0], whole) < STEP_BY_STEP
+
+
+def test_generating_with_a_compiled_forward() -> None:
+    graphs = Graphs()
+    model, (ids, mask) = new_model("mistral", num_hidden_layers=2), padded([TEXT[:20], TEXT[:13]], "left")
+    model.forward = torch.compile(model.forward, backend=graphs)
+    with capture_attention(model) as captured:
+        result = model.generate(ids, attention_mask=mask, max_new_tokens=3, eos_token_id=None)
+    assert graphs.made > 0
+    for summary, text in zip(captured.summaries(), (result[0], result[1, 7:]), strict=True):
+        assert difference(summary, plain(text[None])) < STEP_BY_STEP
+
+
+def test_decoding_over_a_static_cache_with_a_compiled_forward() -> None:
+    graphs = Graphs()
+    model = new_model("mistral", num_hidden_layers=2)
+    model.forward = torch.compile(model.forward, backend=graphs)
+    past = StaticCache(config=model.config, max_cache_len=len(TEXT))
+    with capture_attention(model) as captured, torch.no_grad():
+        for start, stop in STEPS:
+            model(TEXT[None, start:stop], past_key_values=past)
+    assert graphs.made > 0
+    assert difference(captured.summaries()[0], plain(TEXT[None])) < STEP_BY_STEP
+
+
+def plain(ids: Tensor) -> AttentionSummary:
+    """Of one forward of such a model that is not compiled."""
+    return captured_forward(new_model("mistral", num_hidden_layers=2), ids)[0]
 
 
 def test_one_graph_for_all_is_refused() -> None:
