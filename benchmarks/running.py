@@ -159,6 +159,7 @@ def feed(sequences: Sequences) -> None:
         row = torch.rand(1, len(sequences.kept[layer.index]), tokens)
         row /= row.sum(-1, keepdim=True)
         sequences.add_kept(layer, HEADS, row[..., -1:], row, tokens)
+    sequences.close(tokens)
     sequences.tokens = tokens
     sequences.counted.append(torch.ones(1, 1, dtype=torch.bool))
 

@@ -202,6 +202,7 @@ class Captured:
         if missing:
             raise CaptureError(f"{', '.join(missing)} did not report; every layer's attention must be seen, or none")
         assert forward.visible is not None
+        self._sequences.close(forward.tokens)
         self._sequences.tokens = forward.tokens
         self._sequences.visible.append(forward.visible)
         self._sequences.counted.append(forward.counted)

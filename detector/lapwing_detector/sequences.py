@@ -76,6 +76,9 @@ class Sequences:
     sums: dict[int, Sums] = field(default_factory=dict)
     """By layer index, of the kept heads; views of `joint` once there is one."""
 
+    _rows: list[tuple[AttentionLayer, Tensor]] = field(default_factory=list)
+    """Of a forward of one token that is not over: (batch, kept heads, columns) of each layer."""
+
     joint: list[Sums] = field(default_factory=list)
     """All layers that are on one device side by side, in the order of the layers; empty during the first forward."""
 
@@ -128,8 +131,25 @@ class Sequences:
         known = self.room(layer, tokens)
         if known is None:
             self.sums[layer.index] = Sums(diagonal, received)
+        elif diagonal.shape[2] == 1:
+            self._rows.append((layer, received))  # whose last column is the diagonal
         else:
             known.add(diagonal, received, tokens)
+
+    def close(self, tokens: int) -> None:
+        """The forward is over: add the rows of its one token, those of all layers at once where that can be done.
+
+        Args:
+            tokens: sequence length with the new token.
+        """
+        rows, self._rows = self._rows, []
+        columns = {received.shape[2] for _, received in rows}
+        if len(self.joint) == 1 == len(columns) and tuple(layer for layer, _ in rows) == self.layers:
+            together = torch.cat([received for _, received in rows], 1)
+            self.joint[0].add(together[:, :, -1:], together, tokens)
+            return
+        for layer, received in rows:
+            self.sums[layer.index].add(received[:, :, -1:], received, tokens)
 
     def room(self, layer: AttentionLayer, tokens: int) -> Sums | None:
         """The sums of a layer so far, with room for so many tokens; None before its first rows."""

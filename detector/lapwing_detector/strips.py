@@ -1,4 +1,4 @@
-"""Cuts attention maps into pieces that stay in a core's cache. Knows sizes and places, no attention."""
+"""Cuts attention maps into pieces that stay in the caches of a CPU. Knows sizes and places, no attention."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-TILE_COLUMNS = 2048
-"""Most columns of scores at a time: the keys of more do not stay in a core's cache."""
+TILE_COLUMNS = 4096
+"""Most columns of scores at a time: the keys of more do not stay in the caches."""
 
-TILE_BYTES = 2 * 2**20
-"""Scores up to which several heads or sequences are taken at once, so that short texts are not many small products."""
+TILE_BYTES = 8 * 2**20
+"""Scores up to which several heads or sequences are taken at once: threads that each have a head of their own do not
+wait for each other, and many small products would cost more than their numbers do."""
 
 STRIP_ROWS = 256
 """Rows of one strip, counted for each head that shares its keys: enough for products at full speed."""
@@ -71,7 +72,7 @@ def strips(
         first: column of the first row's own token.
         starts: (batch or 1, rows), first column of each row if it sees all from there up to its own; else None.
         clean: without `starts`, whether every row sees all columns up to its own.
-        cached: whether the pieces are to stay in a core's cache; elsewhere they are as large as `STRIP_BYTES`.
+        cached: whether the pieces are to stay in the caches of a CPU; elsewhere they are as large as `STRIP_BYTES`.
     """
     group, columns = heads // shared, first + rows
     most = TILE_COLUMNS if cached else columns
