@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,6 +12,8 @@ from cases import TimeCase, Way
 from torch import Tensor
 from transformers import LlamaForCausalLM
 from workload import Sums, make_inputs, make_model, run
+
+from lapwing_detector.doctor.clock import without_collection
 
 WARM_UP_SECONDS = 0.5
 MOST_REPETITIONS = 99
@@ -50,19 +49,8 @@ def _warm_up(model: LlamaForCausalLM, case: TimeCase, inputs: dict[str, Tensor])
 
 
 def _once(model: LlamaForCausalLM, way: Way, case: TimeCase, inputs: dict[str, Tensor]) -> tuple[float, Sums]:
-    with _no_collection():
+    with without_collection():
         return run(model, way, case.work, inputs, case.new_tokens)
-
-
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """As `timeit` does: whose turn it is when the garbage collector runs is chance."""
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
 
 
 def _require_same(first: Sums, second: Sums) -> None:

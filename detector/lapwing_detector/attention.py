@@ -58,8 +58,6 @@ def attend(
             return _attend_row(query, key, value, mask, counted, scaling, softcap, sinks)
         layer = _Layer(
             query,
-            key,
-            value,
             mask,
             counted,
             scaling,
@@ -132,11 +130,9 @@ def _attend_row(
 
 @dataclass(frozen=True)
 class _Layer:
-    """What one layer attends with; see `attend`."""
+    """What one layer attends with, but for keys and values, of which each part comes with its strips; see `attend`."""
 
     query: Tensor
-    key: Tensor
-    value: Tensor
     mask: Tensor | None
     counted: Tensor | None
     scaling: float
