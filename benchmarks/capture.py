@@ -71,6 +71,7 @@ def measure(cases: Sequence[Case], threads: int, quick: bool) -> Results:
             progress.set_description(case.name)
             results.times.append(TimeResult(case, next(answers)["seconds"]))
             progress.update()
+        assert next(answers, None) is None  # and its process has ended, which would count as other work below
         for forward in (case for case in cases if isinstance(case, MemoryCase)):
             progress.set_description(forward.name)
             found = [one for _ in range(forward.processes) for one in _child("memory.py", [forward], threads)]

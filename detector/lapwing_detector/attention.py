@@ -81,13 +81,14 @@ def attend(
             cached=query.device.type == "cpu",
         )
         for (sequences, shared), part in groupby(plan, key=lambda strip: (strip.batch, strip.shared)):
-            keys, values = layer.exact("keys", key[sequences, shared]), layer.exact("values", value[sequences, shared])
+            keys = layer.exact("keys", key[sequences, shared]).transpose(1, 2)
+            values = layer.exact("values", value[sequences, shared])
             for strip in part:
                 output[strip.batch, strip.rows, strip.heads], diagonal[strip.batch, strip.heads, strip.rows], sums = (
                     layer.attend(strip, keys, values)
                 )
                 for tile, added in sums:
-                    received[strip.batch, strip.heads, tile] += added
+                    received[strip.batch, strip.heads, tile].add_(added)
         return output, diagonal, received
 
 
@@ -155,46 +156,46 @@ class _Layer:
 
         Every tile has a softmax of its own. What it would have been over all columns is that times the tile's share
         of the denominator.
+
+        Args:
+            strip: which rows of which heads.
+            keys: (sequences * key-value heads, width, columns).
+            values: (sequences * key-value heads, columns, value width).
         """
-        heads, rows = self._sizes(strip)
         query = self._query(strip)  # (sequences * key-value heads, group * rows, width)
         tiles, weights, attended, denominators = strip.tiles, [], [], []
         single = len(tiles) == 1 and self.sinks is None
         for number, tile in enumerate(tiles):
-            one = self._scores(number, query, keys[:, tile], strip, tile)
+            one = self._scores(number, query, keys[:, :, tile], strip, tile)
             most = None if single else one.amax(-1)
             # In place where no gradients are recorded: half the memory, which then stays in the cache.
             one = torch.softmax(one, -1, out=None if self.scratch is None else one)
             weights.append(one)
-            shape = (*one.shape[:2], values.shape[2])
-            attended.append(_product(one, values[:, tile], self._out(f"attended {number}", shape)))
+            attended.append(_product(one, values[:, tile], self._out(f"attended {number}", one, values.shape[2])))
             if most is not None:
                 # log-sum-exp from where softmax has its maximum: cheaper than to take exp once more
                 denominators.append(most - one.amax(-1).log())
         shares = None if single else self._shares(strip, torch.stack(denominators))
         output = attended[0] if shares is None else _mixed(attended, shares)
-        output = output.view(-1, heads, rows, output.shape[-1]).transpose(1, 2)
-        weights, shares = [one.detach() for one in weights], None if shares is None else shares.detach()
+        output = output.view(-1, strip.head_count, strip.row_count, output.shape[-1]).transpose(1, 2)
+        if self.scratch is None:
+            weights, shares = [one.detach() for one in weights], None if shares is None else shares.detach()
         return output, self._diagonal(strip, weights[-1], shares), list(self._sums(strip, weights, shares))
-
-    def _sizes(self, strip: Strip) -> tuple[int, int]:
-        return strip.heads.stop - strip.heads.start, strip.rows.stop - strip.rows.start
 
     def _query(self, strip: Strip) -> Tensor:
         part = self.query[strip.batch, strip.heads, strip.rows]
         # The queries that share a key-value head are laid one below the other: keys are never repeated.
         shape = (-1, part.shape[1] // (strip.shared.stop - strip.shared.start) * part.shape[2], part.shape[3])
-        factor = _scale(self.scaling, self.softcap)
         if self.scratch is None:
-            return (part.to(self.dtype) * factor).reshape(shape)
-        return self._take("query", tuple(part.shape)).copy_(part).mul_(factor).view(shape)
+            return part.to(self.dtype).reshape(shape)
+        return self._take("query", tuple(part.shape)).copy_(part).view(shape)
 
     def _scores(self, number: int, query: Tensor, keys: Tensor, strip: Strip, tile: slice) -> Tensor:
-        shape = (*query.shape[:2], keys.shape[1])
-        scores = _product(query, keys.transpose(1, 2), self._out(f"tile {number}", shape))
+        out = self._out(f"tile {number}", query, keys.shape[2])
+        scores = _product(query, keys, out, _scale(self.scaling, self.softcap))
         if self.softcap is not None:
             scores = scores.tanh_().mul_(self.softcap) if self.scratch else scores.tanh() * self.softcap
-        self._hide(scores.view(-1, *self._sizes(strip), scores.shape[2]), strip, tile)
+        self._hide(scores.view(-1, strip.head_count, strip.row_count, scores.shape[2]), strip, tile)
         return scores
 
     def _hide(self, scores: Tensor, strip: Strip, tile: slice) -> None:
@@ -214,31 +215,31 @@ class _Layer:
 
     def _shares(self, strip: Strip, denominators: Tensor) -> Tensor:
         """Of each tile in the whole denominator; (tiles, sequences * heads, rows)."""
-        heads, rows = self._sizes(strip)
-        parts = denominators.view(len(denominators), -1, heads, rows)
+        rows = strip.row_count
+        parts = denominators.view(len(denominators), -1, strip.head_count, rows)
         if self.sinks is not None:
             sinks = self.sinks[strip.heads].to(parts)[:, None].expand_as(parts[:1])
             parts = torch.cat([parts, sinks])  # one more part, which has no columns
         return parts.softmax(0)[: len(denominators)].reshape(len(denominators), -1, rows)
 
     def _diagonal(self, strip: Strip, weights: Tensor, shares: Tensor | None) -> Tensor:
-        heads, rows = self._sizes(strip)
-        maps = weights.view(-1, heads, rows, weights.shape[-1])
+        rows = strip.row_count
+        maps = weights.view(-1, strip.head_count, rows, weights.shape[-1])
         diagonal = maps.diagonal(offset=maps.shape[-1] - rows, dim1=-2, dim2=-1)
         return diagonal if shares is None else diagonal * shares[-1].view_as(diagonal)
 
     def _sums(self, strip: Strip, weights: list[Tensor], shares: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
-        heads, rows = self._sizes(strip)
+        heads, rows = strip.head_count, strip.row_count
         for number, (tile, one) in enumerate(zip(strip.tiles, weights, strict=True)):
             maps = one.view(-1, rows, one.shape[-1])  # (sequences * heads, rows, columns)
-            counts = maps.new_ones(len(maps), rows) if shares is None else shares[number]
+            counts = _ones(len(maps), rows, maps.dtype, maps.device) if shares is None else shares[number]
             if self.counted is not None:
                 here = self.counted[strip.batch, None, strip.rows]  # (sequences, 1, rows)
                 counts = (counts.view(-1, heads, rows) * here).view(-1, rows)
             yield tile, torch.bmm(counts[:, None], maps).view(-1, heads, maps.shape[-1])
 
-    def _out(self, name: str, shape: tuple[int, ...]) -> Tensor | None:
-        return None if self.scratch is None else self._take(name, tuple(shape))
+    def _out(self, name: str, left: Tensor, columns: int) -> Tensor | None:
+        return None if self.scratch is None else self._take(name, (left.shape[0], left.shape[1], columns))
 
     def _take(self, name: str, shape: tuple[int, ...]) -> Tensor:
         assert self.scratch is not None
@@ -255,12 +256,21 @@ def _ceiling(rows: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         )
 
 
-def _product(left: Tensor, right: Tensor, out: Tensor | None) -> Tensor:
-    """(batch, rows, inner) times (batch, inner, columns)."""
+@lru_cache(maxsize=64)
+def _ones(maps: int, rows: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.ones(maps, rows, dtype=dtype, device=device)
+
+
+def _product(left: Tensor, right: Tensor, out: Tensor | None, factor: float = 1.0) -> Tensor:
+    """Factor times (batch, rows, inner) times (batch, inner, columns)."""
+    if out is None:
+        return torch.bmm(left * factor, right)
     if len(left) > 1:
-        return torch.bmm(left, right, out=out)
+        return out.baddbmm_(left, right, beta=0, alpha=factor)
     # A batch of one is given to one thread alone; a plain product is shared by all.
-    return torch.mm(left[0], right[0], out=None if out is None else out[0])[None]
+    out[0].addmm_(left[0], right[0], beta=0, alpha=factor)
+    return out
 
 
 def _scale(scaling: float, softcap: float | None) -> float:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 
 from torch import Tensor
 
@@ -51,7 +52,17 @@ class Strip:
     most: int
     """Columns of a tile."""
 
-    @property
+    @cached_property
+    def head_count(self) -> int:
+        """How many heads it has rows of."""
+        return int(self.heads.stop - self.heads.start)
+
+    @cached_property
+    def row_count(self) -> int:
+        """How many rows of each."""
+        return int(self.rows.stop - self.rows.start)
+
+    @cached_property
     def tiles(self) -> list[slice]:
         """Its columns in nearly equal parts; the last one holds the own tokens of all its rows."""
         columns = self.stop - self.low
@@ -61,7 +72,7 @@ class Strip:
 
 def strips(
     batch: int, heads: int, shared: int, rows: int, *, first: int, starts: Tensor | None, clean: bool, cached: bool
-) -> Iterator[Strip]:
+) -> Iterable[Strip]:
     """All the strips of a layer; those of the same sequences and key-value heads follow each other.
 
     Args:
@@ -74,6 +85,20 @@ def strips(
         clean: without `starts`, whether every row sees all columns up to its own.
         cached: whether the pieces are to stay in the caches of a CPU; elsewhere they are as large as `STRIP_BYTES`.
     """
+    if starts is None:
+        return _alike(batch, heads, shared, rows, first, clean, cached)
+    return _strips(batch, heads, shared, rows, first, starts, clean, cached)
+
+
+@lru_cache(maxsize=4)
+def _alike(batch: int, heads: int, shared: int, rows: int, first: int, clean: bool, cached: bool) -> tuple[Strip, ...]:
+    """All layers of a forward have the same; to plan for each would take a tenth of what a short text may cost."""
+    return tuple(_strips(batch, heads, shared, rows, first, None, clean, cached))
+
+
+def _strips(
+    batch: int, heads: int, shared: int, rows: int, first: int, starts: Tensor | None, clean: bool, cached: bool
+) -> Iterator[Strip]:
     group, columns = heads // shared, first + rows
     most = TILE_COLUMNS if cached else columns
     height = max(1, min(rows, STRIP_BYTES // (4 * group * columns)))
