@@ -26,9 +26,10 @@ from results import Limit
 from table import limit_cells, other_work
 from torch import Tensor, nn
 
+from lapwing_detector.calibration import Calibration
 from lapwing_detector.identity import ModelIdentity
 from lapwing_detector.layers import AttentionLayer
-from lapwing_detector.probe import Calibration, Probe
+from lapwing_detector.probe import Probe
 from lapwing_detector.running import RunningLogits
 from lapwing_detector.sequences import Sequences
 

@@ -179,7 +179,7 @@ class Client:
         """One number of every layer and head of a probe.
 
         Args:
-            statistic: `P_VALUE`, `Q_VALUE`, `AUROC`, `EFFECT_SIZE`, `WEIGHT` or `SELECTED`.
+            statistic: `P_VALUE`, `Q_VALUE`, `AUROC`, `EFFECT_SIZE`, `HEAD_PROBE`, `WEIGHT` or `SELECTED`.
             probe: its name; the active one without it.
             feature: id such as `laplacian_eigenvalues.v1`; the probe's first one without it.
             image: also draw it.

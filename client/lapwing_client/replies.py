@@ -119,6 +119,7 @@ def probe_of(message: probes_pb2.Probe) -> results.Probe:
         selected_heads=tuple((head.layer, head.head) for head in message.selected_heads),
         slope=message.calibration.slope,
         intercept=message.calibration.intercept,
+        knots=tuple((knot.logit, knot.probability) for knot in message.calibration.knots),
         thresholds=tuple(
             results.Threshold(point.false_positive_rate, point.logit, optional(point, "realised_rate"), point.negatives)
             for point in message.thresholds

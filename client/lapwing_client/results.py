@@ -215,7 +215,10 @@ class Probe(Result):
 
     slope: float
     intercept: float
-    """probability = sigmoid(slope * logit + intercept)."""
+    """probability = sigmoid(slope * logit + intercept), or by the knots where there are any."""
+
+    knots: tuple[tuple[float, float], ...]
+    """(logit, probability) of an isotonic calibration, ascending; empty for Platt's."""
 
     thresholds: tuple[Threshold, ...]
     metrics: Mapping[str, Any]

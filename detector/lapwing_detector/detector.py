@@ -212,6 +212,12 @@ class Detector:
         Raises:
             InvalidInput: with the field that can't be used.
         """
+        if self.probe.training.get("mode") == "supplied":
+            warnings.warn(
+                f"the probe {self.probe.name!r} was fitted on texts that the model only read; of what it writes itself "
+                "the scores may be off: fit one on its own answers (lapwing generate)",
+                stacklevel=2,
+            )
         sampling = Sampling(max_new_tokens, temperature, top_p, seed)
         return generate(self.language_model, self.probe, self.tokens(prompt), sampling, false_positive_rate)
 

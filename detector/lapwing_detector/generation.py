@@ -185,7 +185,7 @@ def _steps(
         last = len(written) == limit or following[0] in language_model.stop_tokens
         detection = verdict() if last else None
         [logit] = [detection.logit] if detection else running.logits()
-        probability = None if logit is None else probe.calibration.probability(logit)
+        probability = detection.probability if detection else _running(probe, logit, len(written))
         yield GeneratedToken(len(written) - 1, token, stream.push(token, last), log_probability, probability, logit)
         if last:
             break
@@ -193,3 +193,7 @@ def _steps(
     reason = "length" if len(written) == limit else "stop"
     text = str(language_model.tokenizer.decode(written, skip_special_tokens=True))
     yield Generation(text, prompt.prompt_ids, tuple(written), reason, detection or verdict())
+
+
+def _running(probe: Probe, logit: float | None, response_tokens: int) -> float | None:
+    return None if logit is None else probe.running_probability(logit, response_tokens)

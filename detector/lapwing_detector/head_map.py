@@ -38,6 +38,7 @@ STATISTICS: dict[str, Scale] = {
     "Q_VALUE": Scale("q-value (Benjamini-Hochberg)", "viridis", 0.0, 1.0),
     "AUROC": Scale("AUROC", "RdBu_r", 0.0, 1.0),
     "EFFECT_SIZE": Scale("rank-biserial effect size", "RdBu_r", -1.0, 1.0),
+    "HEAD_PROBE": Scale("AUROC of the head's own probe, cross-validated", "RdBu_r", 0.0, 1.0),
     "WEIGHT": Scale("norm of the probe's weights", "magma", 0.0, None),
     "SELECTED": Scale("read by the probe", "Greys", 0.0, 1.0, ("no", "yes")),
 }

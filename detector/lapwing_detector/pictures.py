@@ -28,6 +28,8 @@ def heading(probe: Probe, feature: str, statistic: str) -> str:
     if statistic == "AUROC":
         far = abs(head_map.values - 0.5).max()
         return f"{head_map.title}\nstrongest head {0.5 + far:.2f}, counted from .5 either way"
+    if statistic == "HEAD_PROBE":
+        return f"{head_map.title}\nbest head {head_map.values.max():.2f} by itself, on rows it was not fitted on"
     if statistic == "SELECTED":
         return f"{head_map.title}\n{int(head_map.values.sum())} of {head_map.values.size} heads are read"
     return head_map.title
@@ -54,7 +56,7 @@ def card_pictures(probe: Probe) -> dict[str, bytes]:
     """What a model card shows, by file name: the pairs for which there are statistics, and the selected heads."""
     pictures = {
         f"{statistic.lower()}.png": figure_bytes(draw(probe, statistic), "png")
-        for statistic in ("P_VALUE", "Q_VALUE", "AUROC")
+        for statistic in ("P_VALUE", "Q_VALUE", "AUROC", "HEAD_PROBE")
         if all(f"{feature}/{statistic}" in probe.statistics for feature in PAIR)
     }
     pictures["selected.png"] = figure_bytes(draw(probe, "SELECTED", probe.features[:1]), "png")

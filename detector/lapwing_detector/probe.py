@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lapwing_detector.calibration import Calibration, StageCalibration, at_stage
 from lapwing_detector.errors import ProbeMismatch, TooShort
 from lapwing_detector.features import FEATURES
 from lapwing_detector.head_map import STATISTICS, HeadMap
@@ -23,23 +24,6 @@ from lapwing_detector.summary import AttentionSummary
 
 NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 """What a probe may be called."""
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """From logit to probability by Platt's sigmoid: sigmoid(slope * logit + intercept)."""
-
-    slope: float
-    intercept: float
-
-    def __post_init__(self) -> None:
-        if not (math.isfinite(self.slope) and math.isfinite(self.intercept)):
-            raise ValueError(f"calibration {self.slope}, {self.intercept} must be finite")
-
-    def probability(self, logit: float) -> float:
-        """In [0, 1]."""
-        z = self.slope * logit + self.intercept
-        return 1.0 / (1.0 + math.exp(-z)) if z >= 0 else math.exp(z) / (1.0 + math.exp(z))
 
 
 @dataclass(frozen=True)
@@ -102,6 +86,10 @@ class Probe:
     identity: ModelIdentity
     """The model it was fitted on, and the only one that it scores."""
 
+    stages: tuple[StageCalibration, ...] = ()
+    """Ascending by fraction: calibrations of scores while the response is being written; empty where none were fitted,
+    and then that of finished responses serves for all."""
+
     statistics: Mapping[str, NDArray[np.float32]] = field(default_factory=dict, repr=False)
     """`feature id/STATISTIC` -> (layers, heads): what the heatmaps show, from training rows only."""
 
@@ -130,6 +118,8 @@ class Probe:
             )
         if not (np.isfinite(self.weights).all() and math.isfinite(self.bias)):
             raise ValueError("weights and bias must be finite")
+        if [stage.fraction for stage in self.stages] != sorted({stage.fraction for stage in self.stages}):
+            raise ValueError("stages must ascend by their fraction, each once")
         if np.any(self.weights[~self.selected]):
             raise ValueError("a head that was not selected has a weight")
 
@@ -152,10 +142,12 @@ class Probe:
             "k": self.k,
             "layers": self.layers,
             "bias": self.bias,
-            "calibration": [self.calibration.slope, self.calibration.intercept],
+            "calibration": [self.calibration.slope, self.calibration.intercept, *self.calibration.knots],
             "thresholds": [[point.false_positive_rate, point.logit] for point in self.thresholds],
             "identity": self.identity.digest,
         }
+        if self.stages:
+            described["stages"] = [list(vars(stage).values()) for stage in self.stages]
         digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
         digest.update(np.ascontiguousarray(self.weights, dtype="<f4").tobytes())
         return digest.hexdigest()[:12]
@@ -183,7 +175,16 @@ class Probe:
         logits = self.logit(features)
         if isinstance(logits, float):
             return self.calibration.probability(logits)
-        return np.vectorize(self.calibration.probability, otypes=[np.float64])(logits)
+        return self.calibration.probabilities(logits)
+
+    def running_probability(self, logit: float, response_tokens: int) -> float:
+        """Calibrated probability while the response is being written, in [0, 1].
+
+        Args:
+            logit: of the prompt and what is written so far.
+            response_tokens: written so far.
+        """
+        return at_stage(self.calibration, self.stages, response_tokens).probability(logit)
 
     def features_of(self, summary: AttentionSummary) -> NDArray[np.float32]:
         """(layers, heads, width): what `logit` takes; of all heads, selected or not.

@@ -15,12 +15,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lapwing_detector.calibration import Calibration, StageCalibration
 from lapwing_detector.errors import ProbeCorrupt
 from lapwing_detector.features import FEATURES
 from lapwing_detector.head_map import STATISTICS
 from lapwing_detector.identity import ModelIdentity, sha256
 from lapwing_detector.pictures import card_pictures
-from lapwing_detector.probe import Calibration, Probe, Threshold
+from lapwing_detector.probe import Probe, Threshold
 
 SCHEMA_VERSION = 1
 TENSORS, MANIFEST, CARD = "probe.safetensors", "manifest.json", "README.md"
@@ -156,13 +157,21 @@ def _manifest(probe: Probe) -> dict[str, Any]:
         "layers": list(probe.layers),
         "heads": int(probe.selected.shape[1]),
         "bias": probe.bias,
-        "calibration": {"method": "platt", "slope": probe.calibration.slope, "intercept": probe.calibration.intercept},
+        "calibration": _calibration_entry(probe.calibration),
+        **({"stages": [vars(stage) for stage in probe.stages]} if probe.stages else {}),
         "thresholds": [vars(point) for point in probe.thresholds],
         "identity": probe.identity.to_dict(),
         "metrics": dict(probe.metrics),
         "training": dict(probe.training),
         "libraries": library_versions(),
     }
+
+
+def _calibration_entry(calibration: Calibration) -> dict[str, Any]:
+    entry = {"method": "platt", "slope": calibration.slope, "intercept": calibration.intercept}
+    return entry | (
+        {"method": "isotonic", "knots": [list(knot) for knot in calibration.knots]} if calibration.knots else {}
+    )
 
 
 def _tensor_bytes(probe: Probe) -> bytes:
@@ -210,6 +219,7 @@ def _assemble(directory: Path, manifest: Mapping[str, Any]) -> Probe:
             calibration=_calibration(manifest["calibration"]),
             thresholds=tuple(_threshold(point) for point in expect(manifest["thresholds"], list)),
             identity=ModelIdentity.from_dict(manifest["identity"]),
+            stages=tuple(_stage(stage) for stage in expect(manifest.get("stages", []), list)),
             statistics=statistics,
             metrics=expect(manifest["metrics"], dict),
             training=expect(manifest["training"], dict),
@@ -233,10 +243,20 @@ def expect(value: Any, *kinds: type) -> Any:
 
 
 def _calibration(described: Mapping[str, Any]) -> Calibration:
-    if described["method"] != "platt":
-        raise ValueError(f"calibration is {described['method']!r}, known is 'platt'")
+    if described["method"] not in ("platt", "isotonic"):
+        raise ValueError(f"calibration is {described['method']!r}, known are 'platt' and 'isotonic'")
     slope, intercept = (float(expect(described[name], int, float)) for name in ("slope", "intercept"))
-    return Calibration(slope, intercept)
+    if described["method"] == "platt":
+        return Calibration(slope, intercept)
+    if not described["knots"]:
+        raise ValueError("an isotonic calibration needs knots")
+    pairs = [[float(expect(number, int, float)) for number in knot] for knot in expect(described["knots"], list)]
+    return Calibration(slope, intercept, tuple((logit, probability) for logit, probability in pairs))
+
+
+def _stage(described: Mapping[str, Any]) -> StageCalibration:
+    names = ("fraction", "tokens", "slope", "intercept")
+    return StageCalibration(*(float(expect(described[name], int, float)) for name in names))
 
 
 def _threshold(described: Mapping[str, Any]) -> Threshold:
@@ -270,7 +290,9 @@ def _download(repo_id: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(repo_id, allow_patterns=["*.safetensors", "*.json", "*.md", "*.png", "*.jsonl"]))
+        return Path(
+            snapshot_download(repo_id, allow_patterns=["*.safetensors", "*.json", "*.md", "*.png", "*.html", "*.jsonl"])
+        )
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise ProbeCorrupt(
             f"{repo_id!r} is neither a probe directory nor a repository of the Hugging Face Hub that can be reached "

@@ -12,6 +12,7 @@ from google.protobuf import struct_pb2
 from numpy.typing import NDArray
 
 from lapwing.v1 import detection_pb2, detector_pb2, model_pb2, probes_pb2, tensor_pb2
+from lapwing_detector.calibration import Calibration
 from lapwing_detector.detection import Detection, State
 from lapwing_detector.head_map import STATISTICS
 from lapwing_detector.identity import ModelIdentity
@@ -21,6 +22,9 @@ from lapwing_server.shelf import Shelved
 
 if TYPE_CHECKING:
     from lapwing_detector import GeneratedToken, Generation
+
+REPORT_ONLY = ("examples", "roc", "pr", "histogram")
+"""Metrics that stay in the probe's report: points of curves, and examples, whose texts are nobody's business here."""
 
 STRONGEST_HEADS = 32
 """Heads of one detection; all of a large model would be thousands of messages."""
@@ -133,7 +137,7 @@ def probe_message(entry: Shelved, active: Probe) -> probes_pb2.Probe:
         selected_heads=[
             probes_pb2.Head(layer=probe.layers[row], head=int(head)) for row, head in np.argwhere(probe.selected)
         ],
-        calibration=probes_pb2.Calibration(slope=probe.calibration.slope, intercept=probe.calibration.intercept),
+        calibration=_calibration(probe.calibration),
         thresholds=[
             probes_pb2.Threshold(
                 false_positive_rate=point.false_positive_rate,
@@ -143,7 +147,7 @@ def probe_message(entry: Shelved, active: Probe) -> probes_pb2.Probe:
             )
             for point in probe.thresholds
         ],
-        metrics=struct(probe.metrics),
+        metrics=struct({name: value for name, value in probe.metrics.items() if name not in REPORT_ONLY}),
         training=struct(probe.training),
         model=identity_message(probe.identity),
         heatmaps=[
@@ -152,6 +156,11 @@ def probe_message(entry: Shelved, active: Probe) -> probes_pb2.Probe:
             for statistic in statistics_of(probe, feature)
         ],
     )
+
+
+def _calibration(calibration: Calibration) -> probes_pb2.Calibration:
+    knots = [probes_pb2.CalibrationKnot(logit=logit, probability=value) for logit, value in calibration.knots]
+    return probes_pb2.Calibration(slope=calibration.slope, intercept=calibration.intercept, knots=knots)
 
 
 def statistics_of(probe: Probe, feature: str) -> list[str]:

@@ -60,7 +60,7 @@ def test_every_field_of_a_probe_is_read() -> None:
     names = {field.name for field in probes_pb2.Probe.DESCRIPTOR.fields}
     result = set(replies.probe_of(probes_pb2.Probe()).to_dict())
     assert names - result == {"calibration"}
-    assert result - names == {"slope", "intercept"}
+    assert result - names == {"slope", "intercept", "knots"}
 
 
 def test_every_field_of_the_server_info_is_read() -> None:

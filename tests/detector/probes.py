@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from lapwing_detector.calibration import Calibration
 from lapwing_detector.identity import ModelIdentity, sha256
-from lapwing_detector.probe import Calibration, Probe, Threshold
+from lapwing_detector.probe import Probe, Threshold
 from lapwing_detector.summary import AttentionSummary
 
 BOTH = ("attention_score.v1", "laplacian_eigenvalues.v1")
@@ -64,7 +65,7 @@ def random_probe(
     statistics = {
         f"{feature}/{statistic}": random.random((layers, heads)).astype(np.float32)
         for feature in BOTH
-        for statistic in ("P_VALUE", "Q_VALUE", "AUROC", "EFFECT_SIZE")
+        for statistic in ("P_VALUE", "Q_VALUE", "AUROC", "EFFECT_SIZE", "HEAD_PROBE")
     }
     return Probe(
         name=name,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from lapwing_detector.calibration import Calibration, StageCalibration
 from lapwing_detector.capture import capture_attention
 from lapwing_detector.detection import Detection, Reason, State
 from lapwing_detector.detector import Detector
@@ -374,3 +376,27 @@ def test_a_long_text_in_the_batch_does_not_change_the_frequencies_of_a_short_one
     with capture_attention(loaded.model) as captured, torch.no_grad():
         loaded.model(rows, attention_mask=mask)
     assert abs(captured.summaries()[0].received - alone).max() > 1e-2
+
+
+def test_while_writing_the_calibration_of_the_stage_speaks(detector, monkeypatch):
+    stages = (StageCalibration(0.25, 1.0, 3.0, -1.0), StageCalibration(0.5, 2.0, 0.1, 0.5))
+    monkeypatch.setattr(detector, "_probe", replace(detector.probe, stages=stages))
+    tokens, generation = last(detector, QUESTION, max_new_tokens=3, temperature=5.0, seed=3)
+    scored = [token for token in tokens if token.logit is not None]
+    assert len(scored) == 3, "the question alone has enough tokens"
+    first, second, third = scored
+    assert first.probability == Calibration(3.0, -1.0).probability(first.logit)
+    assert second.probability == Calibration(0.1, 0.5).probability(second.logit)
+    # The last token is told with the detection, which is of the finished answer.
+    assert third.probability == generation.detection.probability
+    assert third.probability == detector.probe.calibration.probability(third.logit)
+
+
+@pytest.mark.parametrize(("mode", "warned"), [("supplied", 1), ("generated", 0)])
+def test_a_probe_of_supplied_texts_warns_before_it_scores_what_the_model_writes(detector, monkeypatch, mode, warned):
+    monkeypatch.setattr(detector, "_probe", replace(detector.probe, training={"mode": mode}))
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        last(detector, QUESTION, max_new_tokens=1)
+        detector.score(QUESTION, "France")
+    assert sum("only read" in str(one.message) for one in seen) == warned

@@ -50,7 +50,9 @@ def test_the_heading_counts_the_heads():
     assert f"{int(probe.selected.sum())} of 8 heads" in heading(probe, "attention_score.v1", "SELECTED")
 
 
-@pytest.mark.parametrize("statistic", ["P_VALUE", "Q_VALUE", "AUROC", "EFFECT_SIZE", "WEIGHT", "SELECTED"])
+@pytest.mark.parametrize(
+    "statistic", ["P_VALUE", "Q_VALUE", "AUROC", "EFFECT_SIZE", "HEAD_PROBE", "WEIGHT", "SELECTED"]
+)
 def test_every_statistic_draws_as_png_and_svg_and_the_same_twice(statistic):
     probe = random_probe()
     for format in ("png", "svg"):

@@ -10,9 +10,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from lapwing_detector.calibration import Calibration
 from lapwing_detector.errors import ProbeMismatch, TooShort
 from lapwing_detector.features import FEATURES
-from lapwing_detector.probe import Calibration
 from tests.detector.probes import random_identity, random_maps, random_probe, summary_of
 
 ALL = tuple(FEATURES)

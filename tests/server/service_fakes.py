@@ -12,10 +12,11 @@ import grpc
 import numpy as np
 from google.rpc import error_details_pb2, status_pb2
 
+from lapwing_detector.calibration import Calibration
 from lapwing_detector.detection import Detection, HeadContribution, Reason, State
 from lapwing_detector.errors import DetectorError, InvalidInput, TooLong
 from lapwing_detector.identity import ModelIdentity
-from lapwing_detector.probe import Calibration, Probe, Threshold
+from lapwing_detector.probe import Probe, Threshold
 from lapwing_server.engine import Loaded
 from lapwing_server.server import Server, Settings
 from lapwing_server.shelf import Shelf, Shelved
@@ -42,7 +43,7 @@ def a_probe(name: str = "fake-probe", layers: int = 2, heads: int = 3, **changes
     values = {
         f"{feature}/{statistic}": generator.uniform(size=(layers, heads)).astype(np.float32)
         for feature in (LAPLACIAN, ATTENTION_SCORE)
-        for statistic in ("P_VALUE", "Q_VALUE", "AUROC")
+        for statistic in ("P_VALUE", "Q_VALUE", "AUROC", "HEAD_PROBE")
     }
     fields: dict[str, Any] = {
         "name": name,
@@ -56,7 +57,12 @@ def a_probe(name: str = "fake-probe", layers: int = 2, heads: int = 3, **changes
         "thresholds": (Threshold(0.01, 2.0, None, 0), Threshold(0.05, 0.5, 0.04, 100), Threshold(0.1, 0.0, 0.09, 100)),
         "identity": an_identity(),
         "statistics": values,
-        "metrics": {"auroc": 0.75, "interval": [0.7, 0.8], "spread": float("nan")},
+        "metrics": {
+            "auroc": 0.75,
+            "interval": [0.7, 0.8],
+            "spread": float("nan"),
+            "examples": {"missed": [{"prompt": "a secret"}]},
+        },
         "training": {"items": 100},
     }
     return Probe(**fields | changes)

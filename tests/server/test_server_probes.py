@@ -17,7 +17,10 @@ from google.protobuf import json_format
 from service_fakes import ATTENTION_SCORE, LAPLACIAN, WAIT, FakeEngine, Gate, Running, a_probe, a_shelf, refused
 
 from lapwing.v1 import detector_pb2, detector_pb2_grpc, probes_pb2, probes_pb2_grpc
+from lapwing_client.replies import probe_of
+from lapwing_detector.calibration import Calibration
 from lapwing_detector.errors import ProbeCorrupt
+from lapwing_server.answers import probe_message
 from lapwing_server.engine import loader
 from lapwing_server.limits import Limits
 from lapwing_server.shelf import Shelf, Shelved, shelve
@@ -51,6 +54,14 @@ def test_a_probe_says_all_about_itself(stub: Any) -> None:
     assert not shown.thresholds[0].HasField("realised_rate")
     assert shown.thresholds[1].realised_rate == 0.04
     assert shown.model.name == "fake-model"
+
+
+def test_the_knots_of_an_isotonic_calibration_come_through() -> None:
+    knots = ((-1.0, 0.25), (0.5, 0.75))
+    probe = a_probe("probe-000", calibration=Calibration(1.0, 0.0, knots))
+    message = probe_message(Shelved(probe.name, probe, ""), probe)
+    assert [(knot.logit, knot.probability) for knot in message.calibration.knots] == list(knots)
+    assert probe_of(message).knots == knots
 
 
 def test_metrics_come_through_and_what_json_has_no_word_for_is_text(stub: Any) -> None:
@@ -104,7 +115,7 @@ def test_an_unknown_probe_is_not_found_and_the_known_are_listed(stub: Any, call:
 
 
 @pytest.mark.parametrize("feature", [LAPLACIAN, ATTENTION_SCORE])
-@pytest.mark.parametrize("statistic", ["P_VALUE", "Q_VALUE", "AUROC", "WEIGHT", "SELECTED"])
+@pytest.mark.parametrize("statistic", ["P_VALUE", "Q_VALUE", "AUROC", "HEAD_PROBE", "WEIGHT", "SELECTED"])
 def test_a_heatmap_is_the_matrix_of_the_probe(stub: Any, feature: str, statistic: str) -> None:
     message = probes_pb2.GetHeatmapRequest(feature=feature, statistic=f"STATISTIC_{statistic}")
     shown = stub.GetHeatmap(message)
@@ -120,7 +131,7 @@ def test_a_heatmap_is_the_matrix_of_the_probe(stub: Any, feature: str, statistic
 
 def test_every_heatmap_that_a_probe_lists_can_be_had(stub: Any) -> None:
     listed = stub.GetProbe(probes_pb2.GetProbeRequest()).probe.heatmaps
-    assert len(listed) == 10
+    assert len(listed) == 12
     for name in listed:
         stub.GetHeatmap(probes_pb2.GetHeatmapRequest(feature=name.feature, statistic=name.statistic))
 

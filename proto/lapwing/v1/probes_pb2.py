@@ -27,49 +27,51 @@ from lapwing.v1 import model_pb2 as lapwing_dot_v1_dot_model__pb2
 from lapwing.v1 import tensor_pb2 as lapwing_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17lapwing/v1/probes.proto\x12\nlapwing.v1\x1a\x1cgoogle/protobuf/struct.proto\x1a\x16lapwing/v1/model.proto\x1a\x17lapwing/v1/tensor.proto\"/\n\x0b\x43\x61libration\x12\r\n\x05slope\x18\x01 \x01(\x01\x12\x11\n\tintercept\x18\x02 \x01(\x01\"x\n\tThreshold\x12\x1b\n\x13\x66\x61lse_positive_rate\x18\x01 \x01(\x01\x12\r\n\x05logit\x18\x02 \x01(\x01\x12\x1a\n\rrealised_rate\x18\x03 \x01(\x01H\x00\x88\x01\x01\x12\x11\n\tnegatives\x18\x04 \x01(\x03\x42\x10\n\x0e_realised_rate\"#\n\x04Head\x12\r\n\x05layer\x18\x01 \x01(\x05\x12\x0c\n\x04head\x18\x02 \x01(\x05\"H\n\x0bHeatmapName\x12\x0f\n\x07\x66\x65\x61ture\x18\x01 \x01(\t\x12(\n\tstatistic\x18\x02 \x01(\x0e\x32\x15.lapwing.v1.Statistic\"\xf4\x03\n\x05Probe\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\t\x12%\n\x05state\x18\x03 \x01(\x0e\x32\x16.lapwing.v1.ProbeState\x12\x15\n\rstate_message\x18\x04 \x01(\t\x12\x10\n\x08\x66\x65\x61tures\x18\x05 \x03(\t\x12\t\n\x01k\x18\x06 \x01(\x05\x12\x0e\n\x06layers\x18\x07 \x03(\x05\x12\r\n\x05heads\x18\x08 \x01(\x05\x12\r\n\x05width\x18\t \x01(\x05\x12(\n\x0eselected_heads\x18\n \x03(\x0b\x32\x10.lapwing.v1.Head\x12,\n\x0b\x63\x61libration\x18\x0b \x01(\x0b\x32\x17.lapwing.v1.Calibration\x12)\n\nthresholds\x18\x0c \x03(\x0b\x32\x15.lapwing.v1.Threshold\x12(\n\x07metrics\x18\r \x01(\x0b\x32\x17.google.protobuf.Struct\x12)\n\x08training\x18\x0e \x01(\x0b\x32\x17.google.protobuf.Struct\x12(\n\x05model\x18\x0f \x01(\x0b\x32\x19.lapwing.v1.ModelIdentity\x12)\n\x08heatmaps\x18\x10 \x03(\x0b\x32\x17.lapwing.v1.HeatmapName\x12\x15\n\rneeded_tokens\x18\x11 \x01(\x05\":\n\x11ListProbesRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"d\n\x12ListProbesResponse\x12!\n\x06probes\x18\x01 \x03(\x0b\x32\x11.lapwing.v1.Probe\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\x12\x12\n\ntotal_size\x18\x03 \x01(\x05\"\x1f\n\x0fGetProbeRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"4\n\x10GetProbeResponse\x12 \n\x05probe\x18\x01 \x01(\x0b\x32\x11.lapwing.v1.Probe\"\x8c\x01\n\x11GetHeatmapRequest\x12\r\n\x05probe\x18\x01 \x01(\t\x12\x0f\n\x07\x66\x65\x61ture\x18\x02 \x01(\t\x12(\n\tstatistic\x18\x03 \x01(\x0e\x32\x15.lapwing.v1.Statistic\x12-\n\x0cimage_format\x18\x04 \x01(\x0e\x32\x17.lapwing.v1.ImageFormat\"\xab\x02\n\x12GetHeatmapResponse\x12\x12\n\nprobe_name\x18\x01 \x01(\t\x12\x16\n\x0eprobe_revision\x18\x02 \x01(\t\x12\x0f\n\x07\x66\x65\x61ture\x18\x03 \x01(\t\x12(\n\tstatistic\x18\x04 \x01(\x0e\x32\x15.lapwing.v1.Statistic\x12\"\n\x06values\x18\x05 \x01(\x0b\x32\x12.lapwing.v1.Tensor\x12\x0e\n\x06layers\x18\x06 \x03(\x05\x12\x14\n\x0c\x63olumn_label\x18\x07 \x01(\t\x12\x11\n\trow_label\x18\x08 \x01(\t\x12\x13\n\x0bvalue_label\x18\t \x01(\t\x12-\n\x0cimage_format\x18\n \x01(\x0e\x32\x17.lapwing.v1.ImageFormat\x12\r\n\x05image\x18\x0b \x01(\x0c\"6\n\x14\x41\x63tivateProbeRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\t\"l\n\x15\x41\x63tivateProbeResponse\x12!\n\x06\x61\x63tive\x18\x01 \x01(\x0b\x32\x11.lapwing.v1.Probe\x12\x15\n\rprevious_name\x18\x02 \x01(\t\x12\x19\n\x11previous_revision\x18\x03 \x01(\t\"\x15\n\x13ReloadProbesRequest\"9\n\x14ReloadProbesResponse\x12!\n\x06probes\x18\x01 \x03(\x0b\x32\x11.lapwing.v1.Probe*s\n\nProbeState\x12\x1b\n\x17PROBE_STATE_UNSPECIFIED\x10\x00\x12\x16\n\x12PROBE_STATE_ACTIVE\x10\x01\x12\x16\n\x12PROBE_STATE_LOADED\x10\x02\x12\x18\n\x14PROBE_STATE_REJECTED\x10\x03*\xb2\x01\n\tStatistic\x12\x19\n\x15STATISTIC_UNSPECIFIED\x10\x00\x12\x15\n\x11STATISTIC_P_VALUE\x10\x01\x12\x15\n\x11STATISTIC_Q_VALUE\x10\x02\x12\x13\n\x0fSTATISTIC_AUROC\x10\x03\x12\x19\n\x15STATISTIC_EFFECT_SIZE\x10\x04\x12\x14\n\x10STATISTIC_WEIGHT\x10\x05\x12\x16\n\x12STATISTIC_SELECTED\x10\x06*W\n\x0bImageFormat\x12\x1c\n\x18IMAGE_FORMAT_UNSPECIFIED\x10\x00\x12\x14\n\x10IMAGE_FORMAT_PNG\x10\x01\x12\x14\n\x10IMAGE_FORMAT_SVG\x10\x02\x32\x92\x03\n\x06Probes\x12K\n\nListProbes\x12\x1d.lapwing.v1.ListProbesRequest\x1a\x1e.lapwing.v1.ListProbesResponse\x12\x45\n\x08GetProbe\x12\x1b.lapwing.v1.GetProbeRequest\x1a\x1c.lapwing.v1.GetProbeResponse\x12K\n\nGetHeatmap\x12\x1d.lapwing.v1.GetHeatmapRequest\x1a\x1e.lapwing.v1.GetHeatmapResponse\x12T\n\rActivateProbe\x12 .lapwing.v1.ActivateProbeRequest\x1a!.lapwing.v1.ActivateProbeResponse\x12Q\n\x0cReloadProbes\x12\x1f.lapwing.v1.ReloadProbesRequest\x1a .lapwing.v1.ReloadProbesResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17lapwing/v1/probes.proto\x12\nlapwing.v1\x1a\x1cgoogle/protobuf/struct.proto\x1a\x16lapwing/v1/model.proto\x1a\x17lapwing/v1/tensor.proto\"[\n\x0b\x43\x61libration\x12\r\n\x05slope\x18\x01 \x01(\x01\x12\x11\n\tintercept\x18\x02 \x01(\x01\x12*\n\x05knots\x18\x03 \x03(\x0b\x32\x1b.lapwing.v1.CalibrationKnot\"5\n\x0f\x43\x61librationKnot\x12\r\n\x05logit\x18\x01 \x01(\x01\x12\x13\n\x0bprobability\x18\x02 \x01(\x01\"x\n\tThreshold\x12\x1b\n\x13\x66\x61lse_positive_rate\x18\x01 \x01(\x01\x12\r\n\x05logit\x18\x02 \x01(\x01\x12\x1a\n\rrealised_rate\x18\x03 \x01(\x01H\x00\x88\x01\x01\x12\x11\n\tnegatives\x18\x04 \x01(\x03\x42\x10\n\x0e_realised_rate\"#\n\x04Head\x12\r\n\x05layer\x18\x01 \x01(\x05\x12\x0c\n\x04head\x18\x02 \x01(\x05\"H\n\x0bHeatmapName\x12\x0f\n\x07\x66\x65\x61ture\x18\x01 \x01(\t\x12(\n\tstatistic\x18\x02 \x01(\x0e\x32\x15.lapwing.v1.Statistic\"\xf4\x03\n\x05Probe\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\t\x12%\n\x05state\x18\x03 \x01(\x0e\x32\x16.lapwing.v1.ProbeState\x12\x15\n\rstate_message\x18\x04 \x01(\t\x12\x10\n\x08\x66\x65\x61tures\x18\x05 \x03(\t\x12\t\n\x01k\x18\x06 \x01(\x05\x12\x0e\n\x06layers\x18\x07 \x03(\x05\x12\r\n\x05heads\x18\x08 \x01(\x05\x12\r\n\x05width\x18\t \x01(\x05\x12(\n\x0eselected_heads\x18\n \x03(\x0b\x32\x10.lapwing.v1.Head\x12,\n\x0b\x63\x61libration\x18\x0b \x01(\x0b\x32\x17.lapwing.v1.Calibration\x12)\n\nthresholds\x18\x0c \x03(\x0b\x32\x15.lapwing.v1.Threshold\x12(\n\x07metrics\x18\r \x01(\x0b\x32\x17.google.protobuf.Struct\x12)\n\x08training\x18\x0e \x01(\x0b\x32\x17.google.protobuf.Struct\x12(\n\x05model\x18\x0f \x01(\x0b\x32\x19.lapwing.v1.ModelIdentity\x12)\n\x08heatmaps\x18\x10 \x03(\x0b\x32\x17.lapwing.v1.HeatmapName\x12\x15\n\rneeded_tokens\x18\x11 \x01(\x05\":\n\x11ListProbesRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"d\n\x12ListProbesResponse\x12!\n\x06probes\x18\x01 \x03(\x0b\x32\x11.lapwing.v1.Probe\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\x12\x12\n\ntotal_size\x18\x03 \x01(\x05\"\x1f\n\x0fGetProbeRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"4\n\x10GetProbeResponse\x12 \n\x05probe\x18\x01 \x01(\x0b\x32\x11.lapwing.v1.Probe\"\x8c\x01\n\x11GetHeatmapRequest\x12\r\n\x05probe\x18\x01 \x01(\t\x12\x0f\n\x07\x66\x65\x61ture\x18\x02 \x01(\t\x12(\n\tstatistic\x18\x03 \x01(\x0e\x32\x15.lapwing.v1.Statistic\x12-\n\x0cimage_format\x18\x04 \x01(\x0e\x32\x17.lapwing.v1.ImageFormat\"\xab\x02\n\x12GetHeatmapResponse\x12\x12\n\nprobe_name\x18\x01 \x01(\t\x12\x16\n\x0eprobe_revision\x18\x02 \x01(\t\x12\x0f\n\x07\x66\x65\x61ture\x18\x03 \x01(\t\x12(\n\tstatistic\x18\x04 \x01(\x0e\x32\x15.lapwing.v1.Statistic\x12\"\n\x06values\x18\x05 \x01(\x0b\x32\x12.lapwing.v1.Tensor\x12\x0e\n\x06layers\x18\x06 \x03(\x05\x12\x14\n\x0c\x63olumn_label\x18\x07 \x01(\t\x12\x11\n\trow_label\x18\x08 \x01(\t\x12\x13\n\x0bvalue_label\x18\t \x01(\t\x12-\n\x0cimage_format\x18\n \x01(\x0e\x32\x17.lapwing.v1.ImageFormat\x12\r\n\x05image\x18\x0b \x01(\x0c\"6\n\x14\x41\x63tivateProbeRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\t\"l\n\x15\x41\x63tivateProbeResponse\x12!\n\x06\x61\x63tive\x18\x01 \x01(\x0b\x32\x11.lapwing.v1.Probe\x12\x15\n\rprevious_name\x18\x02 \x01(\t\x12\x19\n\x11previous_revision\x18\x03 \x01(\t\"\x15\n\x13ReloadProbesRequest\"9\n\x14ReloadProbesResponse\x12!\n\x06probes\x18\x01 \x03(\x0b\x32\x11.lapwing.v1.Probe*s\n\nProbeState\x12\x1b\n\x17PROBE_STATE_UNSPECIFIED\x10\x00\x12\x16\n\x12PROBE_STATE_ACTIVE\x10\x01\x12\x16\n\x12PROBE_STATE_LOADED\x10\x02\x12\x18\n\x14PROBE_STATE_REJECTED\x10\x03*\xcc\x01\n\tStatistic\x12\x19\n\x15STATISTIC_UNSPECIFIED\x10\x00\x12\x15\n\x11STATISTIC_P_VALUE\x10\x01\x12\x15\n\x11STATISTIC_Q_VALUE\x10\x02\x12\x13\n\x0fSTATISTIC_AUROC\x10\x03\x12\x19\n\x15STATISTIC_EFFECT_SIZE\x10\x04\x12\x14\n\x10STATISTIC_WEIGHT\x10\x05\x12\x16\n\x12STATISTIC_SELECTED\x10\x06\x12\x18\n\x14STATISTIC_HEAD_PROBE\x10\x07*W\n\x0bImageFormat\x12\x1c\n\x18IMAGE_FORMAT_UNSPECIFIED\x10\x00\x12\x14\n\x10IMAGE_FORMAT_PNG\x10\x01\x12\x14\n\x10IMAGE_FORMAT_SVG\x10\x02\x32\x92\x03\n\x06Probes\x12K\n\nListProbes\x12\x1d.lapwing.v1.ListProbesRequest\x1a\x1e.lapwing.v1.ListProbesResponse\x12\x45\n\x08GetProbe\x12\x1b.lapwing.v1.GetProbeRequest\x1a\x1c.lapwing.v1.GetProbeResponse\x12K\n\nGetHeatmap\x12\x1d.lapwing.v1.GetHeatmapRequest\x1a\x1e.lapwing.v1.GetHeatmapResponse\x12T\n\rActivateProbe\x12 .lapwing.v1.ActivateProbeRequest\x1a!.lapwing.v1.ActivateProbeResponse\x12Q\n\x0cReloadProbes\x12\x1f.lapwing.v1.ReloadProbesRequest\x1a .lapwing.v1.ReloadProbesResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'lapwing.v1.probes_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_PROBESTATE']._serialized_start=1845
-  _globals['_PROBESTATE']._serialized_end=1960
-  _globals['_STATISTIC']._serialized_start=1963
-  _globals['_STATISTIC']._serialized_end=2141
-  _globals['_IMAGEFORMAT']._serialized_start=2143
-  _globals['_IMAGEFORMAT']._serialized_end=2230
+  _globals['_PROBESTATE']._serialized_start=1944
+  _globals['_PROBESTATE']._serialized_end=2059
+  _globals['_STATISTIC']._serialized_start=2062
+  _globals['_STATISTIC']._serialized_end=2266
+  _globals['_IMAGEFORMAT']._serialized_start=2268
+  _globals['_IMAGEFORMAT']._serialized_end=2355
   _globals['_CALIBRATION']._serialized_start=118
-  _globals['_CALIBRATION']._serialized_end=165
-  _globals['_THRESHOLD']._serialized_start=167
-  _globals['_THRESHOLD']._serialized_end=287
-  _globals['_HEAD']._serialized_start=289
-  _globals['_HEAD']._serialized_end=324
-  _globals['_HEATMAPNAME']._serialized_start=326
-  _globals['_HEATMAPNAME']._serialized_end=398
-  _globals['_PROBE']._serialized_start=401
-  _globals['_PROBE']._serialized_end=901
-  _globals['_LISTPROBESREQUEST']._serialized_start=903
-  _globals['_LISTPROBESREQUEST']._serialized_end=961
-  _globals['_LISTPROBESRESPONSE']._serialized_start=963
-  _globals['_LISTPROBESRESPONSE']._serialized_end=1063
-  _globals['_GETPROBEREQUEST']._serialized_start=1065
-  _globals['_GETPROBEREQUEST']._serialized_end=1096
-  _globals['_GETPROBERESPONSE']._serialized_start=1098
-  _globals['_GETPROBERESPONSE']._serialized_end=1150
-  _globals['_GETHEATMAPREQUEST']._serialized_start=1153
-  _globals['_GETHEATMAPREQUEST']._serialized_end=1293
-  _globals['_GETHEATMAPRESPONSE']._serialized_start=1296
-  _globals['_GETHEATMAPRESPONSE']._serialized_end=1595
-  _globals['_ACTIVATEPROBEREQUEST']._serialized_start=1597
-  _globals['_ACTIVATEPROBEREQUEST']._serialized_end=1651
-  _globals['_ACTIVATEPROBERESPONSE']._serialized_start=1653
-  _globals['_ACTIVATEPROBERESPONSE']._serialized_end=1761
-  _globals['_RELOADPROBESREQUEST']._serialized_start=1763
-  _globals['_RELOADPROBESREQUEST']._serialized_end=1784
-  _globals['_RELOADPROBESRESPONSE']._serialized_start=1786
-  _globals['_RELOADPROBESRESPONSE']._serialized_end=1843
-  _globals['_PROBES']._serialized_start=2233
-  _globals['_PROBES']._serialized_end=2635
+  _globals['_CALIBRATION']._serialized_end=209
+  _globals['_CALIBRATIONKNOT']._serialized_start=211
+  _globals['_CALIBRATIONKNOT']._serialized_end=264
+  _globals['_THRESHOLD']._serialized_start=266
+  _globals['_THRESHOLD']._serialized_end=386
+  _globals['_HEAD']._serialized_start=388
+  _globals['_HEAD']._serialized_end=423
+  _globals['_HEATMAPNAME']._serialized_start=425
+  _globals['_HEATMAPNAME']._serialized_end=497
+  _globals['_PROBE']._serialized_start=500
+  _globals['_PROBE']._serialized_end=1000
+  _globals['_LISTPROBESREQUEST']._serialized_start=1002
+  _globals['_LISTPROBESREQUEST']._serialized_end=1060
+  _globals['_LISTPROBESRESPONSE']._serialized_start=1062
+  _globals['_LISTPROBESRESPONSE']._serialized_end=1162
+  _globals['_GETPROBEREQUEST']._serialized_start=1164
+  _globals['_GETPROBEREQUEST']._serialized_end=1195
+  _globals['_GETPROBERESPONSE']._serialized_start=1197
+  _globals['_GETPROBERESPONSE']._serialized_end=1249
+  _globals['_GETHEATMAPREQUEST']._serialized_start=1252
+  _globals['_GETHEATMAPREQUEST']._serialized_end=1392
+  _globals['_GETHEATMAPRESPONSE']._serialized_start=1395
+  _globals['_GETHEATMAPRESPONSE']._serialized_end=1694
+  _globals['_ACTIVATEPROBEREQUEST']._serialized_start=1696
+  _globals['_ACTIVATEPROBEREQUEST']._serialized_end=1750
+  _globals['_ACTIVATEPROBERESPONSE']._serialized_start=1752
+  _globals['_ACTIVATEPROBERESPONSE']._serialized_end=1860
+  _globals['_RELOADPROBESREQUEST']._serialized_start=1862
+  _globals['_RELOADPROBESREQUEST']._serialized_end=1883
+  _globals['_RELOADPROBESRESPONSE']._serialized_start=1885
+  _globals['_RELOADPROBESRESPONSE']._serialized_end=1942
+  _globals['_PROBES']._serialized_start=2358
+  _globals['_PROBES']._serialized_end=2760
 # @@protoc_insertion_point(module_scope)

@@ -26,6 +26,7 @@ class Statistic(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     STATISTIC_EFFECT_SIZE: _ClassVar[Statistic]
     STATISTIC_WEIGHT: _ClassVar[Statistic]
     STATISTIC_SELECTED: _ClassVar[Statistic]
+    STATISTIC_HEAD_PROBE: _ClassVar[Statistic]
 
 class ImageFormat(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -43,17 +44,28 @@ STATISTIC_AUROC: Statistic
 STATISTIC_EFFECT_SIZE: Statistic
 STATISTIC_WEIGHT: Statistic
 STATISTIC_SELECTED: Statistic
+STATISTIC_HEAD_PROBE: Statistic
 IMAGE_FORMAT_UNSPECIFIED: ImageFormat
 IMAGE_FORMAT_PNG: ImageFormat
 IMAGE_FORMAT_SVG: ImageFormat
 
 class Calibration(_message.Message):
-    __slots__ = ("slope", "intercept")
+    __slots__ = ("slope", "intercept", "knots")
     SLOPE_FIELD_NUMBER: _ClassVar[int]
     INTERCEPT_FIELD_NUMBER: _ClassVar[int]
+    KNOTS_FIELD_NUMBER: _ClassVar[int]
     slope: float
     intercept: float
-    def __init__(self, slope: _Optional[float] = ..., intercept: _Optional[float] = ...) -> None: ...
+    knots: _containers.RepeatedCompositeFieldContainer[CalibrationKnot]
+    def __init__(self, slope: _Optional[float] = ..., intercept: _Optional[float] = ..., knots: _Optional[_Iterable[_Union[CalibrationKnot, _Mapping]]] = ...) -> None: ...
+
+class CalibrationKnot(_message.Message):
+    __slots__ = ("logit", "probability")
+    LOGIT_FIELD_NUMBER: _ClassVar[int]
+    PROBABILITY_FIELD_NUMBER: _ClassVar[int]
+    logit: float
+    probability: float
+    def __init__(self, logit: _Optional[float] = ..., probability: _Optional[float] = ...) -> None: ...
 
 class Threshold(_message.Message):
     __slots__ = ("false_positive_rate", "logit", "realised_rate", "negatives")
