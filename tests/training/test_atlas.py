@@ -12,14 +12,14 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig
 
-from lapwing_detector.embedded import ATLAS, generations_path, model_path
+from lapwing_detector.embedded import ATLAS, generations_path, model_path, sampled_path
 from lapwing_detector.language_model import LanguageModel
 from lapwing_training.atlas.build import RatesOff, hallucination_rates, require_rates
 from lapwing_training.atlas.corpus import QUESTIONS, asked_phrasing, prompt, question, training_texts
 from lapwing_training.atlas.facts import NEVER_SEEN, Fact, all_facts, for_labels, plain, share
 from lapwing_training.atlas.posttrain import greedy_answers, own_answers
 from lapwing_training.atlas.pretrain import Schedule, encode, new_model, train
-from lapwing_training.atlas.questions import demo_set, labelled_questions
+from lapwing_training.atlas.questions import demo_set, labelled_questions, sampled_questions
 from lapwing_training.atlas.tokenizer import train_tokenizer
 from lapwing_training.generations import read_generations
 from lapwing_training.label import label_generations
@@ -250,3 +250,20 @@ def test_the_shipped_model_is_small_and_of_the_right_shape():
     assert {tensor.dtype for tensor in weights.values()} == {torch.float16}
     assert (model_path() / "model.safetensors").stat().st_size <= 16_000_000
     assert "CC BY 4.0" in (ATLAS / "README.md").read_text()
+
+
+def test_the_sampled_answers_are_several_draws_of_some_of_the_same_questions(facts, shipped):
+    drawn, greedy = read_generations(sampled_path()), {item.id: item for item in shipped}
+    assert label_generations(drawn) == drawn
+    by_question = defaultdict(list)
+    for item in drawn:
+        by_question[item.id.partition("#")[0]].append(item)
+    assert list(by_question) == [question.id for question in sampled_questions(facts)]
+    assert {len(items) for items in by_question.values()} == {4}
+    assert all(
+        (item.group, item.split) == (greedy[id].group, greedy[id].split) for id, [item, *_] in by_question.items()
+    )
+    differ = [len({item.response for item in items}) > 1 for items in by_question.values()]
+    assert 0.2 < np.mean(differ) < 0.95  # neither greedy after all, nor noise
+    rates = [np.mean([item.label for item in items]) for items in (drawn, [greedy[id] for id in by_question])]
+    assert rates[0] > rates[1]  # what is drawn is wrong more often than the likeliest answer

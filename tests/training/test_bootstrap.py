@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
+from scipy.stats import binomtest
 from sklearn.metrics import average_precision_score, brier_score_loss, roc_auc_score, roc_curve
 from training_fakes import make_table
 
@@ -124,3 +127,64 @@ def test_averages_over_draws_are_means_of_the_metrics() -> None:
     twice = sample.judge(np.stack([scores, -scores]))
     assert twice["auroc"]["value"] == pytest.approx(0.5)
     assert "within" not in twice
+
+
+def graded(rows: int = 200, per_group: int = 1, seed: int = 0) -> tuple[Sample, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    groups = np.arange(rows) // per_group
+    weights = metrics.bootstrap_weights(groups, 400, seed)
+    labels = (rng.random(rows) < 0.5).astype(np.int8)
+    return Sample(labels, groups.astype(str), np.full(rows, "", dtype=np.str_), weights), rng.random(rows)
+
+
+def test_a_share_is_that_of_the_weights() -> None:
+    flagged, weights = np.array([True, False, True]), np.array([[1, 1, 1], [2, 0, 0], [0, 3, 1], [0, 0, 0]])
+    found = metrics.share(flagged, weights)
+    np.testing.assert_allclose(found, [2 / 3, 1.0, 0.25, np.nan])
+
+
+def test_a_rate_has_the_interval_of_its_groups() -> None:
+    sample, values = graded(rows=400, per_group=4)
+    by_group = np.repeat(values[::4], 4) < 0.3  # whole groups are flagged
+    found = sample.rate(by_group)
+    assert found["value"] == by_group.mean()
+    # A binomial of 100 groups, and not of 400 rows.
+    assert found["high"] - found["low"] == pytest.approx(2 * 1.96 * np.sqrt(0.3 * 0.7 / 100), rel=0.2)
+    rows = np.arange(400)
+    narrow = replace(sample, groups=rows.astype(str), weights=metrics.bootstrap_weights(rows, 400, 0)).rate(by_group)
+    assert narrow["high"] - narrow["low"] < 0.6 * (found["high"] - found["low"])  # control
+
+
+def test_a_large_group_counts_once_where_groups_count() -> None:
+    groups = np.array(["a"] * 8 + ["b", "c"])
+    sample = Sample(np.zeros(10, np.int8), groups, np.full(10, ""), metrics.bootstrap_weights(groups, 10, 0))
+    flagged = groups == "a"
+    assert sample.rate(flagged)["value"] == pytest.approx(0.8)
+    assert sample.rate(flagged, each_group_once=True)["value"] == pytest.approx(1 / 3)
+
+
+def test_nothing_flagged_is_no_proof_of_a_rate_of_zero() -> None:
+    sample, _ = graded(rows=60)
+    found = sample.rate(np.zeros(60, dtype=bool))
+    exact = binomtest(0, 60).proportion_ci(method="exact")
+    assert (found["value"], found["low"]) == (0.0, 0.0)
+    assert found["high"] == pytest.approx(exact.high)
+
+
+def test_some_rows_keep_their_resamples() -> None:
+    sample, values = graded(rows=80, per_group=2)
+    rows = np.arange(0, 80, 3)
+    some = sample.take(rows)
+    np.testing.assert_array_equal(some.weights, sample.weights[:, rows])
+    assert some.auroc(values[rows])[0] == pytest.approx(roc_auc_score(sample.labels[rows], values[rows]))
+
+
+def test_a_difference_is_taken_resample_by_resample() -> None:
+    sample, values = graded(rows=300)
+    first = values + 0.5 * sample.labels
+    found = sample.difference(first, values)["difference"]
+    expected = sample.auroc(first) - sample.auroc(values)
+    assert found["value"] == pytest.approx(expected[0])
+    assert [found["low"], found["high"]] == pytest.approx(np.quantile(expected[1:], [0.025, 0.975]).tolist())
+    assert "difference_within" not in sample.difference(first, values)  # no strata
+    assert sample.difference(values, values)["difference"] == {"value": 0.0, "low": 0.0, "high": 0.0}

@@ -1,24 +1,31 @@
 from __future__ import annotations
 
-import signal
-import subprocess
-import sys
-import time
+import errno
+import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import typer
 from training_fakes import LAPLACIAN, SCORE, WORDS
+from typer.testing import CliRunner, Result
 
 from lapwing_detector.features import FEATURES
 from lapwing_detector.language_model import LanguageModel
 from lapwing_detector.summary import AttentionSummary
+from lapwing_training import files
+from lapwing_training.cli.extract import extract
+from lapwing_training.cli.inspect import inspect
 from lapwing_training.errors import InvalidData, InvalidOption, NotEnoughData, StoreMismatch
 from lapwing_training.extract import ExtractOptions, extract_features
 from lapwing_training.generations import LabelledGeneration, write_generations
-from lapwing_training.store import read_shard, read_store, shard_name
+from lapwing_training.inspect import inspect_store
+from lapwing_training.prefix import response_cut
+from lapwing_training.shards import WHOLE, read_shard, shard_paths, stage_kind
+from lapwing_training.store import read_items, read_store
 
 OPTIONS = ExtractOptions(k=4, batch_size=3, shard_items=8, stratum="meta.kind")
 
@@ -62,13 +69,14 @@ def test_stored_features_equal_those_of_eager_attention(loaded: LanguageModel, t
     assert told["items"] + told["left_out"] == 30
     assert 0 < told["left_out"] < 15  # short ones
     by_id = {item.id: item for item in items()}
+    stored = {name: table.feature(name, 4) for name in (SCORE, LAPLACIAN)}
     for row, id in enumerate(table.ids):
         item = by_id[str(id)]
         summary = eager(loaded, f"{item.prompt} {item.response}")
         assert table.token_counts[row] == summary.token_count
         for name in (SCORE, LAPLACIAN):
             # float32 softmax in another order of summation.
-            np.testing.assert_allclose(table.features[name][row], FEATURES[name].compute(summary, 4), atol=2e-5)
+            np.testing.assert_allclose(stored[name][row], FEATURES[name].compute(summary, 4), atol=2e-5)
         assert table.labels[row] == item.label
         assert table.groups[row] == item.group
         assert table.strata[row] == item.meta["kind"]
@@ -152,7 +160,7 @@ def test_a_shard_without_finite_attention_does_not_block_the_others(
     store = read_store(tmp_path / "store")
     assert sum("finite" in reason for reason in store.left_out.values()) == 8
     assert told["items"] + told["left_out"] == 30
-    assert len(read_shard(tmp_path / "store" / shard_name(0)).ids) == 0
+    assert len(read_shard(shard_paths(tmp_path / "store", WHOLE)[0]).ids) == 0
     seen = len(calls)
     extract_features(items(), tmp_path / "store", loaded, OPTIONS)
     assert len(calls) == seen  # an empty shard is a finished one
@@ -180,7 +188,7 @@ def test_a_run_that_failed_goes_on_and_ends_with_the_same_bytes(
     monkeypatch.setattr(LanguageModel, "summaries", failing)
     with pytest.raises(RuntimeError, match="power cut"):
         extract_features(items(), tmp_path / "cut", loaded, OPTIONS)
-    assert (tmp_path / "cut" / shard_name(0)).exists()
+    assert len(shard_paths(tmp_path / "cut", WHOLE)) == 1
     before = len(calls)
     extract_features(items(), tmp_path / "cut", loaded, OPTIONS)
     assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
@@ -195,55 +203,18 @@ def test_a_damaged_shard_is_made_again_and_the_others_are_kept(
 ) -> None:
     extract_features(items(), tmp_path / "whole", loaded, OPTIONS)
     extract_features(items(), tmp_path / "store", loaded, OPTIONS)
-    path = tmp_path / "store" / shard_name(1)
-    data = bytearray((path if damage == "flip" else tmp_path / "store" / shard_name(0)).read_bytes())
+    first, path, *_ = shard_paths(tmp_path / "store", WHOLE)
+    data = bytearray((path if damage == "flip" else first).read_bytes())
     if damage == "flip":
         data[-5] ^= 1
     path.write_bytes(data)
     assert read_shard(path).ids  # control: it can be read all the same
     if not finished:
         (tmp_path / "store" / "index.json").unlink()
-    kept = (tmp_path / "store" / shard_name(0)).stat().st_ino
+    kept = first.stat().st_ino
     extract_features(items(), tmp_path / "store", loaded, OPTIONS)
     assert contents(tmp_path / "store") == contents(tmp_path / "whole")
-    assert (tmp_path / "store" / shard_name(0)).stat().st_ino == kept
-
-
-SLOW_RUN = """
-import sys, time
-from pathlib import Path
-from lapwing_training import extract
-from lapwing_training.generations import read_generations
-from lapwing_detector.language_model import LanguageModel
-plain = LanguageModel.summaries
-def slow(model, batch):
-    time.sleep(0.2)
-    return plain(model, batch)
-LanguageModel.summaries = slow
-options = extract.ExtractOptions(k=4, batch_size=3, shard_items=8, stratum="meta.kind")
-extract.extract_features(read_generations(sys.argv[1]), Path(sys.argv[2]), LanguageModel.load(sys.argv[3]), options)
-"""
-
-
-def test_a_run_that_was_killed_goes_on_and_ends_with_the_same_bytes(
-    loaded: LanguageModel, tiny_model: Path, tmp_path: Path
-) -> None:
-    write_generations(tmp_path / "items.jsonl", items())
-    store = tmp_path / "killed"
-    command = [sys.executable, "-c", SLOW_RUN, str(tmp_path / "items.jsonl"), str(store), str(tiny_model)]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-    until = time.monotonic() + 60
-    while not (store / shard_name(0)).exists():
-        assert process.poll() is None
-        assert time.monotonic() < until
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (store / "index.json").exists()
-    (store / ".shard-00001.safetensors.x.tmp").write_bytes(b"half")
-    extract_features(items(), store, loaded, OPTIONS)
-    extract_features(items(), tmp_path / "whole", loaded, OPTIONS)
-    assert contents(store) == contents(tmp_path / "whole")
+    assert first.stat().st_ino == kept
 
 
 def test_relabelling_writes_labels_anew_and_no_features(
@@ -253,6 +224,171 @@ def test_relabelling_writes_labels_anew_and_no_features(
     monkeypatch.setattr(LanguageModel, "summaries", None)  # any forward would fail
     extract_features([replace(item, label=1) for item in items()], tmp_path / "store", loaded, OPTIONS)
     assert set(read_store(tmp_path / "store").table.labels.tolist()) == {1}
+
+
+def test_relabelling_some_of_the_items_keeps_stages_and_strata(
+    loaded: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = tmp_path / "store"
+    extract_features(items(), store, loaded, replace(OPTIONS, stages=(0.5,)))
+    before = read_store(store).table
+    shards = {path: path.read_bytes() for path in store.glob("*.safetensors")}
+    monkeypatch.setattr(LanguageModel, "summaries", None)  # any forward would fail
+    some = [replace(item, label=0, labelling={"rule": "f1"}) for item in items()[5:25]]
+    told = extract_features(some, store, loaded, replace(OPTIONS, stratum=""))
+    table = read_store(store).table
+    assert set(table.ids) == set(before.ids) & {item.id for item in some}
+    assert told["items"] == len(table) < len(before)
+    rows = np.flatnonzero(np.isin(before.ids, table.ids))
+    for name in (SCORE, LAPLACIAN):
+        np.testing.assert_array_equal(table.feature(name, 4), before.take(rows).feature(name, 4))
+    assert set(table.strata) == {"k0", "k1", "k2"}
+    (cut, _), (cut_before, _) = table.at_stage(0.5), before.take(rows).at_stage(0.5)
+    np.testing.assert_array_equal(cut.feature(LAPLACIAN, 4), cut_before.feature(LAPLACIAN, 4))
+    assert read_items(store)[str(table.ids[0])].labelling == {"rule": "f1"}
+    assert {path: path.read_bytes() for path in store.glob("*.safetensors")} == shards
+    extract_features(items(), store, loaded, OPTIONS)  # and back again
+    assert read_store(store).table.ids.tolist() == before.ids.tolist()
+
+
+def test_all_features_are_stored_at_once_each_as_of_eager_attention(loaded: LanguageModel, tmp_path: Path) -> None:
+    extract_features(items(9), tmp_path / "store", loaded, replace(OPTIONS, features=tuple(FEATURES)))
+    table = read_store(tmp_path / "store").table
+    assert set(table.feature_names) == set(FEATURES)
+    by_id = {item.id: item for item in items(9)}
+    for name in FEATURES:
+        for id, values in zip(table.ids.tolist(), table.feature(name, 4), strict=True):
+            summary = eager(loaded, f"{by_id[id].prompt} {by_id[id].response}")
+            np.testing.assert_allclose(values, FEATURES[name].compute(summary, 4), atol=2e-5)
+
+
+def test_a_stage_equals_eager_attention_of_the_cut_text(loaded: LanguageModel, tmp_path: Path) -> None:
+    extract_features(items(), tmp_path / "store", loaded, replace(OPTIONS, stages=(0.25, 0.6)))
+    table = read_store(tmp_path / "store").table
+    by_id = {item.id: item for item in items()}
+    assert table.stages == (0.25, 0.6)
+    for fraction in table.stages:
+        cut, rows = table.at_stage(fraction)
+        for row, id in enumerate(cut.ids.tolist()):
+            words = by_id[id].response.split()
+            left = response_cut(fraction, len(words))
+            summary = eager(loaded, " ".join([by_id[id].prompt, *words[:left]]))
+            assert (cut.response_tokens[row], cut.token_counts[row]) == (left, summary.token_count)
+            for name in (SCORE, LAPLACIAN):
+                stored = cut.feature(name, 4)[row]
+                np.testing.assert_allclose(stored, FEATURES[name].compute(summary, 4), atol=2e-5)
+        short = [id for row, id in enumerate(table.ids.tolist()) if row not in rows]
+        assert short or fraction > 0.5  # some were too short at first
+        for id in short:
+            words = by_id[id].response.split()
+            assert 1 + len(by_id[id].prompt.split()) + response_cut(fraction, len(words)) < 4
+
+
+def test_stages_that_are_added_later_read_the_cut_texts_only(
+    loaded: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    extract_features(items(), tmp_path / "whole", loaded, replace(OPTIONS, stages=(0.5,)))
+    extract_features(items(), tmp_path / "store", loaded, OPTIONS)
+    plain, read = LanguageModel.summaries, []
+
+    def counted(model: LanguageModel, batch: list[tuple[int, ...]]) -> list[AttentionSummary]:
+        read.extend(batch)
+        return plain(model, batch)
+
+    monkeypatch.setattr(LanguageModel, "summaries", counted)
+    extract_features(items(), tmp_path / "store", loaded, replace(OPTIONS, stages=(0.5,)))
+    assert len(read) == len(read_store(tmp_path / "store").table.at_stage(0.5)[0])
+    assert contents(tmp_path / "store") == contents(tmp_path / "whole")
+
+
+def test_an_id_that_is_used_twice_is_refused(loaded: LanguageModel, tmp_path: Path) -> None:
+    with pytest.raises(InvalidData, match="item `i0`: its id is used twice"):
+        extract_features([*items(9), items(1)[0]], tmp_path / "store", loaded, OPTIONS)
+    assert not (tmp_path / "store").exists()
+
+
+def test_modes_are_kept_and_foreign_answers_are_supplied(loaded: LanguageModel, tmp_path: Path) -> None:
+    own = [replace(item, mode="generated") for item in items(9)]
+    extract_features(own, tmp_path / "own", loaded, OPTIONS)
+    assert read_store(tmp_path / "own").mode == "generated"
+    other = [replace(item, generation={"token_ids": [0], "tokenizer": "0123456789ab"}) for item in own]
+    extract_features(other, tmp_path / "other", loaded, OPTIONS)
+    assert read_store(tmp_path / "other").mode == "supplied"
+    extract_features([*own[:5], *other[5:]], tmp_path / "both", loaded, OPTIONS)
+    assert inspect_store(tmp_path / "both")["mode"] == "mixed"
+    extract_features(items(9), tmp_path / "unsaid", loaded, OPTIONS)
+    assert read_store(tmp_path / "unsaid").mode == "unknown"
+
+
+def test_kept_ids_are_split_where_the_prompt_ended(loaded: LanguageModel, tmp_path: Path) -> None:
+    item = LabelledGeneration(id="a", prompt="paris", response="is", generation={"token_ids": [0, 5, 6, 7, 8, 9]})
+    for prompt_tokens, response_tokens in ((2, 4), (6, 0), (None, 4)):  # without it as many as the text has
+        kept = {**item.generation, "prompt_tokens": prompt_tokens}
+        store = tmp_path / str(prompt_tokens)
+        extract_features([replace(item, generation=kept)], store, loaded, OPTIONS)
+        assert read_store(store).table.response_tokens.tolist() == [response_tokens]
+    for wrong in (7, -1, True, "2"):
+        bad = replace(item, generation={**item.generation, "prompt_tokens": wrong})
+        with pytest.raises(InvalidData, match=r"item `a`: generation.prompt_tokens is .*; expected 0 to 6"):
+            extract_features([bad], tmp_path / "wrong", loaded, OPTIONS)
+
+
+def test_a_disk_that_fills_up_leaves_whole_files_and_the_run_goes_on(
+    loaded: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = replace(OPTIONS, stages=(0.5,))
+    plain, calls, fails_at = files.os.fsync, [], 0
+
+    def full(descriptor: int) -> None:
+        calls.append(descriptor)
+        if len(calls) == fails_at:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        plain(descriptor)
+
+    monkeypatch.setattr(files.os, "fsync", full)
+    extract_features(items(), tmp_path / "whole", loaded, options)
+    writes = len(calls)  # plan, shards, those of the stage, texts, labels, index
+    assert writes >= 8
+    for fails_at in (1, 2, writes // 2, writes - 1, writes):
+        store = tmp_path / str(fails_at)
+        calls.clear()
+        with pytest.raises(OSError, match=r"No space left on device; .*make room"):
+            extract_features(items(), store, loaded, options)
+        assert not (store / "index.json").exists()
+        found = contents(store) if store.exists() else {}
+        assert found.items() <= contents(tmp_path / "whole").items()
+        extract_features(items(), store, loaded, options)
+        assert contents(store) == contents(tmp_path / "whole")
+
+
+def run(*arguments: object) -> Result:
+    app = typer.Typer()
+    app.command("extract")(extract)
+    app.command("inspect")(inspect)
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def test_the_verb_extracts_relabels_and_inspects(tiny_model: Path, tmp_path: Path) -> None:
+    write_generations(tmp_path / "items.jsonl", items())
+    store, model = tmp_path / "store", ("--model", tiny_model)
+    said = ("--features", "all", "--k", 4, "--stages", "0.5", "--stratum", "meta.kind")
+    assert run("extract", tmp_path / "items.jsonl", "--out", store, *model, *said).exit_code == 0
+    write_generations(tmp_path / "again.jsonl", [replace(item, label=1) for item in items()])
+    assert run("extract", tmp_path / "again.jsonl", "--out", store, *model).exit_code == 0  # as the store has it
+    found = json.loads(run("inspect", store, "--json").stdout)
+    assert set(found["features"]) == set(FEATURES)
+    assert (found["k"], found["stratum"], list(found["stages"])) == (4, "meta.kind", ["0.5"])
+    assert found["labels"]["right"] == 0
+    assert re.search(r"all \d+ files whole", run("inspect", store).stdout)
+    refused = run("extract", tmp_path / "items.jsonl", "--out", store, *model, "--k", 3)
+    assert refused.exit_code == 1
+    assert "(k" in refused.stderr
+    shard_paths(store, stage_kind(0.5))[0].unlink()
+    damaged = run("inspect", store)
+    assert damaged.exit_code == 1
+    assert re.search(r"1 of \d+ files damaged", damaged.stdout)
+    assert run("extract", tmp_path / "items.jsonl", "--out", store, *model, "--stages", "half").exit_code == 2
+    assert run("inspect", tmp_path).exit_code == 1
 
 
 def test_another_model_or_k_is_not_mixed_in(loaded: LanguageModel, other_model: Path, tmp_path: Path) -> None:
@@ -271,6 +407,8 @@ def test_another_model_or_k_is_not_mixed_in(loaded: LanguageModel, other_model: 
         ({"features": (SCORE, SCORE)}, "name each once"),
         ({"k": 0}, "k is 0"),
         ({"stratum": "relation"}, "such as meta.relation"),
+        ({"stages": (0.5, 1.0)}, "stages holds 1.0; expected fractions from .01 to below 1"),
+        ({"stages": (0.5, 0.5)}, "each once"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(changes: dict[str, object], says: str) -> None:

@@ -1,32 +1,72 @@
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
+from sklearn.linear_model import LogisticRegression
 from training_fakes import LAPLACIAN, SCORE, make_table
 
+from lapwing_training.errors import InvalidOption
 from lapwing_training.fit import LapwingRecipe
-from lapwing_training.selection import head_counts, one_standard_error, rank_heads
+from lapwing_training.l1_entry import L1Path, entry_order
+from lapwing_training.metrics import auroc
+from lapwing_training.ranks import group_codes
+from lapwing_training.selection import SELECTIONS, Ranking, head_counts, one_standard_error, rank_heads
 from lapwing_training.significance import head_significance
+from lapwing_training.stability import resampled_auroc
+from lapwing_training.table import Table
+
+CHOOSING = [name for name in SELECTIONS if name != "all"]
 
 
-def test_planted_heads_are_found_among_64() -> None:
+def ranked(table: Table, selection: str = "fdr", seed: int = 0) -> Ranking:
+    return rank_heads(table.scalars((LAPLACIAN,), table.k), table.labels, table.groups, selection, seed)
+
+
+@pytest.mark.parametrize("selection", CHOOSING)
+def test_planted_heads_come_first_among_64(selection: str) -> None:
     table = make_table(rows=1500, layers=8, heads=8, planted=(3, 30, 61), strength=0.6)
-    ranking = rank_heads(table.scalars((LAPLACIAN,), table.k), table.labels, table.groups)
+    ranking = ranked(table, selection)
     assert set(ranking.heads[:3].tolist()) == {3, 30, 61}
     # Of 61 null heads BH lets a few pass at most.
     assert 3 <= ranking.significant <= 6
+    assert ranking.choose
+
+
+def test_the_recipe_takes_planted_heads_and_few_others() -> None:
+    table = make_table(rows=1500, layers=8, heads=8, planted=(3, 30, 61), strength=0.6)
     probe = LapwingRecipe((LAPLACIAN,), table.k).fit(table, seed=0)
     assert {3, 30, 61} <= set(np.flatnonzero(probe.selected).tolist())
     assert probe.selected.sum() <= 6
 
 
+@pytest.mark.parametrize("selection", SELECTIONS)
+def test_the_same_seed_gives_the_same_order_and_no_head_comes_twice(selection: str) -> None:
+    table = make_table(rows=300, planted=(5,), per_group=3, group_effect=0.3)
+    first, again = (ranked(table, selection, seed=3) for _ in range(2))
+    np.testing.assert_array_equal(first.heads, again.heads)
+    np.testing.assert_array_equal(first.frequency, again.frequency)
+    assert len(set(first.heads.tolist())) == len(first.heads) > 0
+
+
+def test_an_unknown_selection_is_refused() -> None:
+    with pytest.raises(InvalidOption, match="`best`; known selections: fdr, top-m, l1, stability, all"):
+        ranked(make_table(rows=50), "best")
+
+
+def test_all_heads_are_taken_without_a_choice() -> None:
+    ranking = ranked(make_table(rows=200, planted=(5,)), "all")
+    assert ranking.heads.tolist() == list(range(16))
+    assert not ranking.choose
+
+
 def test_a_head_that_either_feature_marks_is_a_candidate() -> None:
     table = make_table(rows=800, planted=(5,), strength=0.8)
-    broken = {**table.features, LAPLACIAN: np.roll(table.features[LAPLACIAN], 1, axis=0)}
-    broken[LAPLACIAN][:] = np.random.default_rng(0).permutation(broken[LAPLACIAN])
-    scalars = np.stack([broken[name].mean(axis=-1) for name in (SCORE, LAPLACIAN)], axis=1)
-    ranking = rank_heads(scalars, table.labels, table.groups)
-    assert ranking.heads[0] == 5
+    scalars = table.scalars((SCORE, LAPLACIAN), table.k)
+    scalars[:, 1] = np.random.default_rng(0).permutation(scalars[:, 1])
+    for selection in CHOOSING:
+        assert rank_heads(scalars, table.labels, table.groups, selection).heads[0] == 5
 
 
 def test_q_values_are_those_of_one_feature_each() -> None:
@@ -46,15 +86,130 @@ def test_q_values_are_those_of_one_feature_each() -> None:
 
 
 def test_without_significance_all_heads_are_candidates_and_it_is_said() -> None:
-    table = make_table(rows=200, seed=1)
-    ranking = rank_heads(table.scalars((LAPLACIAN,), table.k), table.labels, table.groups)
+    ranking = ranked(make_table(rows=200, seed=1))
     assert ranking.significant == 0
     assert sorted(ranking.heads.tolist()) == list(range(16))
 
 
 def test_a_negative_effect_counts_as_much() -> None:
     table = make_table(rows=800, planted=(5,), strength=-0.8)
-    assert rank_heads(table.scalars((LAPLACIAN,), table.k), table.labels, table.groups).heads[0] == 5
+    assert [ranked(table, selection).heads[0] for selection in CHOOSING] == [5] * len(CHOOSING)
+
+
+def test_without_the_gate_the_order_is_the_same_and_goes_on() -> None:
+    table = make_table(rows=800, planted=(5, 9), strength=0.8)
+    gated, free = ranked(table), ranked(table, "top-m")
+    assert free.heads[: len(gated.heads)].tolist() == gated.heads.tolist()
+    assert len(free.heads) == 16 > len(gated.heads)
+
+
+# L1: the order of entry
+
+
+def echoing_heads() -> tuple[np.ndarray, np.ndarray]:
+    """Heads 1 and 2 say the same; head 3 says less, but something else; 4 to 9 say nothing."""
+    rng = np.random.default_rng(0)
+    labels = (rng.random(1500) < 0.4).astype(int)
+    scalars = rng.normal(size=(1500, 1, 1, 10))
+    scalars[..., 1] += 1.2 * labels[:, None, None]
+    scalars[..., 2] = scalars[..., 1] + 0.4 * rng.normal(size=(1500, 1, 1))
+    scalars[..., 3] += 0.6 * labels[:, None, None]
+    return scalars, labels
+
+
+def test_the_l1_path_takes_what_is_new_before_an_echo() -> None:
+    scalars, labels = echoing_heads()
+    first, second = rank_heads(scalars, labels, np.arange(1500), "l1").heads[:2].tolist()
+    assert {first, second} in ({1, 3}, {2, 3})
+    # Control: by effect the echo comes second.
+    assert set(rank_heads(scalars, labels, np.arange(1500), "top-m").heads[:2].tolist()) == {1, 2}
+
+
+def standardised(rows: int = 400, columns: int = 30) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(3)
+    values = rng.normal(size=(rows, columns)) + 0.7 * rng.normal(size=(rows, 1))  # correlated
+    labels = rng.random(rows) < 1 / (1 + np.exp(1.0 - 0.8 * values[:, 0] + 0.6 * values[:, 1] - 0.3 * values[:, 2]))
+    return (values - values.mean(axis=0)) / values.std(axis=0), labels
+
+
+def test_the_path_meets_scikit_learn_at_every_penalty() -> None:
+    columns, labels = standardised()
+    path = L1Path(columns, labels)
+    largest = path.penalty
+    for share in (0.9, 0.5, 0.2, 0.1):
+        path.solve(share * largest)
+        oracle = LogisticRegression(
+            C=1 / (share * largest * len(labels)),
+            l1_ratio=1.0,
+            solver="saga",
+            class_weight="balanced",
+            tol=1e-9,
+            max_iter=20_000,
+        ).fit(columns, labels)
+        # The path stops when no logit moves by .001.
+        np.testing.assert_allclose(path.coefficients, oracle.coef_[0], atol=1e-3)
+
+
+def test_the_first_penalty_is_the_one_that_keeps_everything_out() -> None:
+    columns, labels = standardised()
+    path = L1Path(columns, labels)
+    largest = path.penalty
+    oracle = LogisticRegression(l1_ratio=1.0, solver="saga", class_weight="balanced", max_iter=1000)
+    assert not oracle.set_params(C=1 / (1.01 * largest * len(labels))).fit(columns, labels).coef_.any()
+    path.solve(0.97 * largest)
+    assert np.count_nonzero(path.coefficients) == 1
+
+
+def test_the_path_ends_when_enough_have_entered_and_before_the_rows_are_used_up() -> None:
+    columns, labels = standardised()
+    few, many = entry_order(columns, labels, 3), entry_order(columns, labels, 30)
+    assert 3 <= len(few) < len(many)
+    assert many[: len(few)].tolist() == few.tolist()
+    assert len(entry_order(columns[:40], labels[:40], 30)) < 20
+    assert not len(entry_order(np.ones((40, 3)), labels[:40], 3))
+
+
+def test_constant_heads_leave_the_order_of_effects() -> None:
+    ranking = rank_heads(np.ones((40, 1, 2, 2)), np.arange(40) % 2, np.arange(40), "l1")
+    assert ranking.heads.tolist() == [0, 1, 2, 3]
+
+
+# Stability: frequencies over resamples
+
+
+def test_frequencies_are_shares_of_a_fixed_number_of_heads() -> None:
+    table = make_table(rows=400, layers=8, heads=8, planted=(3, 30, 61, 62, 63), strength=0.45)
+    ranking = ranked(table, "stability")
+    assert ranking.frequency is not None
+    assert ranking.frequency.shape == (64,)
+    assert ranking.frequency[[3, 30, 61, 62, 63]].min() > ranking.frequency[:3].max()
+    assert ranking.frequency.sum() == pytest.approx(ranking.significant)  # so many in every resample
+    assert (np.diff(ranking.frequency[ranking.heads]) <= 0).all()
+    other = ranked(table, "stability", seed=1).frequency
+    assert (other != ranking.frequency).any()
+
+
+def resampling() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Scalars with ties, labels, groups, and how often each group was drawn."""
+    table = make_table(rows=600, planted=(5,), strength=0.6, per_group=3, group_effect=0.5)
+    scalars = np.round(table.scalars((LAPLACIAN,), table.k).reshape(600, 16), 2)
+    drawn = np.random.default_rng(1).multinomial(200, np.full(200, 1 / 200), size=40)
+    return scalars, table.labels, group_codes(table.groups), drawn
+
+
+def test_resampled_aurocs_are_those_of_rows_that_are_drawn_again() -> None:
+    scalars, labels, codes, drawn = resampling()
+    found = resampled_auroc(scalars, labels, codes, drawn.astype(float))
+    exact = np.stack([auroc(scalars[:, head], labels, drawn[:, codes]) for head in range(16)], axis=1)
+    spread = exact.std(axis=0)  # (heads,): what the resamples are drawn for, .03
+    assert (np.sqrt(((found - exact) ** 2).mean(axis=0)) < spread / 4).all()
+    assert (np.abs(found.std(axis=0) / spread - 1) < 0.1).all()
+    # Control: rows drawn one by one lie too close together, since the rows of a group resemble each other.
+    rows = np.random.default_rng(1).multinomial(600, np.full(600, 1 / 600), size=40)
+    assert (resampled_auroc(scalars, labels, np.arange(600), rows.astype(float)).std(axis=0) / spread).mean() < 0.85
+
+
+# How many
 
 
 @pytest.mark.parametrize(
@@ -75,3 +230,4 @@ def test_head_counts_are_powers_of_two_and_end_with_all() -> None:
     assert head_counts(1) == (1,)
     assert head_counts(48) == (1, 2, 4, 8, 16, 32, 48)
     assert head_counts(1024)[-1] == 256
+    assert all(second <= 2 * first for first, second in pairwise(head_counts(1000)))

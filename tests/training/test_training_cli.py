@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import numpy as np
@@ -13,16 +14,18 @@ from training_fakes import WORDS, make_table, write_store
 from typer.testing import CliRunner, Result
 
 from lapwing_detector.probe import Probe
-from lapwing_training import cli
 from lapwing_training.generations import read_generations, write_generations
 
-VERBS = ("generate", "label", "extract", "train", "evaluate")
+VERBS = {
+    entry.name: entry for entry in entry_points(group="lapwing.verbs") if entry.value.startswith("lapwing_training.")
+}
+"""Those of training, as the dispatcher finds them."""
 
 
 def run(*arguments: object) -> Result:
     app = typer.Typer()
-    for verb in VERBS:
-        app.command(verb)(getattr(cli, verb))
+    for verb, entry in VERBS.items():
+        app.command(verb)(entry.load())
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
@@ -59,7 +62,7 @@ def test_questions_become_a_probe_step_by_step(tiny_model: Path, tmp_path: Path)
     assert told("label", answers, "--out", labelled)["hallucinated"] == 80
     extracted = told("extract", labelled, "--out", store, *model, "--k", 4, "--stratum", "meta.relation")
     assert extracted["items"] == 160
-    trained = told("train", store, "--out", probe, "--k", 3)
+    trained = told("train", store, "--out", probe, "--k", 3, "--test-share", 0.2)
     assert trained["revision"] == Probe.from_pretrained(probe).revision
     judged = told("evaluate", probe, store)
     assert judged["test"]["auroc"] == trained["metrics"]["test"]["auroc"]
@@ -68,7 +71,7 @@ def test_questions_become_a_probe_step_by_step(tiny_model: Path, tmp_path: Path)
 
 def test_the_table_is_printed_for_people(tmp_path: Path) -> None:
     store = write_store(tmp_path / "store", make_table(rows=300, planted=(2,)))
-    result = run("train", store, "--out", tmp_path / "probe")
+    result = run("train", store, "--out", tmp_path / "probe", "--test-share", 0.25)
     assert result.exit_code == 0
     assert "lapwing: Laplacian eigenvalues" in result.stdout
     assert "(this probe)" in result.stdout
@@ -165,9 +168,11 @@ def test_help_teaches_with_an_example(verb: str) -> None:
 
 
 def test_the_verbs_load_nothing_heavy_before_they_are_called() -> None:
+    modules = ", ".join(sorted(entry.module for entry in VERBS.values()))
     code = (
-        "import sys, lapwing_training.cli, lapwing_training\n"
-        "print([name for name in ('numpy', 'torch', 'sklearn', 'scipy', 'transformers') if name in sys.modules])"
+        f"import sys, {modules}, lapwing_training\n"
+        "heavy = ('numpy', 'torch', 'sklearn', 'scipy', 'transformers', 'datasets', 'pandas', 'openai')\n"
+        "print([name for name in heavy if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from lapwing_detector.identity import ModelIdentity
-from lapwing_training.store import Shard, open_plan, shard_digests, shard_name, write_index, write_shard
+from lapwing_training.generations import LabelledGeneration
+from lapwing_training.prefix import Prefix, response_cut
+from lapwing_training.shards import WHOLE, Shard, stage_kind, tokens_digest, write_shard
+from lapwing_training.store import listed, write_index
+from lapwing_training.store_plan import open_plan, plan_of
 from lapwing_training.table import UNKNOWN, Table
 
 SCORE, LAPLACIAN = "attention_score.v1", "laplacian_eigenvalues.v1"
@@ -41,10 +46,14 @@ def make_table(
     per_group: int = 1,
     group_effect: float = 0.0,
     seed: int = 0,
+    stages: tuple[float, ...] = (),
+    response_tokens: bool = True,
 ) -> Table:
     """Noise in every head, and a shift of `strength` standard deviations in the planted ones (flat indices).
 
-    With `per_group` > 1 the rows of a group share their label, and `group_effect` of every head's noise.
+    With `per_group` > 1 the rows of a group share their label, and `group_effect` of every head's noise. Half of the
+    tokens are the response's; at each of the `stages` that fraction of the final signal is there, the rest is noise of
+    its own, and a text of fewer than 12 tokens has no features.
     """
     rng = np.random.default_rng(seed)
     groups = np.arange(rows) // per_group
@@ -56,7 +65,7 @@ def make_table(
         core[:, head] += strength * labels[:, None]
     values = core + 0.5 * rng.normal(size=(rows, layers * heads, k))
     scores = core + 0.5 * rng.normal(size=shape)
-    return Table(
+    table = Table(
         ids=np.array([f"q{row}" for row in range(rows)]),
         groups=np.array([f"g{group}" for group in groups]),
         labels=labels,
@@ -70,25 +79,42 @@ def make_table(
         },
         k=k,
     )
+    if not response_tokens:
+        return table
+    table = replace(table, response_tokens=table.token_counts // 2)
+    return replace(table, prefixes={fraction: make_prefix(table, core, fraction, seed) for fraction in stages})
 
 
-def write_store(directory: Path, table: Table, model: ModelIdentity | None = None, shard_rows: int = 200) -> Path:
-    """A finished store that holds this table."""
-    open_plan(directory, {"made": "by a test"})
+def make_prefix(table: Table, core: np.ndarray, fraction: float, seed: int) -> Prefix:
+    rng = np.random.default_rng([seed, int(1000 * fraction)])
+    cut = np.array([response_cut(fraction, tokens) for tokens in table.response_tokens.tolist()])
+    tokens = table.token_counts - table.response_tokens + cut
+    rows = np.flatnonzero(tokens >= 12)
+    values = fraction * core[rows] + np.sqrt(1 - fraction**2) * rng.normal(size=core[rows].shape)
+    ranked = -np.sort(-0.1 * values - 0.05 * rng.normal(size=(len(rows), core.shape[1], table.k)), axis=-1)
+    features = {SCORE: 0.3 * values - 4.0, LAPLACIAN: ranked}
+    shaped = {name: one.reshape(len(rows), *table.shape, -1).astype(np.float32) for name, one in features.items()}
+    return Prefix(rows, tokens[rows], cut[rows], shaped)
+
+
+def write_store(
+    directory: Path, table: Table, model: ModelIdentity | None = None, shard_rows: int = 200, mode: str = "generated"
+) -> Path:
+    """A finished store that holds this table, its prefixes too; the texts are made up."""
     layers, heads = table.shape
-    names = []
-    for number, start in enumerate(range(0, len(table), shard_rows)):
-        part = table.take(np.arange(start, min(start + shard_rows, len(table))))
-        names.append(shard_name(number))
-        shard = Shard(tuple(str(id) for id in part.ids), part.features, tuple(range(layers)), {})
-        write_shard(directory / names[-1], shard)
-    log_probabilities = [None if np.isnan(value) else value for value in table.log_probabilities.tolist()]
+    known = model or identity(layers=layers, heads=heads)
+    open_plan(directory, plan_of(known, table.feature_names, table.k, made="by a test"))
+    response = table.token_counts // 2 if table.response_tokens is None else table.response_tokens
+    stages = {}
+    for fraction in table.stages:
+        cut, _ = table.at_stage(fraction)
+        stages[str(fraction)] = write_shards(directory, stage_kind(fraction), cut, shard_rows)
     entries = {
-        "features": list(table.features),
+        "features": list(table.feature_names),
         "k": table.k,
         "layers": list(range(layers)),
         "heads": heads,
-        "identity": (model or identity(layers=layers, heads=heads)).to_dict(),
+        "identity": known.to_dict(),
         "stratum": "meta.relation",
         "items": {
             "id": table.ids.tolist(),
@@ -96,14 +122,41 @@ def write_store(directory: Path, table: Table, model: ModelIdentity | None = Non
             "split": [split or None for split in table.splits.tolist()],
             "stratum": table.strata.tolist(),
             "token_count": table.token_counts.tolist(),
-            "log_probability": log_probabilities,
+            "response_tokens": response.tolist(),
+            "log_probability": [None if np.isnan(value) else value for value in table.log_probabilities.tolist()],
+            "mode": [mode] * len(table),
         },
         "left_out": {},
-        "shards": shard_digests(directory, names),
+        "shards": write_shards(directory, WHOLE, table, shard_rows),
+        "stages": stages,
     }
-    labels = [None if label == UNKNOWN else label for label in table.labels.tolist()]
-    write_index(directory, entries, dict(zip(table.ids.tolist(), labels, strict=True)))
+    write_index(directory, entries, [fake_item(table, row, mode) for row in range(len(table))])
     return directory
+
+
+def write_shards(directory: Path, kind: str, table: Table, shard_rows: int) -> dict[str, str]:
+    files = []
+    for number, start in enumerate(range(0, len(table), shard_rows)):
+        part = table.take(np.arange(start, min(start + shard_rows, len(table))))
+        tokens = {str(id): tokens_digest([count]) for id, count in zip(part.ids, part.token_counts, strict=True)}
+        features = {name: part.feature(name, part.k) for name in part.feature_names}
+        files.append(write_shard(directory, kind, number, Shard(tokens, features, tuple(range(table.shape[0])), {})))
+    return listed(files)
+
+
+def fake_item(table: Table, row: int, mode: str) -> LabelledGeneration:
+    label = int(table.labels[row])
+    return LabelledGeneration(
+        id=str(table.ids[row]),
+        prompt=f"what is {table.ids[row]}?",
+        response=f"it is {table.groups[row]}, and <b>not</b> & {row}",
+        label=None if label == UNKNOWN else label,
+        group=str(table.groups[row]),
+        split=str(table.splits[row]) or None,
+        meta={"relation": str(table.strata[row])},
+        model="tiny",
+        mode=mode,
+    )
 
 
 def save_tiny_model(directory: Path, seed: int = 0) -> Path:

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression
 
-from lapwing_training.fit import LapwingRecipe, LinearProbe, PaperRecipe, Recipe
+from lapwing_training.fit import LapwingRecipe, LinearProbe, PaperRecipe, Recipe, SinkRecipe
 from lapwing_training.metrics import auroc_of
-from lapwing_training.options import ATTENTION_SCORE, LAPLACIAN
+from lapwing_training.nested import joined, logits_over
+from lapwing_training.options import ATTENTION_SCORE, LAPLACIAN, SINK
 from lapwing_training.progress import Advance, silent
 from lapwing_training.significance import Floats
-from lapwing_training.splits import Fold
+from lapwing_training.splits import Fold, Rows
 from lapwing_training.table import Table
 
 RANDOM_DRAWS = 10
 SHUFFLES = 20
+NESTED_DRAWS = 5
+"""Of either control where every draw is fitted once for each outer fold."""
+
 DIRECTIONS = {"token_count": 1.0, "log_probability": -1.0, "summed_attention_score": 1.0}
 """Which way each baseline is expected to speak for hallucination, when no training rows can say."""
 
@@ -72,57 +77,81 @@ def raw_scores(table: Table) -> dict[str, Floats]:
     if known.any():
         # An empty answer has no tokens, hence no mean; it gets the middle one.
         scores["log_probability"] = np.where(known, table.log_probabilities, np.median(table.log_probabilities[known]))
-    if ATTENTION_SCORE in table.features:
-        values = table.features[ATTENTION_SCORE].astype(np.float64)
+    if ATTENTION_SCORE in table.feature_names:
+        values = table.feature(ATTENTION_SCORE, 1).astype(np.float64)
         scores["summed_attention_score"] = values.sum(axis=(1, 2, 3))
     return scores
 
 
-def directions(train: Table) -> dict[str, float]:
-    """The sign with which each baseline speaks for hallucination, from training rows."""
-    return {name: 1.0 if auroc_of(scores, train.labels) >= 0.5 else -1.0 for name, scores in raw_scores(train).items()}
+def directions(scores: Mapping[str, Floats], labels: NDArray[Any], rows: Rows) -> dict[str, float]:
+    """The sign with which each baseline speaks for hallucination on these rows, which are training rows."""
+    return {name: 1.0 if auroc_of(values[rows], labels[rows]) >= 0.5 else -1.0 for name, values in scores.items()}
 
 
-def random_head_scores(fitted: LinearProbe, train: Table, test: Table, seed: int, advance: Advance = silent) -> Floats:
-    """(draws, test rows): the same number of heads and the same fit, but heads drawn by lot."""
-    rng = np.random.default_rng(seed)
-    recipe = LapwingRecipe(fitted.features, fitted.k)
-    count, strength = int(fitted.selected.sum()), float(fitted.chosen["C"])
-    scores = np.empty((RANDOM_DRAWS, len(test)))
-    for draw in range(RANDOM_DRAWS):
-        heads = np.sort(rng.choice(fitted.selected.size, count, replace=False))
-        scores[draw] = recipe.fit_chosen(train, heads, strength).logit(test)
+def random_head_scores(
+    probes: Sequence[LinearProbe],
+    table: Table,
+    folds: Sequence[Fold],
+    seed: int,
+    draws: int = RANDOM_DRAWS,
+    advance: Advance = silent,
+) -> Floats:
+    """(draws, tested rows): the number of heads and the fit of each fold's probe, but heads drawn by lot."""
+    parts, rng = [], np.random.default_rng(seed)
+    for probe, (known, tested) in zip(probes, folds, strict=True):
+        train, test = table.take(known), table.take(tested)
+        recipe = LapwingRecipe(probe.features, probe.k)
+        scores = np.empty((draws, len(test)))
+        for draw in range(draws):
+            heads = np.sort(rng.choice(probe.selected.size, int(probe.selected.sum()), replace=False))
+            scores[draw] = recipe.fit_chosen(train, heads, float(probe.chosen["C"])).logit(test)
+            advance()
+        parts.append(scores)
+    return joined(folds, parts)
+
+
+def all_head_scores(
+    probes: Sequence[LinearProbe], table: Table, folds: Sequence[Fold], seed: int, advance: Advance = silent
+) -> Floats:
+    """(tested rows,): features and k of each fold's probe, but no selection; C is chosen anew."""
+    parts = []
+    for probe, (known, tested) in zip(probes, folds, strict=True):
+        recipe = LapwingRecipe(probe.features, probe.k, heads=np.arange(probe.selected.size))
+        parts.append(recipe.fit(table.take(known), seed).logit(table.take(tested)))
         advance()
-    return scores
+    return joined(folds, parts)
 
 
-def all_heads(fitted: LinearProbe, layers_and_heads: tuple[int, int]) -> Recipe:
-    """The same recipe without selection; C is chosen anew."""
-    layers, heads = layers_and_heads
-    return LapwingRecipe(fitted.features, fitted.k, heads=np.arange(layers * heads))
+def shuffled(table: Table, folds: Sequence[Fold], seed: int) -> Table:
+    """The same rows, their labels dealt anew: nothing is left to be found.
 
-
-def shuffled(table: Table, seed: int) -> Table:
-    """The same rows, their labels dealt anew: nothing is left to be found."""
-    return table.with_labels(np.random.default_rng(seed).permutation(table.labels))
+    They are dealt among the tested rows of each fold and among those that none tests, so that every fold keeps as many
+    of both classes on both sides as it had.
+    """
+    rng, labels = np.random.default_rng(seed), table.labels.copy()
+    tested = np.concatenate([rows for _, rows in folds])
+    for rows in (*(rows for _, rows in folds), np.setdiff1d(np.arange(len(table)), tested)):
+        labels[rows] = rng.permutation(labels[rows])
+    return table.with_labels(labels)
 
 
 def shuffled_control(
-    recipe: Recipe, table: Table, split: Fold, seed: int, advance: Advance = silent
+    recipe: Recipe,
+    table: Table,
+    folds: Sequence[Fold],
+    seed: int,
+    draws: int = SHUFFLES,
+    advance: Advance = silent,
 ) -> list[tuple[Table, Floats]]:
-    """The whole recipe on labels dealt anew, a few times: the test rows with those labels, and their logits.
-
-    Training and test rows are dealt apart, so that each side keeps as many of both classes as it had.
+    """The whole recipe on labels dealt anew, a few times: the tested rows with those labels, and their logits.
 
     Raises:
         NotEnoughData: a deal left too few groups of one class for the folds.
     """
-    train, test = table.take(split[0]), table.take(split[1])
-    deals = []
-    for number in range(SHUFFLES):
-        fitted = recipe.fit(shuffled(train, seed + number), seed)
-        deals.append((shuffled(test, seed + SHUFFLES + number), fitted.logit(test)))
-        advance()
+    tested, deals = np.sort(np.concatenate([rows for _, rows in folds])), []
+    for number in range(draws):
+        dealt = shuffled(table, folds, seed + number)
+        deals.append((dealt.take(tested), logits_over(recipe, dealt, folds, seed, advance)))
     return deals
 
 
@@ -132,10 +161,12 @@ def comparisons(recipe: Recipe, table: Table) -> dict[str, Recipe]:
     found: list[Recipe] = [
         LapwingRecipe(names, k)
         for names in ((LAPLACIAN,), (ATTENTION_SCORE,), (ATTENTION_SCORE, LAPLACIAN))
-        if set(names) <= set(table.features)
+        if set(names) <= set(table.feature_names)
     ]
-    if LAPLACIAN in table.features:
+    if LAPLACIAN in table.feature_names:
         found.append(PaperRecipe((LAPLACIAN,)))
+    if SINK in table.feature_names:
+        found.append(SinkRecipe((SINK,), table.k))
     # The recipe comes last, so that under its name stands itself and not the same recipe with another k.
     return {name_of(entry): entry for entry in (*found, recipe)}
 

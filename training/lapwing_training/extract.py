@@ -2,38 +2,42 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from tqdm import tqdm
 
 from lapwing_detector.features import FEATURES
-from lapwing_detector.identity import ModelIdentity
 from lapwing_detector.language_model import LanguageModel
-from lapwing_training.errors import InvalidData, InvalidOption, NotEnoughData
+from lapwing_detector.summary import AttentionSummary
+from lapwing_training.errors import InvalidOption, StoreCorrupt
+from lapwing_training.feature_rows import Part
 from lapwing_training.files import digest
-from lapwing_training.generate import ids_of
 from lapwing_training.generations import LabelledGeneration
 from lapwing_training.options import ATTENTION_SCORE, LAPLACIAN, require_features
-from lapwing_training.progress import waiting
-from lapwing_training.store import (
+from lapwing_training.shards import (
+    WHOLE,
     Shard,
-    is_shard,
-    open_plan,
-    read_shard,
-    shard_digests,
-    shard_name,
-    write_index,
+    ShardFile,
+    shard_paths,
+    stage_kind,
+    tokens_digest,
+    whole_shards,
     write_shard,
 )
+from lapwing_training.store import read_index
+from lapwing_training.store_index import finish_store
+from lapwing_training.store_plan import open_plan, plan_of
+from lapwing_training.work import Length, Work, plan_work
 
 NOT_FINITE = "attention is not finite; try --dtype float32"
 
 DEFAULT_FEATURES = (ATTENTION_SCORE, LAPLACIAN)
+DEFAULT_K = 10
 
 
 @dataclass(frozen=True)
@@ -41,13 +45,16 @@ class ExtractOptions:
     """What is kept, and how the work is cut."""
 
     features: tuple[str, ...] = DEFAULT_FEATURES
-    k: int = 10
+    k: int = DEFAULT_K
     batch_size: int = 16
     shard_items: int = 256
     """Items a shard; a kill costs at most the shard that was being made."""
 
     stratum: str = ""
-    """Field that names an item's kind, such as `meta.relation`."""
+    """Field that names an item's kind, such as `meta.relation`; without one the store keeps what it has."""
+
+    stages: tuple[float, ...] = ()
+    """Fractions of the response at which the text is read, too, by forwards of its own; a store keeps what it has."""
 
     def __post_init__(self) -> None:
         require_features(self.features)
@@ -56,27 +63,18 @@ class ExtractOptions:
                 raise InvalidOption(f"{option} is {getattr(self, option)}; it must be at least 1")
         if self.stratum and not self.stratum.startswith("meta."):
             raise InvalidOption(f"stratum is `{self.stratum}`; name a field of meta, such as meta.relation")
+        for fraction in self.stages:
+            if not 0.01 <= fraction < 1.0 or self.stages.count(fraction) > 1:
+                raise InvalidOption(f"stages holds {fraction}; expected fractions from .01 to below 1, each once")
 
     @property
     def needed(self) -> int:
         """Least number of tokens of an item that has all features."""
         return max(FEATURES[name].needed(self.k) for name in self.features)
 
-
-@dataclass(frozen=True)
-class Work:
-    """Which items are worked off in which order; the same input gives the same plan."""
-
-    token_ids: Mapping[str, tuple[int, ...]]
-    """By id, shortest first, so that a batch holds little padding."""
-
-    left_out: Mapping[str, str]
-    """Reason by id."""
-
-    def shards(self, size: int) -> Iterator[tuple[str, ...]]:
-        """Ids, cut into shards."""
-        ids = list(self.token_ids)
-        return (tuple(ids[start : start + size]) for start in range(0, len(ids), size))
+    def length(self, loaded: LanguageModel) -> Length:
+        """How long a text must be and may be."""
+        return Length(self.k, self.needed, loaded.max_tokens)
 
 
 def extract_features(
@@ -85,7 +83,10 @@ def extract_features(
     loaded: LanguageModel,
     options: ExtractOptions | None = None,
 ) -> dict[str, Any]:
-    """Write a feature store; finished shards of an earlier run with the same input are kept.
+    """Write a feature store; what an earlier run finished is kept.
+
+    A store that holds features of all these items already, such as one that was filled while the answers were
+    generated, gets only their labels, groups and texts: the model reads nothing.
 
     Returns:
         how many items are stored, left out and labelled.
@@ -93,164 +94,129 @@ def extract_features(
     Raises:
         StoreMismatch: the directory was begun with something else.
         NotEnoughData: no item can be stored.
-        InvalidData: token ids outside the model's vocabulary.
+        InvalidData: an id that is used twice, or token ids outside the model's vocabulary.
+        OSError: there is no room; what was finished stays.
     """
-    options = options or ExtractOptions()
-    identity = loaded.identity
-    work = plan_work(generations, loaded, identity, options)
-    open_plan(directory, _plan(work, identity, options))
-    shards = list(work.shards(options.shard_items))
-    with tqdm(total=len(work.token_ids), desc="extract", unit="item") as progress:
-        for number, ids in enumerate(shards):
-            path = directory / shard_name(number)
-            if not is_shard(path, ids):
-                write_shard(path, _make_shard(ids, work, loaded, options, progress))
-            else:
-                progress.update(len(ids))
-    return _finish(directory, len(shards), generations, work, identity, options)
+    options = _completed(options or ExtractOptions(), directory)
+    work = plan_work(generations, loaded, options.length(loaded))
+    texts = {fraction: work.read(fraction) for fraction in (*options.stages, 1.0)}
+    held = whole_shards(directory, WHOLE)
+    open_plan(directory, _plan(work, loaded, options), lacking(texts[1.0], held))
+    with tqdm(total=sum(map(len, texts.values())), desc="extract", unit="item") as progress:
+        extraction = Extraction(directory, loaded, options, progress)
+        files = extraction.complete(WHOLE, texts.pop(1.0), held)
+        stages = {
+            fraction: extraction.complete(stage_kind(fraction), read, whole_shards(directory, stage_kind(fraction)))
+            for fraction, read in texts.items()
+            if read
+        }
+    return finish_store(directory, files, stages, generations, work, loaded, options)
 
 
-def plan_work(
-    generations: Sequence[LabelledGeneration], loaded: LanguageModel, identity: ModelIdentity, options: ExtractOptions
-) -> Work:
-    """Token ids of every item that has all features, and why the others have not."""
-    kept: dict[str, tuple[int, ...]] = {}
-    left_out: dict[str, str] = {}
-    most = loaded.max_tokens
-    for item in waiting(generations):
-        ids = token_ids_of(item, loaded, identity.tokenizer)
-        if len(ids) < options.needed:
-            left_out[item.id] = f"{len(ids)} tokens; k = {options.k} needs at least {options.needed}"
-        elif len(ids) > most:
-            left_out[item.id] = f"{len(ids)} tokens; the model reads at most {most}"
-        else:
-            kept[item.id] = ids
-    if not kept:
-        reason = next(iter(left_out.values()))
-        raise NotEnoughData(f"none of {len(generations)} items can be stored, the first because of {reason}; lower --k")
-    return Work(dict(sorted(kept.items(), key=lambda entry: len(entry[1]))), left_out)
+def lacking(read: Mapping[str, Sequence[int]], held: Sequence[ShardFile]) -> list[str]:
+    """Ids of the items whose features, of just these token ids, are in none of the shards."""
+    known = {id: tokens for file in held for id, tokens in file.shard.tokens.items()}
+    return [id for id, ids in read.items() if known.get(id) != tokens_digest(ids)]
 
 
-def token_ids_of(item: LabelledGeneration, loaded: LanguageModel, tokenizer_digest: str) -> tuple[int, ...]:
-    """Prompt and response as ids: those that were kept while generating, or else made from the text.
+@dataclass(frozen=True)
+class Extraction:
+    """Makes the shards that are not there yet."""
 
-    Kept ids are passed over when `generation.tokenizer` says that another tokenizer made them.
+    directory: Path
+    loaded: LanguageModel
+    options: ExtractOptions
+    progress: Any
+    """A bar, advanced by items."""
 
-    Raises:
-        InvalidData: ids outside the model's vocabulary.
-    """
-    kept = item.generation.get("token_ids")
-    if kept is None or not tokenizer_digest.startswith(str(item.generation.get("tokenizer", ""))):
-        return ids_of(item, loaded, item.response).all
-    known = range(loaded.vocabulary)
-    wrong = [id for id in kept if type(id) is not int or id not in known] if isinstance(kept, list) else [kept]
-    if wrong:
-        raise InvalidData(
-            f"item `{item.id}`",
-            None,
-            f"generation.token_ids holds {wrong[0]!r}; expected a list of ids from 0 to {known[-1]}: drop the ids of "
-            "another model, then the text is used",
-        )
-    return tuple(kept)
+    def complete(self, kind: str, read: Mapping[str, tuple[int, ...]], held: Sequence[ShardFile]) -> list[ShardFile]:
+        """All shards of a kind, so that every item is in one of them.
 
+        Args:
+            kind: of shard.
+            read: token ids by item, in order.
+            held: the shards that are there.
+        """
+        if not lacking(read, held):
+            self.progress.update(len(read))
+            return list(held)
+        size = self.options.shard_items
+        parts = [dict(list(read.items())[start : start + size]) for start in range(0, len(read), size)]
+        files = [self._shard(kind, number, part, held) for number, part in enumerate(parts)]
+        for stale in set(shard_paths(self.directory, kind)) - {file.path for file in files}:
+            stale.unlink()
+        return files
 
-def log_probability_of(item: LabelledGeneration) -> float | None:
-    """Mean token log-probability that was kept while generating; None where there is none.
+    def _shard(
+        self, kind: str, number: int, read: Mapping[str, tuple[int, ...]], held: Sequence[ShardFile]
+    ) -> ShardFile:
+        tokens = {id: tokens_digest(ids) for id, ids in read.items()}
+        for file in held:
+            if file.number == number and file.shard.tokens == tokens:
+                self.progress.update(len(read))
+                return file
+        shard = shard_of(tokens, self._summaries(list(read.values())), self.options)
+        return write_shard(self.directory, kind, number, shard)
 
-    Raises:
-        InvalidData: it is no finite number.
-    """
-    kept = item.generation.get("log_probability")
-    # Not isfinite(): it overflows for an integer that is too large for a float.
-    if kept is not None and (type(kept) not in (int, float) or not abs(kept) < sys.float_info.max):
-        shown = repr(kept)[:40]
-        raise InvalidData(
-            f"item `{item.id}`", None, f"generation.log_probability is {shown}; expected a number or null"
-        )
-    return kept
-
-
-def stratum_of(item: LabelledGeneration, stratum: str) -> str:
-    """Value of the named field of `meta`; empty where it is absent."""
-    value = item.meta.get(stratum.removeprefix("meta.")) if stratum else None
-    return "" if value is None else str(value)
-
-
-def _make_shard(ids: Sequence[str], work: Work, loaded: LanguageModel, options: ExtractOptions, progress: Any) -> Shard:
-    layers: tuple[int, ...] = ()
-    computed: dict[str, list[Any]] = {name: [] for name in options.features}
-    for start in range(0, len(ids), options.batch_size):
-        batch = ids[start : start + options.batch_size]
-        for summary in loaded.summaries([work.token_ids[id] for id in batch]):
-            layers = summary.layers
-            for name, rows in computed.items():
-                rows.append(FEATURES[name].compute(summary, options.k))
-        progress.update(len(batch))
-    features = {name: np.stack(rows) for name, rows in computed.items()}  # (items, layers, heads, width)
-    finite = np.all([np.isfinite(values).all(axis=(1, 2, 3)) for values in features.values()], axis=0)  # (items,)
-    return Shard(
-        ids=tuple(id for id, kept in zip(ids, finite, strict=True) if kept),
-        features={name: values[finite] for name, values in features.items()},
-        layers=layers,
-        left_out={id: NOT_FINITE for id, kept in zip(ids, finite, strict=True) if not kept},
-    )
+    def _summaries(self, texts: Sequence[tuple[int, ...]]) -> Iterator[AttentionSummary]:
+        for start in range(0, len(texts), self.options.batch_size):
+            batch = texts[start : start + self.options.batch_size]
+            yield from self.loaded.summaries(batch)
+            self.progress.update(len(batch))
 
 
-def _plan(work: Work, identity: ModelIdentity, options: ExtractOptions) -> dict[str, Any]:
-    items = repr(list(work.token_ids.items())).encode()
-    return {
-        "items": digest(items),
-        "model": identity.digest,
-        "dtype": identity.dtype,
-        "features": list(options.features),
-        "k": options.k,
-        "batch_size": options.batch_size,
-        "shard_items": options.shard_items,
-    }
-
-
-def _finish(
-    directory: Path,
-    shards: int,
-    generations: Sequence[LabelledGeneration],
-    work: Work,
-    identity: ModelIdentity,
+def shard_of(
+    tokens: Mapping[str, str],
+    summaries: Iterable[AttentionSummary],
     options: ExtractOptions,
-) -> dict[str, Any]:
-    names = [shard_name(number) for number in range(shards)]
-    made = [read_shard(directory / name) for name in names]
-    left_out = {**work.left_out, **{id: reason for shard in made for id, reason in shard.left_out.items()}}
-    stored = [item for item in generations if item.id not in left_out]
-    if not stored:
-        id, reason = list(left_out.items())[-1]  # of the attention, if any came so far
-        raise NotEnoughData(f"none of {len(generations)} items can be stored, such as `{id}`: {reason}")
-    shape = made[0].features[options.features[0]].shape
-    entries = {
-        "features": list(options.features),
-        "k": options.k,
-        "layers": list(made[0].layers),
-        "heads": shape[2],
-        "identity": identity.to_dict(),
-        "stratum": options.stratum,
-        "items": {
-            "id": [item.id for item in stored],
-            "group": [item.group_or_prompt for item in stored],
-            "split": [item.split for item in stored],
-            "stratum": [stratum_of(item, options.stratum) for item in stored],
-            "token_count": [len(work.token_ids[item.id]) for item in stored],
-            "log_probability": [log_probability_of(item) for item in stored],
-        },
-        "left_out": left_out,
-        "shards": shard_digests(directory, names),
+    left_out: Mapping[str, str] | None = None,
+) -> Shard:
+    """Features of the items that have finite ones.
+
+    Args:
+        tokens: digest of the token ids of each item, by id.
+        summaries: one for each of them.
+        options: which features.
+        left_out: reason by id, for items that are passed over.
+    """
+    reasons = dict(left_out or {})
+    rows: dict[str, list[NDArray[np.float32]]] = {name: [] for name in options.features}
+    shape: tuple[int, ...] = ()
+    layers: tuple[int, ...] = ()
+    for id, summary in zip(tokens, summaries, strict=True):
+        shape, layers = summary.diagonal.shape[:2], summary.layers
+        if id in reasons:
+            continue
+        values = {name: FEATURES[name].compute(summary, options.k) for name in options.features}
+        if not all(np.isfinite(one).all() for one in values.values()):
+            reasons[id] = NOT_FINITE
+            continue
+        for name, one in values.items():
+            rows[name].append(one)
+    features: dict[str, Part] = {  # each (items, layers, heads, width)
+        name: np.array(kept, np.float32).reshape(len(kept), *shape, FEATURES[name].width(options.k))
+        for name, kept in rows.items()
     }
-    labels = {item.id: item.label for item in stored}
-    write_index(directory, entries, labels)
-    return {
-        "store": str(directory),
-        "items": len(stored),
-        "left_out": len(left_out),
-        "labelled": sum(label is not None for label in labels.values()),
-        "hallucinated": sum(label == 1 for label in labels.values()),
-        "layers": len(made[0].layers),
-        "heads": shape[2],
-    }
+    return Shard(tokens, features, layers, reasons)
+
+
+def _completed(options: ExtractOptions, directory: Path) -> ExtractOptions:
+    """With what a finished store has and was not asked for again, so that relabelling loses nothing."""
+    try:
+        index, _ = read_index(directory)
+        stages = sorted({*options.stages, *map(float, index["stages"])})
+        return replace(options, stratum=options.stratum or index["stratum"], stages=tuple(stages))
+    except (StoreCorrupt, LookupError, TypeError, ValueError):  # none, or not ours: then it is written anew
+        return options
+
+
+def _plan(work: Work, loaded: LanguageModel, options: ExtractOptions) -> dict[str, Any]:
+    items = repr([(id, ids.prompt_ids, ids.response_ids) for id, ids in work.tokens.items()])
+    return plan_of(
+        loaded.identity,
+        options.features,
+        options.k,
+        items=digest(items.encode()),
+        batch_size=options.batch_size,
+        shard_items=options.shard_items,
+    )

@@ -2,39 +2,77 @@
 
 from __future__ import annotations
 
+import errno
+import glob
 import gzip
 import hashlib
 import json
 import math
 import os
+import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 MAX_DEPTH = 100
 """Of lists and objects inside each other, so that whatever is read can be passed on."""
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write to a neighbour, flush it to the disk, then rename: a reader sees the old file or the new one."""
+@contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write, which takes its place at `path` when the block ends well, flushed to the disk.
+
+    Until then, and for ever if the block or the disk fails, a reader sees what was there before.
+
+    Raises:
+        OSError: it can't be written, such as for want of room; names the file.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.chmod(name, 0o666 & ~_umask())
         os.replace(name, path)
-    except BaseException:
+    except BaseException as error:
         Path(name).unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:
+            raise unwritten(error, path) from error
         raise
+
+
+def unfinished(path: Path) -> list[Path]:
+    """What killed runs were still writing in its place."""
+    return list(path.parent.glob(f".{glob.escape(path.name)}.*.tmp"))
+
+
+def unwritten(error: OSError, path: Path) -> OSError:
+    """The error with the file that it befell, which an open file does not tell, and what to do."""
+    reason = error.strerror or str(error)
+    mend = "make room and run the same command again, which goes on"
+    return OSError(error.errno or errno.EIO, f"{reason}; what stood there is as it was: {mend}", str(path))
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write to a neighbour, flush it to the disk, then rename: a reader sees the old file or the new one."""
+    with whole_file(path) as file:
+        file.write(data)
 
 
 def write_text(path: Path, text: str) -> None:
     """UTF-8, compressed when the name ends in .gz; the same text gives the same bytes."""
     data = text.encode()
     write_atomically(path, gzip.compress(data, mtime=0) if path.suffix == ".gz" else data)
+
+
+def copy_atomically(source: Path, path: Path) -> None:
+    """The same bytes at another path, without holding them in memory."""
+    with source.open("rb") as from_file, whole_file(path) as file:
+        shutil.copyfileobj(from_file, file, 1 << 20)
 
 
 def to_json(value: Any) -> str:
@@ -78,6 +116,12 @@ def _depth(value: Any) -> int:
 def digest(data: bytes) -> str:
     """SHA-256 in hexadecimal."""
     return hashlib.sha256(data).hexdigest()
+
+
+def digest_of(path: Path) -> str:
+    """SHA-256 of a file in hexadecimal, without holding it in memory."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _umask() -> int:

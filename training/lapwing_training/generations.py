@@ -14,6 +14,7 @@ from lapwing_training.errors import InvalidData
 from lapwing_training.files import digest, from_json, write_text
 
 SPLITS = ("train", "test")
+MODES = ("generated", "supplied")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,8 +61,15 @@ class LabelledGeneration(Question):
     label: int | None = None
     """1 hallucinated, 0 not, None unknown."""
 
+    labelling: Mapping[str, Any] = field(default_factory=dict)
+    """How the label came about: `rule`, `reason`, scores, a judge's `verdict`. Absent for exact matches, which show it
+    themselves, and for labels of unknown making."""
+
     model: str | None = None
     """Who wrote it, for the reader."""
+
+    mode: str | None = None
+    """`generated` by the model that reads it, or `supplied` text that the model only reads; None unknown."""
 
     generation: Mapping[str, Any] = field(default_factory=dict)
     """What was kept while it was written: `token_ids` (prompt and response), `prompt_tokens`, `tokenizer` (digest),
@@ -81,8 +89,10 @@ CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "response": (lambda value: isinstance(value, str), "a string"),
     # `true` is an int in Python, but not a label.
     "label": (lambda value: value is None or (type(value) is int and value in (0, 1)), "0, 1 or null"),
+    "labelling": (lambda value: isinstance(value, dict), "an object"),
     "generation": (lambda value: isinstance(value, dict), "an object"),
     "model": (lambda value: value is None or isinstance(value, str), "a string"),
+    "mode": (lambda value: value is None or value in MODES, "`generated` or `supplied`"),
 }
 
 

@@ -99,6 +99,21 @@ def calibration(probabilities: Floats, labels: NDArray[Any], weights: NDArray[An
     return in_blocks(of, weights)
 
 
+def share(flagged: NDArray[Any], weights: NDArray[Any]) -> Floats:
+    """(weightings,) weighted share of the rows that are flagged; NaN where no row has a weight.
+
+    Args:
+        flagged: (rows,) of truth values.
+        weights: (weightings, rows)
+    """
+
+    def of(block: NDArray[Any]) -> Floats:
+        wide = block.astype(np.float64)
+        return _ratio(wide @ flagged.astype(np.float64), wide.sum(axis=1))
+
+    return in_blocks(of, weights)
+
+
 def reliability(probabilities: Floats, labels: NDArray[Any]) -> list[dict[str, float]]:
     """Ten equal bins of probability: how many rows, what was said, what was true. Empty bins are absent."""
     bins = np.minimum((probabilities * BINS).astype(np.int64), BINS - 1)

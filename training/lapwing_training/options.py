@@ -10,6 +10,9 @@ from lapwing_training.errors import InvalidOption
 ATTENTION_SCORE, LAPLACIAN = "attention_score.v1", "laplacian_eigenvalues.v1"
 """The two features that are compared everywhere; the second is what a probe reads unless it is told otherwise."""
 
+SINK = "sink_scores.v1"
+"""What the recipe `sink` reads."""
+
 SEEDS = 1 << 31
 """Seeds lie below this: NumPy, scikit-learn and torch all take them, also after a few were counted on."""
 
@@ -38,3 +41,13 @@ def require_seed(seed: int) -> None:
     """
     if not 0 <= seed < SEEDS:
         raise InvalidOption(f"seed is {seed}; expected a whole number from 0 to {SEEDS - 1}")
+
+
+def require_resamples(resamples: int) -> None:
+    """At least one resample, since intervals are taken from them.
+
+    Raises:
+        InvalidOption: there is none.
+    """
+    if resamples < 1:
+        raise InvalidOption(f"resamples is {resamples}; it must be at least 1, such as 1000")

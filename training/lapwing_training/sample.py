@@ -33,6 +33,10 @@ class Sample:
         weights = metrics.bootstrap_weights(table.groups, resamples, seed)
         return cls(table.labels, table.groups, table.strata, weights)
 
+    def take(self, rows: NDArray[Any]) -> Sample:
+        """Some of the rows, under the same resamples."""
+        return Sample(self.labels[rows], self.groups[rows], self.strata[rows], self.weights[:, rows])
+
     def about(self) -> dict[str, Any]:
         """How many rows, groups and hallucinations."""
         return {
@@ -74,6 +78,29 @@ class Sample:
     def auroc(self, scores: Floats) -> Floats:
         """(1 + resamples,), so that two scores can be compared resample by resample."""
         return metrics.auroc(scores, self.labels, self.weights)
+
+    def difference(self, first: Floats, second: Floats) -> dict[str, Any]:
+        """AUROC of one score less that of another in the same resamples, overall and as a mean within the strata."""
+        found: dict[str, Any] = {"difference": metrics.estimate(self.auroc(first) - self.auroc(second))}
+        labels = self.labels[None]
+        one, other = self.within(first[None], labels), self.within(second[None], labels)
+        if one:
+            found["difference_within"] = metrics.estimate(mean_over({name: one[name] - other[name] for name in one}))
+        return found
+
+    def rate(self, flagged: NDArray[np.bool_], each_group_once: bool = False) -> dict[str, float | None]:
+        """Share of the rows that are flagged, with its interval.
+
+        Args:
+            flagged: (rows,)
+            each_group_once: every group counts the same, however many rows it has.
+        """
+        _, codes, counts = np.unique(self.groups, return_inverse=True, return_counts=True)
+        weights = self.weights / counts[codes] if each_group_once else self.weights
+        found = metrics.estimate(metrics.share(flagged, weights))
+        if not flagged.any():  # no resample can show what did not happen: the exact bound of Clopper and Pearson
+            found["high"] = 1.0 - 0.025 ** (1.0 / len(counts))
+        return found
 
     def within(self, draws: Floats, labels: NDArray[np.int8]) -> dict[str, Floats]:
         """AUROC (1 + resamples,) within each stratum that has enough rows of both classes; all (draws, rows)."""

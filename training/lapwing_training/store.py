@@ -1,53 +1,34 @@
-"""The feature store: safetensors shards with a JSON index, each file whole or absent. Knows no model."""
+"""The feature store: a directory of shards with an index, labels and texts, each file whole or absent. Knows no model.
+
+`plan.json` says what was begun, the shards hold the features, `items.jsonl.gz` the texts and `labels.json` the labels;
+`index.json` is written last, and without it a store is not finished.
+"""
 
 from __future__ import annotations
 
+import gzip
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import load as tensors_from
-from safetensors.numpy import save as tensors_to
 
 from lapwing_detector.features import FEATURES
-from lapwing_training.errors import StoreCorrupt, StoreMismatch
-from lapwing_training.files import digest, from_json, to_json, write_atomically, write_text
+from lapwing_training.errors import StoreCorrupt
+from lapwing_training.feature_rows import FeatureRows
+from lapwing_training.files import digest, digest_of, from_json, to_json, write_text
+from lapwing_training.generations import LabelledGeneration, parse_line, write_generations
+from lapwing_training.prefix import Prefix, response_cut
+from lapwing_training.progress import waiting
+from lapwing_training.shards import Shard, ShardFile, read_shard
+from lapwing_training.store_plan import INDEX, ITEMS, LABELS, SCHEMA_VERSION
 from lapwing_training.table import UNKNOWN, Table
 
-SCHEMA_VERSION = 1
-PLAN, INDEX, LABELS = "plan.json", "index.json", "labels.json"
-
-
-@dataclass(frozen=True)
-class Shard:
-    """Consecutive items of the plan."""
-
-    ids: tuple[str, ...]
-    features: Mapping[str, NDArray[np.float32]]
-    """By feature id, (items, layers, heads, width(k))."""
-
-    layers: tuple[int, ...]
-    """Index in the model of each layer."""
-
-    left_out: Mapping[str, str]
-    """Reason by id, for items that have no finite features."""
-
-    @property
-    def about(self) -> dict[str, Any]:
-        """Everything but the numbers, as JSON values."""
-        return {"ids": list(self.ids), "layers": list(self.layers), "left_out": dict(self.left_out)}
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 of the content, kept inside the file: whether a shard is whole is known without an index, too."""
-        arrays = sorted(self.features.items())
-        head = json.dumps([self.about, [(name, values.shape) for name, values in arrays]], sort_keys=True)
-        return digest(b"".join([head.encode(), *(values.astype("<f4").tobytes() for _, values in arrays)]))
+COLUMNS = ("id", "group", "split", "stratum", "token_count", "response_tokens", "log_probability", "mode")
+"""Of the index: a list each, with an entry for each item."""
 
 
 @dataclass(frozen=True)
@@ -68,159 +49,184 @@ class Store:
     digest: str
     """Of index and labels, for the record of a fit."""
 
-
-def shard_name(number: int) -> str:
-    """File name of a shard."""
-    return f"shard-{number:05d}.safetensors"
-
-
-def open_plan(directory: Path, plan: Mapping[str, Any]) -> None:
-    """Begin a store, or go on with one that was begun with the same plan.
-
-    Raises:
-        StoreMismatch: the directory was begun with another plan, or holds something else.
-    """
-    text, path = to_json(plan), directory / PLAN
-    if path.exists():
-        if path.read_text(encoding="utf-8", errors="replace") != text:
-            raise StoreMismatch(
-                f"{directory} was begun with other items, another model or other options ({_difference(path, plan)}); "
-                "give another directory with --out, or remove this one"
-            )
-    elif directory.exists() and set(directory.iterdir()) != set(_unfinished(directory)):
-        raise StoreMismatch(f"{directory} holds other files; give a new directory with --out")
-    else:
-        write_text(path, text)
-    for stale in _unfinished(directory):
-        stale.unlink()
-
-
-def write_shard(path: Path, shard: Shard) -> None:
-    """Atomically; the same shard gives the same bytes."""
-    about = {**shard.about, "digest": shard.digest}
-    tensors = {name: np.ascontiguousarray(values, dtype="<f4") for name, values in shard.features.items()}
-    # One entry only: safetensors keeps no order among several.
-    write_atomically(path, tensors_to(tensors, metadata={"shard": json.dumps(about, ensure_ascii=False)}))
-
-
-def read_shard(path: Path) -> Shard:
-    """One shard; whether it is the one that was written is for `is_shard` or the index to say.
-
-    Raises:
-        StoreCorrupt: the file is missing or no shard of ours.
-    """
-    return _read_shard(path)[0]
-
-
-def is_shard(path: Path, ids: Sequence[str]) -> bool:
-    """Whether the finished shard of these items lies there undamaged, so that it need not be made again."""
-    try:
-        shard, written = _read_shard(path)
-    except StoreCorrupt:
-        return False
-    listed = [*shard.ids, *shard.left_out]
-    return shard.digest == written and len(listed) == len(ids) and set(listed) == set(ids)
-
-
-def _read_shard(path: Path) -> tuple[Shard, str | None]:
-    """A shard, and the digest that was written with it."""
-    try:
-        with safe_open(path, "numpy") as file:
-            about = json.loads(file.metadata()["shard"])
-        shard = Shard(
-            ids=tuple(about["ids"]),
-            features=tensors_from(path.read_bytes()),
-            layers=tuple(about["layers"]),
-            left_out=dict(about["left_out"]),
-        )
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError) as error:
-        raise StoreCorrupt(
-            f"{path} is not a readable shard ({error}); remove it and run lapwing extract again"
-        ) from None
-    return shard, about.get("digest")
-
-
-def write_index(directory: Path, entries: Mapping[str, Any], labels: Mapping[str, int | None]) -> None:
-    """Finish a store: labels in a file of their own, then the index, without which there is no store."""
-    write_text(directory / LABELS, to_json({"schema_version": SCHEMA_VERSION, "labels": dict(labels)}))
-    write_text(directory / INDEX, to_json({"schema_version": SCHEMA_VERSION, **entries}))
-
-
-def shard_digests(directory: Path, names: Iterable[str]) -> dict[str, str]:
-    """SHA-256 by file name."""
-    return {name: digest((directory / name).read_bytes()) for name in names}
+    mode: str = "unknown"
+    """`generated`: the model wrote every response itself; `supplied`: it only read them; `mixed`, or `unknown`."""
 
 
 def read_store(directory: str | Path) -> Store:
-    """A finished store, every shard verified against its digest.
+    """A finished store, every shard verified against its digest; features stay in the files until they are asked for.
 
     Raises:
         StoreCorrupt: no store, an unfinished one, or one whose files have changed.
     """
     path = Path(directory)
-    index, labels = _read_json(path / INDEX), _read_json(path / LABELS)
-    try:
-        return _store(path, index, labels["labels"])
-    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+    index, labels = read_index(path)
+    with as_written(path):
+        for name, expected in waiting(list(files_in(index).items()), "verify"):
+            require_digest(path / name, expected)
+        return Store(
+            table=_table(path, index, labels["labels"]),
+            layers=tuple(index["layers"]),
+            identity=index["identity"],
+            left_out=index["left_out"],
+            stratum=index["stratum"],
+            digest=digest((path / INDEX).read_bytes() + (path / LABELS).read_bytes()),
+            mode=mode_of(index["items"]["mode"]),
+        )
+
+
+def read_items(directory: str | Path) -> dict[str, LabelledGeneration]:
+    """The items of a finished store by id, in its order, with their texts and labels.
+
+    Raises:
+        StoreCorrupt: no store, an unfinished one, or one whose files have changed.
+    """
+    path = Path(directory)
+    index, labels = read_index(path)
+    with as_written(path):
+        require_digest(path / ITEMS, index["texts"])
+        known, labelling = labels["labels"], labels["labelling"]
+        return {
+            item.id: replace(item, label=known.get(item.id), labelling=labelling.get(item.id, {}))
+            for item in _items(path / ITEMS)
+        }
+
+
+def read_index(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Index and labels of a finished store, as they stand there.
+
+    Raises:
+        StoreCorrupt: no store, an unfinished one, or one of another version.
+    """
+    return _read_json(directory / INDEX), _read_json(directory / LABELS)
+
+
+def files_in(index: Mapping[str, Any]) -> dict[str, str]:
+    """SHA-256 of every shard by its file name."""
+    listed: dict[str, str] = dict(index["shards"].items())
+    for shards in index["stages"].values():
+        listed.update(shards)
+    return listed
+
+
+def require_digest(path: Path, expected: str) -> None:
+    """A file is the one that the index lists.
+
+    Raises:
+        StoreCorrupt: it is not.
+    """
+    found = digest_of(path) if path.is_file() else "missing"
+    if found != expected:
         raise StoreCorrupt(
-            f"{path / INDEX} or {path / LABELS} is not as lapwing extract writes it ({type(error).__name__}: "
-            f"{str(error)[:80]}); remove both and run lapwing extract again, which keeps the shards"
-        ) from None
+            f"{path} is {found[:12]}, the index says {expected[:12]}; "
+            "remove it and run lapwing extract again with the same options"
+        )
 
 
-def _store(path: Path, index: Mapping[str, Any], labels: Mapping[str, int | None]) -> Store:
-    for name, expected in index["shards"].items():
-        found = digest((path / name).read_bytes()) if (path / name).is_file() else "missing"
-        if found != expected:
-            raise StoreCorrupt(
-                f"{path / name} is {found[:12]}, the index says {expected[:12]}; "
-                "remove it and run lapwing extract again with the same options"
-            )
-    shards = [read_shard(path / name) for name in index["shards"]]
-    files = digest((path / INDEX).read_bytes() + (path / LABELS).read_bytes())
-    return Store(
-        table=_table(path, index, labels, shards),
-        layers=tuple(index["layers"]),
-        identity=index["identity"],
-        left_out=index["left_out"],
-        stratum=index["stratum"],
-        digest=files,
-    )
+def mode_of(modes: Iterable[str | None]) -> str:
+    """What is said of all items together."""
+    found = set(modes)
+    return "mixed" if len(found) > 1 else next(iter(found), None) or "unknown"
 
 
-def _table(path: Path, index: Mapping[str, Any], labels: Mapping[str, int | None], shards: list[Shard]) -> Table:
+def write_index(directory: Path, entries: Mapping[str, Any], items: Sequence[LabelledGeneration]) -> None:
+    """Finish a store: texts, then labels in a file of their own, then the index, without which there is no store.
+
+    Args:
+        directory: of the store.
+        entries: of the index.
+        items: those that the index lists, in its order.
+    """
+    labels = {
+        "labels": {item.id: item.label for item in items},
+        "labelling": {item.id: dict(item.labelling) for item in items if item.labelling},
+    }
+    write_generations(directory / ITEMS, [replace(item, label=None, labelling={}) for item in items])
+    write_text(directory / LABELS, to_json({"schema_version": SCHEMA_VERSION, **labels}))
+    texts = digest_of(directory / ITEMS)
+    write_text(directory / INDEX, to_json({"schema_version": SCHEMA_VERSION, **entries, "texts": texts}))
+
+
+def listed(files: Iterable[ShardFile]) -> dict[str, str]:
+    """Shards as an index lists them: SHA-256 by file name."""
+    return {file.path.name: file.digest for file in files}
+
+
+def _items(path: Path) -> Iterator[LabelledGeneration]:
+    text = gzip.decompress(path.read_bytes()).decode()
+    return (parse_line(line, LabelledGeneration, path) for line in text.split("\n") if line)
+
+
+def _table(path: Path, index: Mapping[str, Any], labels: Mapping[str, int | None]) -> Table:
     items: Mapping[str, list[Any]] = index["items"]
-    row_of = {id: row for row, id in enumerate(id for shard in shards for id in shard.ids)}
-    if set(row_of) != set(items["id"]):
-        raise StoreCorrupt(f"{path / INDEX} and the shards list different items; remove both and extract again")
-    if {len(column) for column in items.values()} != {len(row_of)}:
+    if len({len(items[name]) for name in COLUMNS}) != 1:
         raise StoreCorrupt(f"{path / INDEX} has columns of different lengths; remove it and extract again")
-    rows = np.array([row_of[id] for id in items["id"]], dtype=np.int64)  # shards are sorted by length
-    features = {name: np.concatenate([shard.features[name] for shard in shards])[rows] for name in index["features"]}
-    for name, values in features.items():
-        expected = (len(index["layers"]), index["heads"], FEATURES[name].width(index["k"]))
-        if values.shape[1:] != expected:
-            raise StoreCorrupt(
-                f"{path / INDEX}: {name} should be {expected} for each item, the shards hold {values.shape[1:]}; "
-                "remove the index and extract again"
-            )
-    known = [labels.get(id) for id in items["id"]]
-    for id, label in zip(items["id"], known, strict=True):
-        if label is not None and (type(label) is not int or label not in (0, 1)):
-            raise StoreCorrupt(
-                f"{path / LABELS}: the label of `{id}` is {json.dumps(label)[:40]}; expected 0, 1 or null"
-            )
-    return Table(
+    shards = [read_shard(path / name) for name in index["shards"]]
+    places = _places(path, shards)
+    if not set(items["id"]) <= places.keys():
+        raise StoreCorrupt(f"{path / INDEX} and the shards list different items; remove both and extract again")
+    table = Table(
         ids=np.array(items["id"], dtype=np.str_),
         groups=np.array(items["group"], dtype=np.str_),
-        labels=np.array([UNKNOWN if label is None else label for label in known], dtype=np.int8),
+        labels=np.array([_label(path, id, labels.get(id)) for id in items["id"]], dtype=np.int8),
         splits=np.array([split or "" for split in items["split"]], dtype=np.str_),
         strata=np.array(items["stratum"], dtype=np.str_),
         token_counts=np.array(items["token_count"], dtype=np.int64),
         log_probabilities=np.array(items["log_probability"], dtype=np.float64),  # null becomes NaN
-        features=features,
+        features=_features(path, index, shards, [places[id] for id in items["id"]]),
         k=int(index["k"]),
+        response_tokens=np.array(items["response_tokens"], dtype=np.int64),
     )
+    prefixes = {float(fraction): _prefix(path, index, table, float(fraction)) for fraction in index["stages"]}
+    return replace(table, prefixes=prefixes)
+
+
+def _prefix(path: Path, index: Mapping[str, Any], table: Table, fraction: float) -> Prefix:
+    shards = [read_shard(path / name) for name in index["stages"][str(fraction)]]
+    places = _places(path, shards)
+    rows = np.array([row for row, id in enumerate(table.ids.tolist()) if id in places], dtype=np.int64)
+    assert table.response_tokens is not None
+    whole = table.response_tokens[rows]
+    left = np.array([response_cut(fraction, tokens) for tokens in whole.tolist()], dtype=np.int64)
+    return Prefix(
+        rows=rows,
+        token_counts=table.token_counts[rows] - whole + left,
+        response_tokens=left,
+        features=_features(path, index, shards, [places[id] for id in table.ids[rows].tolist()]),
+    )
+
+
+def _places(path: Path, shards: Sequence[Shard]) -> dict[str, tuple[int, int]]:
+    """Which shard and which of its rows each item lies in."""
+    places = {id: (part, row) for part, shard in enumerate(shards) for row, id in enumerate(shard.ids)}
+    if len(places) != sum(len(shard.ids) for shard in shards):
+        raise StoreCorrupt(f"{path} holds features of an item in two shards; remove it and extract again")
+    return places
+
+
+def _features(
+    path: Path, index: Mapping[str, Any], shards: Sequence[Shard], places: Sequence[tuple[int, int]]
+) -> dict[str, FeatureRows]:
+    part, place = np.array(places, dtype=np.int64).reshape(-1, 2).T
+    features = {}
+    for name in index["features"]:
+        expected = (len(index["layers"]), index["heads"], FEATURES[name].width(index["k"]))
+        parts = tuple(shard.features[name] for shard in shards)
+        for wrong in (one.shape[1:] for one in parts if one.shape[1:] != expected):
+            raise StoreCorrupt(
+                f"{path / INDEX}: {name} should be {expected} for each item, the shards hold {wrong}; "
+                "remove the index and extract again"
+            )
+        features[name] = FeatureRows(parts, part, place)
+    return features
+
+
+def _label(path: Path, id: str, label: Any) -> int:
+    if label is None:
+        return UNKNOWN
+    if type(label) is not int or label not in (0, 1):
+        raise StoreCorrupt(f"{path / LABELS}: the label of `{id}` is {json.dumps(label)[:40]}; expected 0, 1 or null")
+    return label
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -234,19 +240,19 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise StoreCorrupt(f"{path} is not JSON ({error}); run lapwing extract again") from None
     version = value.get("schema_version") if isinstance(value, dict) else None
     if version != SCHEMA_VERSION:
-        raise StoreCorrupt(f"{path} has schema version {version}, this lapwing reads {SCHEMA_VERSION}; extract again")
+        newer = type(version) is int and version > SCHEMA_VERSION
+        mend = "install a newer lapwing" if newer else "extract again into a new directory"
+        raise StoreCorrupt(f"{path} has schema version {version}, this lapwing reads {SCHEMA_VERSION}; {mend}")
     return dict(value)
 
 
-def _unfinished(directory: Path) -> list[Path]:
-    """Our own files that a killed run was still writing."""
-    names = (PLAN, INDEX, LABELS, "shard-*.safetensors")
-    return [path for name in names for path in directory.glob(f".{name}.*.tmp")]
-
-
-def _difference(path: Path, plan: Mapping[str, Any]) -> str:
+@contextmanager
+def as_written(path: Path) -> Iterator[None]:
+    """Whatever is wrong with a value that is read inside means that index or labels are not ours."""
     try:
-        before = dict(from_json(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError):
-        return f"{path.name} is damaged"
-    return ", ".join(name for name in plan if before.get(name) != plan[name]) or "an entry is missing"
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise StoreCorrupt(
+            f"{path / INDEX} or {path / LABELS} is not as lapwing extract writes it ({type(error).__name__}: "
+            f"{str(error)[:80]}); remove both and run lapwing extract again, which keeps the shards"
+        ) from None

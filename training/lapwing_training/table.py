@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 
 from lapwing_detector.features import FEATURES
 from lapwing_training.errors import InvalidOption, NonFiniteFeatures, NotEnoughData
+from lapwing_training.feature_rows import FeatureRows, Values
+from lapwing_training.prefix import Prefix
 from lapwing_training.significance import Floats, head_scalars
 
 UNKNOWN = -1
@@ -19,7 +21,10 @@ UNKNOWN = -1
 
 @dataclass(frozen=True)
 class Table:
-    """Items of one model, a row each, in the order of the generations."""
+    """Items of one model, a row each, in the order of the generations.
+
+    Features stay where they are, such as in the files of a store; what is read of them is copied block by block.
+    """
 
     ids: NDArray[np.str_]
     groups: NDArray[np.str_]
@@ -38,11 +43,17 @@ class Table:
     log_probabilities: Floats
     """(rows,) mean token log-probability of the response; NaN where it was not kept."""
 
-    features: Mapping[str, NDArray[np.float32]]
-    """By feature id, (rows, layers, heads, width(k))."""
+    features: Mapping[str, Values]
+    """By feature id, (rows, layers, heads, width(k)); read through the methods."""
 
     k: int
     """Eigenvalues kept per head."""
+
+    response_tokens: NDArray[np.int64] | None = None
+    """(rows,) of `token_counts`, those of the response."""
+
+    prefixes: Mapping[float, Prefix] = field(default_factory=dict)
+    """By fraction of the response; read through `at_stage`."""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -50,44 +61,98 @@ class Table:
     @property
     def shape(self) -> tuple[int, int]:
         """(layers, heads)."""
-        return next(iter(self.features.values())).shape[1:3]
+        _, layers, heads, _ = next(iter(self.features.values())).shape
+        return layers, heads
+
+    @property
+    def feature_names(self) -> tuple[str, ...]:
+        """Ids of the features that are there."""
+        return tuple(self.features)
+
+    @property
+    def stages(self) -> tuple[float, ...]:
+        """Fractions of the response at which the text was read, too, ascending; the whole response is none of them."""
+        return tuple(sorted(self.prefixes))
 
     def take(self, rows: NDArray[Any]) -> Table:
-        """Some rows, by index or by mask."""
+        """Some rows, by index or by mask; no feature is copied."""
         arrays = {name: value[rows] for name, value in vars(self).items() if isinstance(value, np.ndarray)}
-        return replace(self, **arrays, features={name: values[rows] for name, values in self.features.items()})
+        return replace(
+            self,
+            **arrays,
+            features={name: FeatureRows.of(values).take(rows) for name, values in self.features.items()},
+            prefixes={fraction: prefix.take(rows, len(self)) for fraction, prefix in self.prefixes.items()},
+        )
+
+    def at_stage(self, fraction: float) -> tuple[Table, NDArray[np.int64]]:
+        """The rows as they were when this fraction of the response was written, without those that were too short.
+
+        Their log-probability is that of the whole response, hence not known yet: NaN.
+
+        Returns:
+            the rows with the features and lengths of the cut text, and their places in this table.
+
+        Raises:
+            InvalidOption: the text was not read at this fraction.
+        """
+        if fraction not in self.prefixes:
+            held = ", ".join(map(str, self.stages)) or "none"
+            raise InvalidOption(f"stage is {fraction}; the store holds {held}; lapwing extract --stages {fraction}")
+        prefix = self.prefixes[fraction]
+        cut = replace(
+            self.take(prefix.rows),
+            token_counts=prefix.token_counts,
+            response_tokens=prefix.response_tokens,
+            log_probabilities=np.full(len(prefix.rows), np.nan),
+            features=prefix.features,
+            prefixes={},
+        )
+        return cut, prefix.rows
 
     def with_labels(self, labels: NDArray[Any]) -> Table:
         """The same rows with other labels, for controls."""
         return replace(self, labels=labels.astype(np.int8))
 
     def stacked(self, features: Sequence[str], k: int) -> NDArray[np.float32]:
-        """(rows, layers, heads, width): the features side by side, each with its k largest values.
+        """(rows, layers, heads, width): the features side by side, each with its k largest values; a copy of all heads.
 
         The values are kept in descending order, so a smaller k is a prefix.
 
         Raises:
             InvalidOption: a feature or a k that the store does not hold.
         """
-        return np.concatenate([self.feature(name, k) for name in features], axis=-1)
+        values = self._read(features, k, None)
+        return values.reshape(len(self), *self.shape, values.shape[-1])
 
     def feature(self, name: str, k: int) -> NDArray[np.float32]:
-        """(rows, layers, heads, width(k)) of one feature.
+        """(rows, layers, heads, width(k)) of one feature; a copy.
 
         Raises:
             InvalidOption: a feature or a k that the store does not hold.
         """
-        if name not in self.features:
-            raise InvalidOption(
-                f"feature is `{name}`; the store holds {', '.join(self.features)}; lapwing extract --features {name}"
-            )
-        if not 1 <= k <= self.k:
-            raise InvalidOption(f"k is {k}; the store holds 1 to {self.k}; lapwing extract --k {k}")
-        return self.features[name][..., : FEATURES[name].width(k)]
+        return self.stacked((name,), k)
+
+    def of_heads(self, features: Sequence[str], k: int, heads: NDArray[Any]) -> NDArray[np.float32]:
+        """(rows, heads, width) of some heads, by flat index and in the given order; a copy.
+
+        Raises:
+            InvalidOption: a feature or a k that the store does not hold.
+        """
+        return self._read(features, k, np.asarray(heads, dtype=np.int64))
 
     def scalars(self, features: Sequence[str], k: int) -> Floats:
-        """(rows, features, layers, heads): one number per head and feature."""
-        return np.stack([head_scalars(self.feature(name, k)) for name in features], axis=1)
+        """(rows, features, layers, heads): one number per head and feature.
+
+        Raises:
+            InvalidOption: a feature or a k that the store does not hold.
+        """
+        rows = [self._rows(name, k) for name in features]
+        values = np.empty((len(self), len(features), *self.shape))
+        for place, (name, of_feature) in enumerate(zip(features, rows, strict=True)):
+            width = FEATURES[name].width(k)
+            for some, block in of_feature.blocks(width):
+                values[some, place] = head_scalars(block.reshape(-1, *self.shape, width))
+        return values
 
     def labelled(self) -> Table:
         """The rows whose truth is known.
@@ -99,13 +164,35 @@ class Table:
         rows = self.take(self.labels != UNKNOWN)
         check_classes(rows.labels, "the store's labelled rows")
         for name, values in rows.features.items():
-            bad = np.flatnonzero(~np.isfinite(values).all(axis=(1, 2, 3)))
+            finite = [np.isfinite(block).all(axis=(1, 2)) for _, block in FeatureRows.of(values).blocks()]
+            bad = np.flatnonzero(~np.concatenate(finite))
             if len(bad):
                 raise NonFiniteFeatures(
                     f"{name} of item `{rows.ids[bad[0]]}` (and {len(bad) - 1} others) is not finite; every value "
                     "must be: extract again in float32, or leave these items out"
                 )
         return rows
+
+    def _read(self, features: Sequence[str], k: int, heads: NDArray[np.int64] | None) -> NDArray[np.float32]:
+        rows = [self._rows(name, k) for name in features]
+        widths = [FEATURES[name].width(k) for name in features]
+        count = self.shape[0] * self.shape[1] if heads is None else len(heads)
+        values = np.empty((len(self), count, sum(widths)), np.float32)
+        start = 0
+        for of_feature, width in zip(rows, widths, strict=True):
+            for some, block in of_feature.blocks(width, heads):
+                values[some, :, start : start + width] = block
+            start += width
+        return values
+
+    def _rows(self, name: str, k: int) -> FeatureRows:
+        if name not in self.features:
+            raise InvalidOption(
+                f"feature is `{name}`; the store holds {', '.join(self.features)}; lapwing extract --features {name}"
+            )
+        if not 1 <= k <= self.k:
+            raise InvalidOption(f"k is {k}; the store holds 1 to {self.k}; lapwing extract --k {k}")
+        return FeatureRows.of(self.features[name])
 
 
 def check_classes(labels: NDArray[Any], where: str, least: int = 1) -> None:

@@ -10,14 +10,18 @@ from tqdm import tqdm
 
 from lapwing_detector.identity import ModelIdentity
 from lapwing_detector.probe import Probe
-from lapwing_training.baselines import DIRECTIONS, Combination
+from lapwing_training.baselines import DIRECTIONS, Combination, raw_scores
 from lapwing_training.calibrate import OperatingPoint
-from lapwing_training.errors import InvalidData, ModelMismatch, NotEnoughData
-from lapwing_training.evaluate import judge_scores, judging_steps
-from lapwing_training.files import from_json
+from lapwing_training.drift import Reference, drift_of
+from lapwing_training.errors import ModelMismatch, NotEnoughData
+from lapwing_training.fit import LinearProbe
 from lapwing_training.metrics import RESAMPLES
-from lapwing_training.options import require_seed
+from lapwing_training.notes import mode_note
+from lapwing_training.options import require_resamples, require_seed
+from lapwing_training.predictions import training_groups
 from lapwing_training.sample import Sample
+from lapwing_training.scores import Scores, judge_scores, judging_steps, realised
+from lapwing_training.significance import Floats
 from lapwing_training.store import Store, read_store
 from lapwing_training.table import Table, check_classes
 
@@ -29,41 +33,39 @@ def evaluate_probe(
     seed: int = 0,
     seen_groups: bool = False,
 ) -> dict[str, Any]:
-    """Judge a probe, by its directory or Hub id, on a store.
+    """Judge a probe, by its directory or Hub id, on a store, and say how far the store lies from the probe's own.
 
     Groups that the probe was fitted on are left out unless `seen_groups`, since they would flatter it.
 
     Raises:
         ModelMismatch: the store comes from another model.
         NotEnoughData: nothing is left to be judged on, or nobody knows what the probe was fitted on.
-        InvalidOption: the store lacks a feature that the probe reads, or the seed is none.
-        InvalidData: the probe's predictions can't be read.
+        InvalidOption: the store lacks a feature that the probe reads, or the seed or the resamples are none.
+        InvalidData: the probe's predictions or its reference can't be read.
     """
     require_seed(seed)
+    require_resamples(resamples)
     probe, store = Probe.from_pretrained(probe_path), read_store(store_path)
     require_same_model(probe, store)
-    table = store.table.labelled()
+    table, directory = store.table.labelled(), directory_of(probe_path)
     seen = np.zeros(len(table), dtype=bool)
     if not seen_groups:
-        seen = np.isin(table.groups, sorted(training_groups(directory_of(probe_path))))
+        seen = np.isin(table.groups, sorted(training_groups(directory)))
     judged = table if seen_groups else _unseen(table, seen, store_path)
-    logits = np.asarray(probe.logit(judged.stacked(probe.features, probe.k)))
-    probabilities = np.asarray(probe.probability(judged.stacked(probe.features, probe.k)))
-    points = [OperatingPoint(point.false_positive_rate, point.logit, point.negatives) for point in probe.thresholds]
-    combination = probe.metrics.get("paired", {}).get("combination")
-    with tqdm(total=judging_steps(judged), desc="evaluate", unit="step") as progress:
-        result = judge_scores(
-            Sample.of(judged, resamples, seed),
-            judged,
-            logits,
-            probabilities,
-            points,
-            DIRECTIONS | dict(probe.metrics.get("baseline_directions", {})),
-            None if combination is None else Combination.from_dict(combination),
-            progress.update,
-        )
-    about = {"probe": probe.name, "revision": probe.revision, "store": str(store_path)}
-    return {**about, "seen_groups_left_out": int(seen.sum()), **result}
+    reference = Reference.load(directory)
+    with tqdm(total=judging_steps(judged) + 1, desc="evaluate", unit="step") as progress:
+        scores, sample = _scores(probe, judged), Sample.of(judged, resamples, seed)
+        result = judge_scores(sample, judged, scores, progress.update)
+        points = [OperatingPoint(one.false_positive_rate, one.logit, one.negatives) for one in probe.thresholds]
+        limits = [np.full(len(judged), one.logit) for one in probe.thresholds]
+        result["thresholds"] = realised(sample, points, limits, scores.logits)
+        result["drift"] = drift_of(probe, reference, judged, sample, scores, seed)
+        progress.update()
+    notes = mode_note(probe.training.get("mode"), store.mode)
+    if reference is None:
+        notes.append("The probe came without a sample of the rows that it was fitted on: no drift by head or length.")
+    about = {"probe": probe.name, "revision": probe.revision, "store": str(store_path), "mode": store.mode}
+    return {**about, "seen_groups_left_out": int(seen.sum()), "notes": notes, **result}
 
 
 def require_same_model(probe: Probe, store: Store) -> None:
@@ -90,24 +92,21 @@ def directory_of(probe_path: str | Path) -> Path:
     return here if here.is_dir() else Path(snapshot_download(str(probe_path), local_files_only=True))
 
 
-def training_groups(directory: Path) -> set[str]:
-    """Groups that a probe was fitted on.
+def _scores(probe: Probe, table: Table) -> Scores:
+    """The probe's, and the baselines with the directions and the combination that its training rows gave them."""
+    logits = probe_logits(probe, table)
+    signs = DIRECTIONS | dict(probe.metrics.get("baseline_directions", {}))
+    raw = raw_scores(table)
+    combination, both = probe.metrics.get("paired", {}).get("combination"), None
+    if combination is not None and "log_probability" in raw:
+        both = Combination.from_dict(combination).score(raw["log_probability"], logits)
+    oriented = {name: signs[name] * values for name, values in raw.items()}
+    return Scores(logits, probe.calibration.probabilities(logits), oriented, both)
 
-    Raises:
-        NotEnoughData: it came without its predictions, so nobody knows.
-        InvalidData: they can't be read.
-    """
-    path = directory / "predictions.jsonl"
-    if not path.is_file():
-        raise NotEnoughData(
-            f"{path} is missing, so nobody knows which groups the probe was fitted on; fetch the whole probe, or judge "
-            "on all groups, which flatters it: --seen-groups"
-        )
-    try:
-        rows = [from_json(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
-        return {row["group"] for row in rows if row["fold"] == "out-of-fold"}
-    except (ValueError, KeyError, TypeError) as error:
-        raise InvalidData(path, None, f"no predictions of lapwing train ({error}); fetch the probe again") from None
+
+def probe_logits(probe: Probe, table: Table) -> Floats:
+    """(rows,), read block by block."""
+    return LinearProbe(probe.features, probe.k, probe.weights, probe.bias, probe.selected, {}).logit(table)
 
 
 def _unseen(table: Table, seen: Any, store_path: Path) -> Table:

@@ -18,11 +18,12 @@ import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lapwing_detector.language_model import LanguageModel
+from lapwing_training.asking import Asking, ask
 from lapwing_training.atlas.corpus import QUESTIONS, training_texts
 from lapwing_training.atlas.facts import Fact, all_facts
 from lapwing_training.atlas.posttrain import own_answers
 from lapwing_training.atlas.pretrain import Schedule, new_model, save_model, train
-from lapwing_training.atlas.questions import demo_set, labelled_questions
+from lapwing_training.atlas.questions import demo_set, labelled_questions, sampled_questions
 from lapwing_training.atlas.tokenizer import train_tokenizer
 from lapwing_training.extract import ExtractOptions, extract_features
 from lapwing_training.files import write_text
@@ -43,8 +44,12 @@ The facts are from GeoNames (https://www.geonames.org), licensed under CC BY 4.0
 and put into sentences. `lapwing demo --rebuild` makes all of it again.
 
 `generations.jsonl.gz` holds its greedy answers to one question about each fact of half of the subjects, labelled by
-normalised exact match: 1 is wrong. How often it is wrong:
+normalised exact match: 1 is wrong. `sampled.jsonl.gz` holds four answers to each question about a fifth of these
+subjects, drawn at temperature 1.0 and labelled in the same way. How often the greedy answers are wrong:
 """
+
+SAMPLED = GenerateOptions(max_new_tokens=24, temperature=1.0, batch_size=128)
+SAMPLES = 4
 
 STAGES = ("model", "generations", "store", "probe")
 
@@ -69,8 +74,8 @@ def build(directory: Path, recipe: AtlasRecipe | None = None, until: str = "prob
     """Makes everything up to and with the stage `until`.
 
     Args:
-        directory: where the results lie: `model/`, `generations.jsonl.gz`, `rates.json`, `README.md`, `store/`,
-            `probe/`, `demo_questions.json`.
+        directory: where the results lie: `model/`, `generations.jsonl.gz`, `sampled.jsonl.gz`, `rates.json`,
+            `README.md`, `store/`, `probe/`, `demo_questions.json`.
         recipe: sizes and rates; the one that the shipped Atlas was made with by default.
         until: one of `STAGES`.
     """
@@ -127,9 +132,20 @@ def make_generations(directory: Path, facts: Sequence[Fact], loaded: LanguageMod
         generate_answers(labelled_questions(facts), answers, loaded, GenerateOptions(max_new_tokens=24, batch_size=128))
         write_generations(path, label_generations(read_generations(answers)))
         answers.unlink()
+    make_sampled(directory, facts, loaded)
     rates = hallucination_rates(read_generations(path))
     write_text(directory / "rates.json", json.dumps(rates, indent=1) + "\n")
     write_text(directory / "README.md", model_card(rates))
+
+
+def make_sampled(directory: Path, facts: Sequence[Fact], loaded: LanguageModel) -> None:
+    """Several answers drawn for each of some questions, labelled by exact match."""
+    path = directory / "sampled.jsonl.gz"
+    if not path.exists():
+        answers = directory / "answers-sampled.jsonl"
+        generate_answers(ask(sampled_questions(facts), Asking(samples=SAMPLES)), answers, loaded, SAMPLED)
+        write_generations(path, label_generations(read_generations(answers)))
+        answers.unlink()
 
 
 def require_rates(rates: Mapping[str, Mapping[str, float]]) -> None:

@@ -12,6 +12,9 @@ from lapwing_training.generations import Question
 TEST_SHARE = 0.25
 """Share of the labelled subjects whose questions no probe is fitted on."""
 
+SAMPLED_SHARE = 0.2
+"""Share of the labelled subjects whose questions are also answered several times at temperature 1.0."""
+
 DEMO_QUESTIONS = 12
 
 
@@ -40,6 +43,13 @@ def labelled_questions(facts: Sequence[Fact]) -> list[Question]:
         )
         for fact in facts
         if for_labels(fact.subject_id)
+    ]
+
+
+def sampled_questions(facts: Sequence[Fact]) -> list[Question]:
+    """Those of the labelled questions that are answered several times: all of some subjects."""
+    return [
+        question for question in labelled_questions(facts) if share(question.group_or_prompt, "sampled") < SAMPLED_SHARE
     ]
 
 

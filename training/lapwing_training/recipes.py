@@ -1,0 +1,60 @@
+"""What a recipe is, and how one is judged on rows that it did not see. Knows no recipe by name."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+
+from lapwing_training.linear_probe import LinearProbe
+from lapwing_training.progress import Advance, silent
+from lapwing_training.significance import Floats
+from lapwing_training.splits import grouped_folds
+from lapwing_training.table import Table
+
+INNER_FOLDS = 5
+"""Folds of the training rows inside which a recipe chooses."""
+
+
+class Recipe(Protocol):
+    """A way to fit."""
+
+    @property
+    def name(self) -> str:
+        """As on the command line."""
+        ...
+
+    @property
+    def features(self) -> tuple[str, ...]:
+        """Ids of the features that it reads."""
+        ...
+
+    def fit(self, table: Table, seed: int) -> LinearProbe:
+        """Fit on all rows of the table, which are training rows."""
+        ...
+
+
+def simplest(scores: Floats) -> int:
+    """The first candidate that falls short of the best by no more than one standard error of the shortfall.
+
+    All candidates are scored on the same folds. What makes a fold easy or hard for all of them is no doubt about which
+    of them is better, and leaving it in would take any candidate within what a few hundred rows scatter.
+
+    Args:
+        scores: (folds, candidates), higher is better, candidates from the simplest on.
+
+    References:
+        Breiman et al., Classification and Regression Trees, 1984, section 3.4.3, with the error of the difference.
+    """
+    short = scores[:, [scores.mean(axis=0).argmax()]] - scores
+    error = short.std(axis=0, ddof=1) / np.sqrt(len(scores)) if len(scores) > 1 else np.zeros(scores.shape[1])
+    return int(np.flatnonzero(short.mean(axis=0) <= error)[0])
+
+
+def out_of_fold_logits(recipe: Recipe, table: Table, folds: int, seed: int, advance: Advance = silent) -> Floats:
+    """(rows,) logits from probes that never saw the row's group; everything is chosen anew inside each fold."""
+    logits = np.full(len(table), np.nan)
+    for fitted, tested in grouped_folds(table.labels, table.groups, folds, seed):
+        logits[tested] = recipe.fit(table.take(fitted), seed).logit(table.take(tested))
+        advance()
+    return logits
