@@ -9,7 +9,6 @@ from sklearn.metrics import log_loss
 
 from lapwing_training.calibrate import (
     choose_kind,
-    cross_fitted,
     fit_calibration,
     flagged_share,
     guaranteed_points,
@@ -92,24 +91,6 @@ def test_knots_say_what_isotonic_regression_says_but_never_0_or_1() -> None:
 def test_an_unknown_kind_is_refused() -> None:
     with pytest.raises(InvalidOption, match="`beta`; known are auto, platt, isotonic"):
         fit_calibration(*drawn(100, crooked=False), kind="beta")
-
-
-@pytest.mark.parametrize("kind", ["platt", "isotonic"])
-def test_probabilities_and_points_of_a_fold_come_from_the_others(kind: str) -> None:
-    logits, labels, groups = drawn(1500, crooked=False)
-    folds = groups % 5
-    probabilities, points = cross_fitted(logits, labels, groups, folds, kind)
-    assert len(points) == 5
-    assert np.isfinite(probabilities).all()
-    turned = np.where(folds == 2, 1 - labels, labels)
-    others, other_points = cross_fitted(logits, turned, groups, folds, kind)
-    np.testing.assert_array_equal(probabilities[folds == 2], others[folds == 2])
-    assert points[2] == other_points[2]
-    # Control: whoever is calibrated on the turned labels notices.
-    assert (probabilities[folds == 1] != others[folds == 1]).any()
-    assert points[1] != other_points[1]
-    expected = operating_points(logits[(folds != 2) & (labels == 0)])
-    assert points[2] == expected
 
 
 def test_the_threshold_is_the_stated_order_statistic() -> None:

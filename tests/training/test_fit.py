@@ -47,8 +47,11 @@ def test_folded_logit_is_the_decision_function_of_scaler_and_regression() -> Non
     heads = np.array([9, 2, 14])
     probe = LapwingRecipe((SCORE, LAPLACIAN), table.k).fit_chosen(table, heads, 0.1)
     columns = table.stacked((SCORE, LAPLACIAN), table.k).reshape(len(table), 16, -1)[:, heads].reshape(len(table), -1)
-    # The four eigenvalues of a head together weigh as much as its one score.
-    standard = StandardScaler().fit_transform(columns.astype(np.float64)) / np.tile([1.0, 2.0, 2.0, 2.0, 2.0], 3)
+    # The four eigenvalues of a head together weigh as much as its one score, the more variable ones more.
+    deviation = columns.astype(np.float64).std(axis=0).reshape(3, 5)
+    shares = np.concatenate([np.ones((3, 1)), deviation[:, 1:] / deviation[:, 1:].sum(axis=1, keepdims=True)], axis=1)
+    np.testing.assert_allclose(shares.sum(axis=1), 2.0)
+    standard = StandardScaler().fit_transform(columns.astype(np.float64)) * np.sqrt(shares.ravel())
     oracle = LogisticRegression(C=0.1, class_weight="balanced", tol=1e-8).fit(standard, table.labels)
     np.testing.assert_allclose(unscaled(probe, table), oracle.decision_function(standard), atol=1e-4)
     assert np.flatnonzero(probe.selected).tolist() == [2, 9, 14]
@@ -348,7 +351,7 @@ def test_the_chosen_c_is_the_best_out_of_fold_and_not_the_worst() -> None:
     folds = grouped_folds(table.labels, table.groups, 5, seed=0)
 
     def scores(strength: float) -> list[float]:
-        # The four values of a head share its variance.
+        # The four values of a head share its variance, and vary alike.
         model = LogisticRegression(C=strength / 4, class_weight="balanced", max_iter=2000)
         pipeline = make_pipeline(StandardScaler(), model)
         return [

@@ -74,8 +74,9 @@ def test_control_every_selection_that_saw_the_tested_rows_is_caught(selection: s
 
 
 def test_noise_scores_half_out_of_fold() -> None:
-    # One AUROC of 200 rows has a standard error of .042, the mean of six .017.
-    assert abs(mean_out_of_fold(select_outside=False) - 0.5) < 0.045
+    # One AUROC of 200 rows, pooled over folds that chose for themselves, varies by .06 (seen over 24 tables), the mean
+    # of nine by .02.
+    assert abs(mean_out_of_fold(select_outside=False, seeds=range(9)) - 0.5) < 0.06
 
 
 def test_control_selection_on_tested_rows_finds_signal_in_noise() -> None:

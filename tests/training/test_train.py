@@ -477,10 +477,8 @@ def test_the_command_line_says_all_options(trained: Path, monkeypatch: pytest.Mo
         guarantee=True,
     )
     assert run(cli_train.train, "store", "--out", "probe").exit_code == 0
-    assert asked == [
-        (Path("store"), Path("probe"), options, None),
-        (Path("store"), Path("probe"), TrainOptions(), None),
-    ]
+    places = (Path("store"), Path("probe"))
+    assert asked == [(*places, options, None), (*places, TrainOptions(), None)]
     # What a probe says of its making leads to the same options.
     again = shlex.split(options.command(*places))[2:]
     run(cli_train.train, *again)

@@ -24,6 +24,9 @@ from lapwing_training.train_options import TrainOptions
 
 Statistics = dict[str, NDArray[np.float32]]
 
+HEAD_PROBE_K = 10
+"""Values that a head's own probe reads at most; more of them would cost more than all else, for a picture."""
+
 
 def assemble(
     name: str,
@@ -104,7 +107,9 @@ def statistics_of(fitted: Fitted, trial: Trial, advance: Advance) -> Statistics:
             f"{name}/Q_VALUE": tested.q_value,
             f"{name}/AUROC": tested.auroc,
             f"{name}/EFFECT_SIZE": tested.effect_size,
-            f"{name}/HEAD_PROBE": head_probe_auroc(table, (name,), fitted.probe.k, fitted.folds, advance),
+            f"{name}/HEAD_PROBE": head_probe_auroc(
+                table, (name,), min(fitted.probe.k, HEAD_PROBE_K), fitted.folds, advance
+            ),
         }
     return {name: np.asarray(values, dtype=np.float32) for name, values in found.items()}
 

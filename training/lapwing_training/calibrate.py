@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from sklearn.isotonic import IsotonicRegression
 from sklearn.linear_model import LogisticRegression
 
-from lapwing_detector.probe import Calibration
+from lapwing_detector.calibration import Calibration
 from lapwing_training.errors import InvalidOption
 from lapwing_training.significance import Floats
 from lapwing_training.splits import grouped_folds
@@ -172,30 +172,6 @@ def one_per_group(values: Floats, groups: NDArray[Any], seed: int) -> Floats:
     order = np.random.default_rng(seed).permutation(len(values))
     _, first = np.unique(groups[order], return_index=True)
     return values[order[first]]
-
-
-def cross_fitted(
-    logits: Floats, labels: NDArray[Any], groups: NDArray[Any], folds: NDArray[Any], kind: str = "auto"
-) -> tuple[Floats, tuple[tuple[OperatingPoint, ...], ...]]:
-    """Probabilities and thresholds for rows that had no part in them: those of a fold come from all other folds.
-
-    Args:
-        logits: (rows,) out-of-fold, each from the probe of its fold.
-        labels: (rows,)
-        groups: (rows,) none in two folds.
-        folds: (rows,) number of the row's fold, from 0 on.
-        kind: of calibration, as for `fit_calibration`; `auto` is decided anew for every fold.
-
-    Returns:
-        (rows,) probabilities, and by fold its operating points.
-    """
-    probabilities, points = np.full(len(logits), np.nan), []
-    for number in range(int(folds.max()) + 1):
-        mine = folds == number
-        calibration = fit_calibration(logits[~mine], labels[~mine], groups[~mine], kind)
-        probabilities[mine] = calibration.probabilities(logits[mine])
-        points.append(operating_points(logits[~mine & (labels == 0)]))
-    return probabilities, tuple(points)
 
 
 def flagged_share(logits: Floats, threshold: float) -> float:

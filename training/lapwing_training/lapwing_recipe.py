@@ -158,18 +158,22 @@ class LapwingRecipe:
         return {choice: scores[min(choice.count, len(heads)), choice.strength] for choice in choices}
 
     def scaler(self, columns: NDArray[Any]) -> tuple[Floats, Floats]:
-        """What to subtract from each column and to divide it by: the values of a head's feature share its variance.
+        """What to subtract from each column and to divide it by.
 
-        So a feature of one number weighs as much as one of k, and a C means the same for every k.
+        The values of a head's feature share a variance of 1, each in proportion to its standard deviation. So a feature
+        of one number weighs as much as one of k, a C means the same for every k, and of ranked values the first, which
+        vary most, are shrunk least.
 
         Args:
             columns: (rows, heads * width)
         """
-        mean, scale = standardiser(columns)
         assert self.k is not None
+        mean, deviation = standardiser(columns)
         widths = [FEATURES[name].width(self.k) for name in self.features]
-        shares = np.sqrt(np.repeat(widths, widths))  # (width,)
-        return mean, scale * np.tile(shares, len(scale) // len(shares))
+        starts = np.cumsum([0, *widths[:-1]])
+        by_head = deviation.reshape(-1, sum(widths))  # (heads, width)
+        shared = np.repeat(np.add.reduceat(by_head, starts, axis=1), widths, axis=1)
+        return mean, np.sqrt(by_head * shared).ravel()
 
     def fit_chosen(
         self, table: Table, heads: NDArray[np.int64], strength: float, significant: int | None = None

@@ -45,7 +45,7 @@ class SinkRecipe:
         """
         share = self.choose(table, seed) if self.share is None else self.share
         columns, mean, scale = self._standardised(table)
-        penalty, weights = next(fit for reached, *fit in l1_fits(columns, table.labels) if reached == share)
+        penalty, weights = next((one[1], one[2]) for one in l1_fits(columns, table.labels) if one[0] == share)
         shape = (*table.shape, len(weights) // (table.shape[0] * table.shape[1]))
         heads = np.arange(shape[0] * shape[1])
         folded, bias = fold(weights / scale, 0.0, mean, shape, heads)
