@@ -74,11 +74,12 @@ def test_a_promised_rate_is_about_kept_by_the_whole_fit() -> None:
     assert abs(rates.mean() - 0.1) < 0.025
     assert rates.min() > 0.04
     assert rates.max() < 0.18
+    assert np.abs(rates - 0.1).mean() < 0.025
 
 
 def test_control_logits_that_are_as_long_as_their_c_allows_break_the_promise(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(LinearProbe, "on_unit_scale", lambda probe, table: probe)
-    assert (np.abs(realised_rates(RECIPE) - 0.1) > 0.09).sum() >= 4  # mostly 0
+    assert np.abs(realised_rates(RECIPE) - 0.1).mean() > 0.05  # mostly far too small
 
 
 def test_thresholds_and_calibration_are_set_on_the_out_of_fold_logits_of_the_file(trained: Path) -> None:

@@ -43,7 +43,7 @@ class LinearProbe:
 
         How far the logits of a regression spread is decided by its C, and that differs from fold to fold. On one scale,
         what is set on out-of-fold logits (thresholds, calibration, the combination) holds for the final probe: in
-        simulation a promise of 10 % came out at 7 to 17 % instead of 0 to 44 %. The regression's own decision function
+        simulation a promise of 10 % came out at 6 to 18 % instead of 0 to 40 %. The regression's own decision function
         is `logit * chosen["logit_scale"] + chosen["logit_centre"]`.
         """
         raw = self.logit(fitted)

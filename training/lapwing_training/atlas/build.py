@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+from lapwing_detector.features import FEATURES
 from lapwing_detector.language_model import LanguageModel
 from lapwing_training.asking import Asking, ask
 from lapwing_training.atlas.corpus import QUESTIONS, training_texts
@@ -183,9 +184,8 @@ def make_store(directory: Path, loaded: LanguageModel) -> None:
     """Features of every labelled generation."""
     if not (directory / "store" / "index.json").exists():
         generations = read_generations(directory / "generations.jsonl.gz")
-        extract_features(
-            generations, directory / "store", loaded, ExtractOptions(batch_size=128, stratum="meta.relation")
-        )
+        options = ExtractOptions(tuple(FEATURES), batch_size=128, stratum="meta.relation")
+        extract_features(generations, directory / "store", loaded, options)
 
 
 def make_probe(directory: Path) -> None:
