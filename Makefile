@@ -40,6 +40,7 @@ proto: $(INSTALLED)  ## generate the stubs from the .proto files
 bench: $(INSTALLED)  ## measure what the README claims (about three quarters of an hour; QUICK=1 for a look)
 	$(BIN)/python benchmarks/capture.py $(if $(QUICK),--quick)
 	$(BIN)/python benchmarks/running.py $(if $(QUICK),--quick)
+	$(BIN)/python benchmarks/training.py $(if $(QUICK),--quick)
 	$(BIN)/python benchmarks/gpu.py $(if $(QUICK),--quick)
 
 atlas: $(INSTALLED)  ## make the embedded model again from nothing and put it into the package

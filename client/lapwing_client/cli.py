@@ -21,8 +21,11 @@ SUMMARIES = {
     "heatmap": "Draw which attention heads a probe uses, and why.",
     "doctor": "Check a model before anyone relies on what is captured of it.",
     "generate": "Let a model answer questions, for training a probe.",
+    "import": "Bring labelled answers of others into our form.",
     "label": "Label generated answers as right or made up.",
     "extract": "Compute the attention features of labelled answers.",
+    "inspect": "Say what is in a feature store, and whether it is whole.",
+    "merge": "Join the feature stores that several machines made.",
     "train": "Select heads, fit and calibrate a probe.",
     "evaluate": "Measure a probe on held-out answers.",
 }

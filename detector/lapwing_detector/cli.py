@@ -23,7 +23,7 @@ IN_PYTHON = 'capture_attention(model, fallback="eager")'
 def heatmap(
     probe: Annotated[str, typer.Option(help="Probe directory or Hub id; the embedded probe without it.")] = "",
     statistic: Annotated[
-        str, typer.Option(help="P_VALUE, Q_VALUE, AUROC, EFFECT_SIZE, WEIGHT or SELECTED.")
+        str, typer.Option(help="P_VALUE, Q_VALUE, AUROC, EFFECT_SIZE, HEAD_PROBE, WEIGHT or SELECTED.")
     ] = "P_VALUE",
     feature: Annotated[
         str,

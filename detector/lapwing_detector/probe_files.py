@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
@@ -27,6 +29,9 @@ SCHEMA_VERSION = 1
 TENSORS, MANIFEST, CARD = "probe.safetensors", "manifest.json", "README.md"
 FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
+LEFT_SECONDS = 3600.0
+"""Age from which on an unfinished save is taken for one that was killed."""
+
 BROKEN = (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RecursionError)
 """What reading JSON and arrays that are not ours may end in."""
 
@@ -42,6 +47,7 @@ def save(probe: Probe, directory: Path, files: Mapping[str, bytes], card: str | 
         if not FILE_NAME.fullmatch(name) or name in (TENSORS, MANIFEST, CARD):
             raise ValueError(f"a file named {name!r} can't stand in a probe directory; give it another, plain name")
     directory = directory.resolve()  # a link to a probe is followed, and not replaced
+    _recover(directory)
     _require_replaceable(directory)
     content = {**card_pictures(probe), **files}
     content[TENSORS] = _tensor_bytes(probe)
@@ -59,6 +65,17 @@ def save(probe: Probe, directory: Path, files: Mapping[str, bytes], card: str | 
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return directory
+
+
+def _recover(directory: Path) -> None:
+    """Clean up after a save that was killed: the probe that it had moved aside comes back, what it left goes."""
+    name = glob.escape(f".{directory.name}.")
+    for aside in directory.parent.glob(f"{name}old.*/old"):
+        if not directory.exists():
+            os.replace(aside, directory)
+    for left in directory.parent.glob(f"{name}*"):
+        if left.is_dir() and time.time() - left.stat().st_mtime > LEFT_SECONDS:  # another save may be at work
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def _require_replaceable(directory: Path) -> None:
