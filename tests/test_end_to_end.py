@@ -119,9 +119,10 @@ def test_a_probe_is_retrained_by_commands_and_served(tmp_path):
     again = {item.id: item for item in read_generations(labelled)}
     assert [again[item.id].label for item in chosen] == [item.label for item in chosen]
     lapwing("extract", labelled, "--out", store, "--stratum", "meta.relation")
-    trained = json.loads(lapwing("train", store, "--out", probe, "--name", "mine", "--json"))
+    trained = json.loads(lapwing("train", store, "--out", probe, "--name", "mine", "--test-share", 0.3, "--json"))
     assert trained["revision"] == Probe.from_pretrained(probe).revision
     assert (probe / "report.md").read_text().startswith("# Report: mine")
+    assert "<script" not in (probe / "report.html").read_text()
     judged = json.loads(lapwing("evaluate", probe, store, "--seen-groups", "--json"))
     assert judged["test"]["rows"] == 900
     lapwing("heatmap", "--probe", probe, "--out", tmp_path / "pair.png")

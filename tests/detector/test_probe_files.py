@@ -245,6 +245,23 @@ def test_a_failure_in_the_very_swap_puts_the_old_probe_back(saved, monkeypatch):
     assert [path.name for path in saved.parent.iterdir()] == ["probe"]
 
 
+def test_the_next_save_cleans_up_after_one_that_was_killed_in_the_swap(saved, monkeypatch):
+    aside = saved.parent / ".probe.old.killed" / "old"
+    aside.parent.mkdir()
+    saved.rename(aside)  # the old probe was moved away, and the process ended there
+    (saved.parent / ".probe.killed").mkdir()
+    with monkeypatch.context() as failing:
+        failing.setattr(probe_files, "_write", lambda path, data: (_ for _ in ()).throw(OSError("disk full")))
+        with pytest.raises(OSError, match="disk full"):
+            random_probe().save_pretrained(saved)
+    assert Probe.from_pretrained(saved).bias == 0.25, "it is back before anything new is written"
+    assert (saved.parent / ".probe.killed").exists(), "it may be of a save at work"
+    monkeypatch.setattr(probe_files, "LEFT_SECONDS", -1.0)
+    replace(random_probe(), bias=0.5).save_pretrained(saved)
+    assert Probe.from_pretrained(saved).bias == 0.5
+    assert [path.name for path in saved.parent.iterdir()] == ["probe"]
+
+
 def test_a_link_to_a_probe_is_followed_and_a_file_is_never_replaced(saved, tmp_path):
     (tmp_path / "link").symlink_to(saved)
     replace(random_probe(), bias=0.5).save_pretrained(tmp_path / "link")

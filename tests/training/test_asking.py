@@ -133,6 +133,16 @@ def test_questions_come_from_any_table(tmp_path: Path) -> None:
     assert questions_of(tables(tmp_path / ".")[0], columns, limit=2) == read[0][:2]
 
 
+@pytest.mark.parametrize("name", ["t.json", "t.jsonl", "t.parquet"])
+def test_an_unknown_column_is_refused_however_few_rows_are_read(tmp_path: Path, name: str) -> None:
+    tables(tmp_path)
+    source = Source(str(tmp_path / name))
+    for limit in (None, 1):
+        with pytest.raises(InvalidOption, match=r"column is `sort`; the columns of .* are .*ask"):
+            questions_of(source, Columns(prompt="ask", meta=("sort",)), limit)
+    assert len(questions_of(source, Columns(prompt="ask", meta=("kind",)), limit=1)) == 1  # control
+
+
 def test_a_broken_question_is_told_with_its_place(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text("ask,ok\nq,x\n ,x\n,x\n")
     with pytest.raises(InvalidData, match=r"t.csv: line 3: column `ask` is empty \(and 1 more such rows\)"):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 
-from lapwing_training.baselines import Combination, log_odds
+from lapwing_training.baselines import Combination, log_odds, raw_scores
 from lapwing_training.table import Table
 from tests.training.training_fakes import make_table
 
@@ -48,3 +50,12 @@ def test_a_combination_comes_back_from_json() -> None:
     fitted = Combination.fit(known, attention, table)
     again = Combination.from_dict(fitted.to_dict())
     assert again.score(known, attention) == pytest.approx(fitted.score(known, attention))
+
+
+def test_a_missing_log_probability_counts_as_the_middle_one_of_the_given_rows() -> None:
+    known = np.array([-1.0, -2.0, -3.0, np.nan, -40.0, -50.0, np.nan, -60.0])
+    table = replace(make_table(rows=8, heads=1, layers=1), log_probabilities=known)
+    filled = raw_scores(table, np.arange(4))["log_probability"]
+    np.testing.assert_array_equal(filled, [-1.0, -2.0, -3.0, -2.0, -40.0, -50.0, -2.0, -60.0])
+    assert raw_scores(table)["log_probability"][3] == -21.5  # control: of all rows, the tested ones included
+    assert "log_probability" not in raw_scores(table, np.array([3, 6]))

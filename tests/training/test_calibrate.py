@@ -10,7 +10,6 @@ from sklearn.metrics import log_loss
 from lapwing_training.calibrate import (
     choose_kind,
     fit_calibration,
-    flagged_share,
     guaranteed_points,
     isotonic,
     one_per_group,
@@ -147,8 +146,3 @@ def test_the_promised_rate_is_kept_in_simulation(rate: float) -> None:
 
 def test_control_a_plain_quantile_breaks_the_promise() -> None:
     assert realised(0.05, 30, plain_quantile=True) > 0.07
-
-
-def test_flagging_is_strict() -> None:
-    assert flagged_share(np.array([1.0, 2.0, 2.0, 3.0]), 2.0) == 0.25
-    assert np.isnan(flagged_share(np.array([]), 0.0))

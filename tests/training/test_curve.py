@@ -5,8 +5,10 @@ import pytest
 from sklearn.metrics import roc_auc_score
 from training_fakes import LAPLACIAN, make_table
 
+from lapwing_training import curve as curve_module
 from lapwing_training.curve import DRAWS, Curve, learning_curve
 from lapwing_training.fit import LapwingRecipe
+from lapwing_training.selection import SELECTIONS
 from lapwing_training.splits import Fold, grouped_folds
 from lapwing_training.table import Table
 
@@ -59,6 +61,25 @@ def test_the_curve_ranks_as_the_full_fit_does(table: Table, curve: Curve) -> Non
     found = curve.selected[2, tested]
     assert roc_auc_score(test.labels, found) == pytest.approx(roc_auc_score(test.labels, full), abs=0.01)
     assert np.corrcoef(found, full)[0, 1] > 0.98
+
+
+@pytest.mark.parametrize("selection", SELECTIONS)
+def test_every_number_of_heads_is_read_whatever_the_selection(
+    selection: str, table: Table, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[tuple[int, int]] = []
+    plain = curve_module.nested_logits
+
+    def spy(recipe: LapwingRecipe, train: Table, test: Table, order: np.ndarray, counts: list[int]) -> np.ndarray:
+        read.append((len(set(order.tolist())), max(counts)))
+        return plain(recipe, train, test, order, counts)
+
+    monkeypatch.setattr(curve_module, "nested_logits", spy)
+    recipe = LapwingRecipe((LAPLACIAN,), 2, selection, strength=0.1)
+    found = learning_curve(recipe, table, folds_of(table), seed=0)
+    assert {heads >= most == found.heads[-1] for heads, most in read} == {True}
+    # All heads are all heads in whatever order, also for the selections that leave some out.
+    np.testing.assert_allclose(found.by_lot[-1, 0], found.selected[-1], atol=1e-3)
 
 
 def test_on_noise_the_curve_is_flat_at_half() -> None:

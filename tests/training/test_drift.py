@@ -5,21 +5,23 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from scipy import stats
-from training_fakes import LAPLACIAN, SCORE, identity, make_table
+from training_fakes import LAPLACIAN, SCORE, identity, make_table, write_store
 
 from lapwing_detector.calibration import Calibration
-from lapwing_detector.probe import Probe
+from lapwing_detector.probe import Probe, Threshold
 from lapwing_training.drift import REFERENCE, Reference, drift_of, independent_rows, selected_scalars
 from lapwing_training.errors import InvalidData
 from lapwing_training.notes import mode_note
 from lapwing_training.sample import Sample
 from lapwing_training.scores import Scores
+from lapwing_training.store import read_store
 from lapwing_training.table import Table
-from lapwing_training.transfer import probe_logits
+from lapwing_training.transfer import evaluate_probe, probe_logits
 
 SELECTED = (1, 2, 5, 9, 14)
 
@@ -53,10 +55,13 @@ def with_head_moved(table: Table, head: int, by: float) -> Table:
     return replace(table, features={**table.features, LAPLACIAN: values.reshape(table.features[LAPLACIAN].shape)})
 
 
-def found(fitted: Probe, before: Table, here: Table) -> dict[str, object]:
+def found(
+    fitted: Probe, before: Table, here: Table, resamples: int = 50, seen_groups: bool = False
+) -> dict[str, object]:
     logits = probe_logits(fitted, here)
     scores = Scores(logits, fitted.calibration.probabilities(logits), {}, None)
-    result = drift_of(fitted, Reference.of(fitted, before, 0), here, Sample.of(here, 50), scores, seed=0)
+    sample = Sample.of(here, resamples)
+    result = drift_of(fitted, Reference.of(fitted, before, 0), here, sample, scores, seed=0, seen_groups=seen_groups)
     json.dumps(result, allow_nan=False)
     return result
 
@@ -153,6 +158,58 @@ def test_the_auroc_is_held_against_the_probes_own() -> None:
     assert change["change"]["high"] < 0.0
     wide = change["change"]["high"] - change["change"]["low"]
     assert wide > change["here"]["high"] - change["here"]["low"]  # the error of the first counts, too
+
+
+def test_the_change_of_auroc_has_no_interval_where_its_error_is_unknown() -> None:
+    before, here = make_table(rows=200, seed=0), make_table(rows=200, seed=1)
+    no_interval = {"base_rate": 0.4, "auroc": {"value": 0.8, "low": None, "high": None}}
+    known = found(probe(), before, here)["auroc"]
+    for unknown in (
+        found(probe(), before, here, seen_groups=True)["auroc"],  # rows may be the same
+        found(replace(probe(), metrics={"test": no_interval}), before, here)["auroc"],
+        without_interval_here(probe(), here),
+    ):
+        assert unknown["change"] == {"value": known["change"]["value"], "low": None, "high": None}
+    assert known["change"]["low"] < known["change"]["value"] < known["change"]["high"]  # control
+
+
+def without_interval_here(fitted: Probe, here: Table) -> dict[str, Any]:
+    """The change of AUROC where no resample tells how sure that of this store is."""
+    sample = Sample.of(here, 50)
+    alone = replace(sample, weights=sample.weights[:1])
+    logits = probe_logits(fitted, here)
+    scores = Scores(logits, fitted.calibration.probabilities(logits), {}, None)
+    found = drift_of(fitted, None, here, alone, scores, seed=0)["auroc"]
+    assert found["here"]["low"] is None
+    return dict(found)
+
+
+def test_a_guarantee_is_counted_by_group_on_another_store_too(tmp_path: Path) -> None:
+    table = make_table(rows=120, seed=3)
+    sizes = [1] * 20 + [5] * 20
+    table = replace(table, groups=np.repeat([f"g{number}" for number in range(40)], sizes).astype(table.groups.dtype))
+    here = write_store(tmp_path / "here", table)
+    limit = float(np.median(probe_logits(probe(), table)))
+    rates = {}
+    for guaranteed in (False, True):
+        fitted = replace(
+            probe(),
+            layers=(0, 1, 2, 3),
+            thresholds=(Threshold(0.05, limit, None, 90),),
+            training={"guarantee": guaranteed},
+            metrics={},
+        )
+        directory = tmp_path / f"probe-{guaranteed}"
+        fitted.save_pretrained(directory)
+        [entry] = evaluate_probe(directory, here, resamples=20, seen_groups=True)["thresholds"]
+        rates[guaranteed] = entry["realised_rate"]
+    negatives = read_store(here).table.labelled()
+    negatives = negatives.take(negatives.labels == 0)
+    flagged = probe_logits(probe(), negatives) > limit
+    by_group = [flagged[negatives.groups == group].mean() for group in np.unique(negatives.groups)]
+    assert rates[False] == pytest.approx(flagged.mean())
+    assert rates[True] == pytest.approx(np.mean(by_group))
+    assert abs(rates[True] - rates[False]) > 0.005  # control: they differ
 
 
 def test_the_reference_comes_back_from_its_file(tmp_path: Path) -> None:

@@ -19,9 +19,10 @@ from lapwing_detector.summary import AttentionSummary
 from lapwing_training import files
 from lapwing_training.cli.extract import extract
 from lapwing_training.cli.inspect import inspect
-from lapwing_training.errors import InvalidData, InvalidOption, NotEnoughData, StoreMismatch
+from lapwing_training.errors import InvalidData, InvalidOption, NotEnoughData, StoreCorrupt, StoreMismatch
 from lapwing_training.extract import ExtractOptions, extract_features
-from lapwing_training.generations import LabelledGeneration, write_generations
+from lapwing_training.generate import GenerateOptions, generate_answers
+from lapwing_training.generations import LabelledGeneration, Question, read_generations, write_generations
 from lapwing_training.inspect import inspect_store
 from lapwing_training.prefix import response_cut
 from lapwing_training.shards import WHOLE, read_shard, shard_paths, stage_kind
@@ -226,6 +227,21 @@ def test_relabelling_writes_labels_anew_and_no_features(
     assert set(read_store(tmp_path / "store").table.labels.tolist()) == {1}
 
 
+def test_labels_of_other_items_are_refused_and_mended_without_the_model(
+    loaded: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = tmp_path / "store"
+    extract_features(items(), store, loaded, OPTIONS)
+    whole = contents(store)
+    monkeypatch.setattr(LanguageModel, "summaries", None)  # any forward would fail
+    extract_features(items()[5:25], store, loaded, OPTIONS)
+    (store / "index.json").write_bytes(whole["index.json"])  # as if killed before the index was written
+    with pytest.raises(StoreCorrupt, match="run lapwing extract again, which keeps the shards"):
+        read_store(store)
+    extract_features(items(), store, loaded, OPTIONS)
+    assert contents(store) == whole
+
+
 def test_relabelling_some_of_the_items_keeps_stages_and_strata(
     loaded: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -318,6 +334,24 @@ def test_modes_are_kept_and_foreign_answers_are_supplied(loaded: LanguageModel, 
     assert inspect_store(tmp_path / "both")["mode"] == "mixed"
     extract_features(items(9), tmp_path / "unsaid", loaded, OPTIONS)
     assert read_store(tmp_path / "unsaid").mode == "unknown"
+
+
+def test_answers_of_another_model_with_the_same_tokenizer_are_supplied(
+    loaded: LanguageModel, other_model: Path, tmp_path: Path
+) -> None:
+    other = LanguageModel.load(str(other_model))
+    assert other.identity.tokenizer == loaded.identity.tokenizer
+    asked = [Question(id=f"q{number}", prompt=" ".join(WORDS[: 4 + number])) for number in range(4)]
+    generate_answers(asked, tmp_path / "out", other, GenerateOptions(max_new_tokens=4))
+    answers = read_generations(tmp_path / "out")
+    for model, mode in ((loaded, "supplied"), (other, "generated")):
+        extract_features(answers, tmp_path / mode, model, OPTIONS)
+        store = read_store(tmp_path / mode)
+        assert store.mode == mode
+        assert np.isnan(store.table.log_probabilities).all() == (mode == "supplied")
+    # The ids are still those that were written: the tokenizer is the same.
+    counts = [len(answer.generation["token_ids"]) for answer in answers]
+    assert read_store(tmp_path / "supplied").table.token_counts.tolist() == counts
 
 
 def test_kept_ids_are_split_where_the_prompt_ended(loaded: LanguageModel, tmp_path: Path) -> None:

@@ -79,3 +79,21 @@ def test_the_heads_that_may_be_selected_are_the_discoveries() -> None:
     assert power > 0.99
     assert rate <= LEVEL + 2 * error
     assert false_discoveries(ungated)[0] > 0.9  # control: every head is a candidate
+
+
+def test_two_features_are_no_two_chances() -> None:
+    called = np.zeros((SIMULATIONS, HEADS), dtype=bool)
+    either = np.zeros_like(called)
+    for seed in range(SIMULATIONS):
+        scalars, labels, groups = simulated(seed)
+        second = np.random.default_rng([seed, 1]).normal(size=scalars.shape)
+        second[:, PLANTED] += labels[:, None]
+        both = np.stack([scalars, second], axis=1)  # (rows, features, heads), independent of each other
+        called[seed, rank_heads(both.reshape(len(labels), 2, 8, 8), labels, groups).heads] = True
+        q_values = [head_significance(values, labels, groups).q_value for values in (scalars, second)]
+        either[seed] = np.min(q_values, axis=0) < LEVEL
+    rate, error, power = false_discoveries(called)
+    assert power > 0.99
+    assert rate <= LEVEL + 2 * error
+    rate, error, _ = false_discoveries(either)
+    assert rate > LEVEL + 2 * error  # control: significant in either feature

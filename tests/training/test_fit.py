@@ -11,7 +11,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from training_fakes import LAPLACIAN, SCORE, make_table
 
-from lapwing_training import linear_probe, paper_recipe
+from lapwing_training import linear_probe, nested, paper_recipe
 from lapwing_training.errors import InvalidOption, NotEnoughData
 from lapwing_training.fit import (
     LapwingRecipe,
@@ -20,13 +20,11 @@ from lapwing_training.fit import (
     Recipe,
     SinkRecipe,
     make_recipe,
-    out_of_fold_logits,
 )
 from lapwing_training.linear_probe import standardiser
-from lapwing_training.newton import STRENGTHS, first_newton_steps
+from lapwing_training.newton import STRENGTHS
 from lapwing_training.paper_recipe import paper_classifier, some_groups
-from lapwing_training.recipes import simplest
-from lapwing_training.sink_recipe import SHARES
+from lapwing_training.selection import SELECTIONS
 from lapwing_training.splits import grouped_folds
 from lapwing_training.table import Table
 
@@ -104,57 +102,6 @@ def test_a_number_that_hardly_varies_is_not_blown_up() -> None:
     assert scale[1] == 1e-4
 
 
-def test_the_first_newton_step_ranks_like_the_full_fit() -> None:
-    table = make_table(rows=1200, planted=(2, 9, 11), strength=0.5)
-    columns = columns_of(table)
-    mean, scale = standardiser(columns[:800])
-    standard = (columns - mean) / scale
-    [logits] = first_newton_steps(standard[:800], table.labels[:800], standard[800:], [columns.shape[1]])
-    for strength, logit in zip(STRENGTHS, logits, strict=True):
-        full = LogisticRegression(C=strength, class_weight="balanced", max_iter=2000)
-        expected = full.fit(standard[:800], table.labels[:800]).decision_function(standard[800:])
-        step, fit = (roc_auc_score(table.labels[800:], values) for values in (logit, expected))
-        # The choice is made to one standard error of an AUROC, .03 here; the step may miss a sixth of it.
-        assert step == pytest.approx(fit, abs=0.005)
-
-
-def test_newton_steps_of_fewer_columns_are_steps_of_their_own() -> None:
-    rng = np.random.default_rng(0)
-    columns, labels = rng.normal(size=(100, 6)), (rng.random(100) < 0.5).astype(int)
-    nested = first_newton_steps(columns, labels, columns, [2, 6])[0]
-    alone = first_newton_steps(columns[:, :2], labels, columns[:, :2], [2])[0]
-    np.testing.assert_allclose(nested, alone, atol=1e-12)
-
-
-def test_with_more_columns_than_rows_the_step_is_the_same() -> None:
-    rng = np.random.default_rng(0)
-    columns, labels = rng.normal(size=(40, 90)), (rng.random(40) < 0.3).astype(int)
-    [_, found] = first_newton_steps(columns, labels, columns[:7], [3, 90])
-    weight = np.where(labels == 1, 0.5 / labels.mean(), 0.5 / (1 - labels.mean()))
-    centred = columns - weight @ columns / weight.sum()
-    for strength, logit in zip(STRENGTHS, found, strict=True):
-        hessian = (centred.T * 0.25 * weight) @ centred + np.eye(90) / strength
-        expected = centred[:7] @ np.linalg.solve(hessian, centred.T @ (weight * (labels - 0.5)))
-        np.testing.assert_allclose(logit, expected, rtol=1e-9, atol=1e-12)
-
-
-@pytest.mark.parametrize(
-    ("scores", "expected"),
-    [
-        # Each fold lies elsewhere, all candidates with it: .69 is worse in every fold by .02, .709 within the error.
-        ([[0.58, 0.599, 0.60], [0.68, 0.697, 0.70], [0.78, 0.803, 0.80]], 1),
-        ([[0.60, 0.69, 0.70], [0.62, 0.71, 0.72]], 2),  # worse by .01 without any doubt
-        ([[0.70, 0.60, 0.60], [0.70, 0.60, 0.60]], 0),
-        ([[0.50, 0.50, 0.50]], 0),
-        ([[0.60, 0.80, 0.70]], 1),  # one fold knows no error
-    ],
-)
-def test_the_simplest_is_taken_that_falls_short_by_no_more_than_its_error(
-    scores: list[list[float]], expected: int
-) -> None:
-    assert simplest(np.array(scores)) == expected
-
-
 def test_out_of_fold_logits_never_see_their_group() -> None:
     table = make_table(rows=300, per_group=3)
     seen: dict[str, set[str]] = {}
@@ -164,6 +111,8 @@ def test_out_of_fold_logits_never_see_their_group() -> None:
 
         def fit(self, train, seed):
             class Fitted:
+                k = table.k
+
                 def logit(self, tested):
                     assert not set(tested.groups) & set(train.groups)
                     seen.setdefault("groups", set()).update(tested.groups.tolist())
@@ -171,7 +120,7 @@ def test_out_of_fold_logits_never_see_their_group() -> None:
 
             return Fitted()
 
-    logits = out_of_fold_logits(Spy(), table, 5, seed=0)
+    logits = nested.fit(table, Spy(), seed=0).held_out
     assert seen["groups"] == set(table.groups.tolist())
     assert np.isfinite(logits).all()
 
@@ -221,6 +170,8 @@ def test_what_the_store_lacks_is_said(name: str, k: int | None, features: tuple[
         ("paper", {"selection": "l1"}, "`paper` selects no heads"),
         ("sink", {"heads": 3}, "`sink` selects no heads"),
         ("lapwing", {"heads": 0}, "heads is 0"),
+        ("lapwing", {"heads": -1}, "heads is -1; it must be at least 1"),
+        ("lapwing", {"heads": 4, "selection": "all"}, "heads is 4, but selection `all` reads every head"),
         ("lapwing", {"selection": "best"}, "`best`; known are fdr"),
     ],
 )
@@ -316,6 +267,18 @@ def test_what_is_given_is_not_chosen() -> None:
     assert not LapwingRecipe((LAPLACIAN,)).fit(table, 0).selected.all()  # control
 
 
+def test_as_many_heads_are_read_as_are_asked_for() -> None:
+    table = make_table(rows=600, planted=(2, 9))
+    for selection in SELECTIONS:
+        if selection != "all":
+            probe = make_recipe("lapwing", (LAPLACIAN,), 4, 4, selection, heads=12).fit(table, 0)
+            assert probe.chosen["heads"] == probe.selected.sum() == 12
+    free = LapwingRecipe((LAPLACIAN,), 4).rank(table, table.scalars((LAPLACIAN,), 4), 0)
+    assert len(free.heads) == free.significant < 12  # control: so many are significant
+    with pytest.raises(InvalidOption, match="heads is 17; the store holds 16"):
+        make_recipe("lapwing", (LAPLACIAN,), None, 4, heads=17).fit(table, 0)
+
+
 def test_every_number_of_heads_and_every_c_is_tried_the_simplest_first() -> None:
     choices = LapwingRecipe((LAPLACIAN,)).choices(make_table(rows=20, k=10))
     assert len(choices) == 2 * 5 * len(STRENGTHS)
@@ -376,37 +339,3 @@ def test_the_same_seed_gives_the_same_probe(recipe: Recipe) -> None:
     first, second = (recipe.fit(table, seed=7) for _ in range(2))
     np.testing.assert_array_equal(first.weights, second.weights)
     assert first.bias == second.bias
-
-
-def test_folded_logit_of_the_sinks_is_that_of_the_l1_regression() -> None:
-    table = make_table(planted=(2, 9))
-    probe = SinkRecipe((LAPLACIAN,), table.k, share=0.125).fit(table, seed=0)
-    model = LogisticRegression(
-        C=probe.chosen["C"], l1_ratio=1.0, solver="saga", class_weight="balanced", tol=1e-8, max_iter=5000
-    )
-    columns = columns_of(table)
-    oracle = make_pipeline(StandardScaler(), model).fit(columns, table.labels)
-    expected = oracle.decision_function(columns)
-    # The path is followed until no logit moves by more than 1e-3.
-    np.testing.assert_allclose(probe.logit(table), (expected - expected.mean()) / expected.std(), atol=1e-2)
-    weights = model.coef_[0].reshape(16, -1)
-    assert np.flatnonzero(probe.selected).tolist() == np.flatnonzero(weights.any(axis=1)).tolist()
-    assert 0 < probe.selected.sum() < 16
-
-
-def test_the_l1_penalty_leaves_the_heads_that_know_something() -> None:
-    table = make_table(rows=800, layers=8, heads=8, planted=(3, 30, 61), strength=0.8)
-    probe = SinkRecipe((LAPLACIAN,), table.k).fit(table, seed=0)
-    found = set(np.flatnonzero(probe.selected).tolist())
-    assert {3, 30, 61} <= found
-    assert len(found) < 20
-    assert probe.chosen["heads"] == len(found)
-    loose = SinkRecipe((LAPLACIAN,), table.k, share=SHARES[-1]).fit(table, seed=0)
-    assert loose.selected.sum() > 50  # control: with a weak penalty nearly all
-
-
-def test_the_strongest_l1_penalty_leaves_a_head_to_look_at_even_on_noise() -> None:
-    table = make_table(rows=300, seed=3)
-    assert SinkRecipe((LAPLACIAN,), table.k, share=SHARES[0]).fit(table, seed=0).selected.any()
-    flat = replace(table, features={LAPLACIAN: np.zeros_like(table.features[LAPLACIAN])})
-    assert not SinkRecipe((LAPLACIAN,), table.k).fit(flat, seed=0).logit(flat).any()

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import errno
 import json
 import math
@@ -24,7 +25,7 @@ from lapwing_training.extract import ExtractOptions, extract_features
 from lapwing_training.generate import GenerateOptions, generate_answers
 from lapwing_training.generations import Question, read_generations, write_generations
 from lapwing_training.shards import WHOLE, shard_paths
-from lapwing_training.store import read_store
+from lapwing_training.store import read_items, read_store
 
 GREEDY = GenerateOptions(max_new_tokens=6, batch_size=3)
 
@@ -109,6 +110,30 @@ def test_a_run_that_failed_goes_on_and_ends_with_the_same_bytes(
     assert not list(tmp_path.glob("*.partial"))
 
 
+def test_another_dtype_does_not_go_on_with_a_run_that_failed(
+    loaded: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = copy.deepcopy(loaded.model).bfloat16()
+    model.save_pretrained(tmp_path / "coarse")
+    loaded.tokenizer.save_pretrained(tmp_path / "coarse")
+    coarse, fine = (LanguageModel.load(str(tmp_path / "coarse"), dtype=dtype) for dtype in ("bfloat16", "float32"))
+    assert coarse.identity.digest == fine.identity.digest  # both hold the same numbers
+    plain, calls = generate_module.answer, []
+
+    def failing(*arguments: object) -> object:
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise RuntimeError("power cut")
+        return plain(*arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(generate_module, "answer", failing)
+        with pytest.raises(RuntimeError, match="power cut"):
+            generate_answers(questions(), tmp_path / "out", coarse, GREEDY)
+    assert generate_answers(questions(), tmp_path / "out", fine, GREEDY)["resumed"] == 0
+    assert generate_answers(questions(), tmp_path / "out", coarse, GREEDY)["resumed"] == 3  # control
+
+
 def test_sampling_depends_on_the_seed_and_leaves_the_generator_alone(loaded: LanguageModel, tmp_path: Path) -> None:
     options = replace(GREEDY, temperature=2.0)
     torch.manual_seed(0)
@@ -142,7 +167,12 @@ def test_an_item_that_can_not_be_tokenised_is_named(loaded: LanguageModel, tmp_p
 
 @pytest.mark.parametrize(
     ("prompt", "says"),
-    [("", "item `last`: prompt"), ("paris " * 70, r"item `last`: the prompt has 71 tokens, tiny reads at most 64")],
+    [
+        ("", "item `last`: prompt"),
+        ("paris " * 70, "item `last`: the prompt has 71 tokens and its answer up to 6, tiny reads at most 64 together"),
+        ("paris " * 62, "the prompt has 63 tokens and its answer up to 6, .* 64 .* lower --max-new-tokens"),
+        ("paris " * 58, "the prompt has 59 tokens"),  # one too many, see below
+    ],
 )
 def test_a_prompt_that_can_not_be_asked_is_named_before_any_is(
     loaded: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prompt: str, says: str
@@ -153,6 +183,11 @@ def test_a_prompt_that_can_not_be_asked_is_named_before_any_is(
         generate_answers([*questions(), Question(id="last", prompt=prompt)], tmp_path / "out", loaded, GREEDY)
     assert not calls
     assert not list(tmp_path.iterdir())
+
+
+def test_an_answer_may_fill_all_that_the_model_reads(loaded: LanguageModel, tmp_path: Path) -> None:
+    fits = Question(id="fits", prompt="paris " * 57)  # 58 tokens, and 6 of the answer
+    assert generate_answers([fits], tmp_path / "out", loaded, GREEDY)["answers"] == 1
 
 
 def test_a_target_that_can_not_be_written_is_refused_before_any_is_asked(
@@ -300,6 +335,39 @@ def test_labels_are_added_later_without_asking_the_model(
         extract_features([*labelled, foreign], store, loaded, ExtractOptions(ALL, 3))
     with pytest.raises(StoreMismatch, match="features"):
         extract_features(labelled, store, loaded, ExtractOptions(ALL[:2], 3))
+
+
+def test_a_file_that_holds_labels_is_not_written_over(loaded: LanguageModel, tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    generate_answers(questions(), out, loaded, GREEDY)
+    generate_answers(questions(), out, loaded, GREEDY)  # control: without labels it may be
+    first, *others = read_generations(out)
+    write_generations(out, [*others, replace(first, label=0)])
+    before = out.read_bytes()
+    with pytest.raises(InvalidOption, match=r"out.jsonl holds labels; give another file with --out or remove it"):
+        generate_answers(questions(), out, loaded, GREEDY)
+    assert out.read_bytes() == before
+
+
+def test_a_store_keeps_the_labels_of_answers_that_are_written_again(
+    loaded: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = tmp_path / "store"
+    generate_answers(questions(), tmp_path / "out", loaded, GREEDY, store, ALL, 3)
+    labelled = [
+        replace(answer, label=number % 2, labelling={"rule": "f1"})
+        for number, answer in enumerate(read_generations(tmp_path / "out"))
+    ]
+    extract_features(labelled[1:], store, loaded, ExtractOptions(ALL, 3))
+    generate_answers(questions(), tmp_path / "out", loaded, GREEDY, store, ALL, 3)
+    assert read_store(store).table.labels.tolist() == [-1, *(item.label for item in labelled[1:])]
+    held = read_items(store)
+    assert [held[item.id].labelling for item in labelled[1:]] == [{"rule": "f1"}] * 7
+    # Control: of another text, the label says nothing.
+    other = replace(held["q3"], generation={**held["q3"].generation, "token_ids": [0, 5, 6], "prompt_tokens": 2})
+    monkeypatch.setattr(gathering, "read_items", lambda directory: {**held, "q3": other})
+    generate_answers(questions(), tmp_path / "out", loaded, GREEDY, store, ALL, 3)
+    assert [id for id, item in read_items(store).items() if item.label is None] == ["q0", "q3"]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.5])

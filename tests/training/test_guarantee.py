@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from training_fakes import LAPLACIAN, make_table
 
-from lapwing_training.calibrate import RATES, flagged_share, guaranteed_points
+from lapwing_training.calibrate import RATES, guaranteed_points
 from lapwing_training.fit import LapwingRecipe
 from lapwing_training.table import Table
 
@@ -27,8 +27,8 @@ def realised_rates(table: Table, seed: int) -> tuple[list[float], list[float]]:
     points = guaranteed_points(probe.logit(kept), kept.labels, kept.groups, RATES, seed)
     negatives = probe.logit(fresh)[fresh.labels == 0]
     own = probe.logit(train)[train.labels == 0]
-    guaranteed = [flagged_share(negatives, point.logit) for point in points if point.logit is not None]
-    return guaranteed, [flagged_share(negatives, float(np.quantile(own, 1.0 - rate))) for rate in RATES]
+    guaranteed = [(negatives > point.logit).mean() for point in points if point.logit is not None]
+    return guaranteed, [(negatives > np.quantile(own, 1.0 - rate)).mean() for rate in RATES]
 
 
 def test_over_resamplings_the_realised_rate_is_the_promised_one_and_a_training_quantile_is_not() -> None:

@@ -15,7 +15,7 @@ from training_fakes import LAPLACIAN, SCORE, make_table, write_store
 from lapwing_detector.probe import Probe
 from lapwing_training import evaluate as evaluate_module
 from lapwing_training.baselines import Combination, comparisons, name_of, raw_scores, shuffled_control
-from lapwing_training.calibrate import flagged_share, operating_points, platt
+from lapwing_training.calibrate import operating_points, platt
 from lapwing_training.errors import NotEnoughData
 from lapwing_training.evaluate import evaluate_fit
 from lapwing_training.fit import LapwingRecipe, LinearProbe, PaperRecipe
@@ -64,7 +64,7 @@ def realised_rates(recipe: LapwingRecipe, seeds: int = 8) -> np.ndarray:
     for seed in range(seeds):
         table = make_table(rows=4400, planted=(1, 5, 9, 14), strength=0.3, seed=seed)
         fitted, fresh = fit(table.take(np.arange(400)), recipe, seed), table.take(np.arange(400, 4400))
-        rates.append(flagged_share(fitted.probe.logit(fresh)[fresh.labels == 0], fitted.points[2].logit))
+        rates.append((fitted.probe.logit(fresh)[fresh.labels == 0] > fitted.points[2].logit).mean())
     return np.array(rates)
 
 
@@ -238,8 +238,9 @@ def test_single_draws_of_random_heads_are_reported(trained: Path) -> None:
 def test_progress_counts_every_step_to_the_end(store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from lapwing_training.transfer import evaluate_probe
 
-    for recipe in ("lapwing", "paper"):
-        train_probe(store, tmp_path / recipe, replace(FAST, recipe=recipe, k=None, resamples=20))
+    for recipe, k, share in (("lapwing", None, 0.2), ("paper", 2, None), ("paper", None, 0.2)):
+        options = replace(FAST, recipe=recipe, k=k, resamples=20, test_share=share)
+        train_probe(store, tmp_path / recipe, options)
         bar = capsys.readouterr().err.rsplit("\r", 1)[-1]
         assert bar.startswith("train: 100%")
     evaluate_probe(tmp_path / "paper", store, resamples=20)

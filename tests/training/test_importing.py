@@ -251,7 +251,8 @@ def test_a_broken_row_of_csv_is_told_with_the_line_where_it_starts(tmp_path: Pat
 def test_a_quote_that_is_never_closed_is_told(tmp_path: Path) -> None:
     path = write_bytes(tmp_path / "t.csv", b'question,answer\nq,r\nq,"r\nq,r\n')
     found = brought(path, Columns(prompt="question", response="answer"), None)
-    assert (len(found.items), [one.number for one in found.rejected]) == (1, [3])
+    assert (len(found.items), [one.number for one in found.rejected]) == (1, [3, 4])  # no line vanishes
+    assert all("lines 3 to 4 were read as one" in one.reason for one in found.rejected)
 
 
 def test_a_broken_element_of_a_json_list_breaks_no_other(tmp_path: Path) -> None:

@@ -193,10 +193,35 @@ def test_another_file_is_never_taken_for_a_cache(tmp_path: Path) -> None:
         JudgeCache(tmp_path / "items.jsonl")
 
 
-def test_model_prompt_and_parameters_all_count() -> None:
-    keys = [answer_key(*of) for of in (("m", "p", {}), ("n", "p", {}), ("m", "q", {}), ("m", "p", {"t": 1}))]
-    assert len(set(keys)) == 4
-    assert answer_key("m", "p", {}) == keys[0]
+def test_model_prompt_and_parameters_all_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    def address(base_url: str = "") -> str:
+        return Endpoint(EndpointOptions("m", base_url)).address
+
+    public, own = address(), address("http://me:secret@localhost:8000/v1/?key=secret")
+    assert (public, own) == ("https://api.openai.com/v1", "http://localhost:8000/v1")
+    counted = [("m", "p", {}), ("n", "p", {}), ("m", "q", {}), ("m", "p", {"t": 1})]
+    keys = [answer_key(*of, place) for of in counted for place in (public, own)]
+    assert len(set(keys)) == 8
+    assert answer_key("m", "p", {}, public) == keys[0]
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://localhost:8000/v1")
+    assert (address(), address("http://other/v1")) == (own, "http://other/v1")
+
+
+def test_the_default_address_is_that_of_the_package() -> None:
+    from openai import OpenAI
+
+    assert str(OpenAI(api_key="k").base_url).rstrip("/") == Endpoint(EndpointOptions("m")).address
+
+
+def test_the_same_name_behind_another_address_is_asked_again(server: JudgeServer, tmp_path: Path) -> None:
+    with judge_server() as other:
+        for asked in (server, other, server):
+            judge = judge_of(asked, tmp_path / "c")
+            judge(generations(3))
+        assert judge.usage.requests == 0  # the first again
+        judge = judge_of(other, tmp_path / "d")
+        judge(generations(3))
+    assert judge.usage.requests == 3
 
 
 # Asking

@@ -107,6 +107,11 @@ def test_order_counts_for_rouge_l_alone_and_the_best_reference_for_both() -> Non
         assert score("", ["red"]) == 0.0
 
 
+@pytest.mark.parametrize(("mine", "theirs", "score"), [("", "", 1.0), ("-", "+", 0.0), ("", "∞", 0.0), ("+", "+", 1.0)])
+def test_texts_without_words_are_compared_by_their_signs(mine: str, theirs: str, score: float) -> None:
+    assert rouge_l(mine, [theirs]) == rouge_l(theirs, [mine]) == score
+
+
 def item(response: str, *references: str, name: str = "a") -> LabelledGeneration:
     return LabelledGeneration(id=name, prompt="p", response=response, references=references)
 

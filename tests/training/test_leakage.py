@@ -12,9 +12,10 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from training_fakes import LAPLACIAN, make_table
 
+from lapwing_training import nested
 from lapwing_training.baselines import shuffled_control
 from lapwing_training.errors import InvalidData
-from lapwing_training.fit import LapwingRecipe, PaperRecipe, Recipe, out_of_fold_logits
+from lapwing_training.fit import LapwingRecipe, PaperRecipe, Recipe
 from lapwing_training.sample import Sample
 from lapwing_training.selection import SELECTIONS, rank_heads
 from lapwing_training.splits import grouped_folds, split_by_group
@@ -38,7 +39,7 @@ def mean_out_of_fold(select_outside: bool, seeds: range = range(6)) -> float:
     for seed in seeds:
         table = noise(seed)
         recipe = leaky(table) if select_outside else HONEST
-        found.append(roc_auc_score(table.labels, out_of_fold_logits(recipe, table, 5, seed)))
+        found.append(roc_auc_score(table.labels, nested.fit(table, recipe, seed).held_out))
     return float(np.mean(found))
 
 

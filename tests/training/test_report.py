@@ -3,16 +3,21 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import typer
 from markdown_it import MarkdownIt
 from matplotlib.figure import Figure
 from report_fakes import Page, estimate, fake_probe, full_metrics
 from training_fakes import LAPLACIAN, SCORE
+from typer.testing import CliRunner
 
 from lapwing_detector.probe import Probe
+from lapwing_training import transfer
+from lapwing_training.cli.evaluate import evaluate
 from lapwing_training.report import (
     comparison_table,
     figures,
@@ -369,6 +374,56 @@ def test_a_transfer_says_what_changed() -> None:
             HOSTILE[0],
         ):
             assert finding in text, finding
+
+
+def transferred(**changes: Any) -> dict[str, Any]:
+    """What `evaluate_probe` gives, without drift."""
+    metrics = full_metrics()
+    kept = {key: metrics[key] for key in ("test", "comparison", "strata", "thresholds", "paired")}
+    about = {"probe": "mine", "revision": "0" * 12, "store": "other", "seen_groups_left_out": 3, "notes": []}
+    return {**about, **kept, "log_probability_missing": 2} | changes
+
+
+def test_evaluate_writes_its_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
+
+    def judged(*arguments: object, **options: object) -> dict[str, Any]:
+        asked.append(arguments)
+        return transferred()
+
+    monkeypatch.setattr(transfer, "evaluate_probe", judged)
+    app = typer.Typer()
+    app.command()(evaluate)
+    path = tmp_path / "new" / "page.html"
+    plain = CliRunner().invoke(app, ["probe", "store", "--out", str(path)])
+    assert (plain.exit_code, plain.stdout.splitlines()[-1]) == (0, f"page in {path}")
+    assert path.read_text(encoding="utf-8") == html_transfer_report(transferred())
+    told = CliRunner().invoke(app, ["probe", "store", "--out", str(path), "--json"])
+    assert json.loads(told.stdout) == transferred()
+    assert list(path.parent.iterdir()) == [path]
+    refused = CliRunner().invoke(app, ["probe", "store", "--out", str(tmp_path)])
+    assert (refused.exit_code, refused.stdout) == (2, "")
+    assert f"{tmp_path} is a directory" in refused.stderr
+    assert len(asked) == 2  # it is refused before anything is judged
+
+
+def test_what_a_probe_says_of_its_rows_is_true_of_a_guaranteed_one() -> None:
+    saved = "The saved probe is then fitted on all rows"
+    assert f"{saved}." in training_report(fake_probe(full_metrics()))
+    training = fake_probe(full_metrics()).training | {"guarantee": True}
+    told = training_report(fake_probe(full_metrics(), training=training))
+    assert f"{saved} but those of the groups that set the thresholds." in told
+
+
+@pytest.mark.parametrize(
+    ("mode", "says"),
+    [
+        ("generated", "lapwing evaluate warns on text that the model only reads"),
+        ("supplied", "generating with it warns, and so does lapwing evaluate"),
+    ],
+)
+def test_only_what_warns_is_said_to_warn(mode: str, says: str) -> None:
+    assert says in training_report(fake_probe(full_metrics() | {"mode": mode}))
 
 
 def test_numbers_have_three_digits_and_no_leading_zero() -> None:

@@ -16,7 +16,7 @@ from lapwing_training.nested import Trial, fit, trial_of
 from lapwing_training.plan import plan_rows
 from lapwing_training.prefix import Prefix
 from lapwing_training.sample import Sample
-from lapwing_training.stages import judge_stages, stage_logits
+from lapwing_training.stages import judge_stages, stage_of
 from lapwing_training.table import Table
 
 RECIPE = LapwingRecipe((LAPLACIAN,), 4, heads=np.array([2, 9]), strength=0.1)
@@ -45,8 +45,7 @@ def trial(request: pytest.FixtureRequest) -> Trial:
 
 
 def test_a_stage_is_judged_by_probes_that_did_not_see_the_group(trial: Trial) -> None:
-    logits, part = stage_logits(trial, 0.5)
-    assert len(part) == 480
+    logits = stage_of(trial, 0.5).held_out
     assert np.isnan(logits[:20]).all()
     scored = np.zeros(500)
     for rows, probe in trial.scorers:
@@ -58,29 +57,74 @@ def test_a_stage_is_judged_by_probes_that_did_not_see_the_group(trial: Trial) ->
     assert (scored == 1).all()  # each row by one probe
 
 
+def test_what_a_fold_knows_of_a_stage_comes_from_probes_that_saw_neither_side(trial: Trial) -> None:
+    half = trial.table.prefixes[0.5].features[LAPLACIAN].reshape(480, 16, 4)[:, [2, 9]]
+    pairs = zip(trial.known_scorers, stage_of(trial, 0.5).known, trial.folds, strict=True)
+    for scorers, logits, (known, tested) in pairs:
+        assert np.isnan(logits[tested]).all()
+        assert np.isfinite(logits[known[known >= 20]]).all()
+        for rows, probe in scorers:  # who saw what is tested where they are fitted
+            long = rows[rows >= 20]
+            weights = probe.weights.reshape(16, 4)[[2, 9]].astype(np.float64)
+            expected = np.einsum("nhw,hw->n", half[long - 20], weights) + probe.bias
+            np.testing.assert_allclose(logits[long], expected, atol=1e-6)
+
+
 def test_half_a_response_is_known_less_well_than_the_whole(trial: Trial) -> None:
     half, whole = judge_stages(trial, Sample.of(trial.tested, 50))
-    logits, part = stage_logits(trial, 0.5)
+    logits = stage_of(trial, 0.5).held_out
     rows = trial.rows[np.isfinite(logits[trial.rows])]
     labels = trial.table.labels
-    assert (half["fraction"], half["rows"], half["tokens"]) == (0.5, len(rows), np.median(part.response_tokens))
+    assert (half["fraction"], half["rows"]) == (0.5, len(rows))
     assert half["auroc"]["value"] == pytest.approx(roc_auc_score(labels[rows], logits[rows]))
-    assert whole["auroc"]["value"] == pytest.approx(roc_auc_score(trial.tested.labels, trial.logits))
+    assert whole["auroc"]["value"] == pytest.approx(roc_auc_score(labels[rows], trial.held_out[rows]))
     assert half["auroc"]["value"] < whole["auroc"]["value"]
     assert whole["fraction"] == 1.0
 
 
+def test_all_stages_are_judged_on_the_rows_of_the_earliest_and_calibrated_on_all_of_their_own(trial: Trial) -> None:
+    quarter = replace(trial.table.prefixes[0.5].take(np.arange(200, 500), 500), rows=np.arange(200, 500))
+    staged = replace(trial, table=replace(trial.table, prefixes={0.25: quarter, **trial.table.prefixes}))
+    stages = judge_stages(staged, Sample.of(staged.tested, 10))
+    judged, labels = trial.rows[trial.rows >= 200], trial.table.labels
+    assert [(stage["fraction"], stage["rows"]) for stage in stages] == [(at, len(judged)) for at in (0.25, 0.5, 1.0)]
+    for stage, first in zip(stages, (200, 20, 0), strict=True):
+        logits = stage_of(staged, stage["fraction"]).held_out
+        assert stage["auroc"]["value"] == pytest.approx(roc_auc_score(labels[judged], logits[judged]))
+        fitted = trial.plan.fitted[trial.plan.fitted >= first]
+        assert (stage["slope"], stage["intercept"]) == pytest.approx(platt(logits[fitted], labels[fitted]))
+    # Control: on all its rows the whole is judged otherwise.
+    assert stages[-1]["auroc"]["value"] != pytest.approx(roc_auc_score(trial.tested.labels, trial.logits))
+
+
+@pytest.mark.parametrize("guarantee", [False, True])
+def test_the_tokens_of_a_stage_are_those_of_fitted_rows(guarantee: bool) -> None:
+    table = written_in_parts()
+    plan = plan_rows(table, 0.3, guarantee=guarantee, seed=0)
+    fitted = np.isin(np.arange(500), plan.fitted)
+    half = table.prefixes[0.5]
+    longer = replace(half, response_tokens=np.where(fitted[half.rows], half.response_tokens, 1000))
+    tokens = np.where(fitted, table.response_tokens, 1000)
+    table = replace(table, response_tokens=tokens, prefixes={0.5: longer})
+    trial = trial_of(fit(table.take(plan.fitted), RECIPE, 0), table, plan)
+    found = [stage["tokens"] for stage in judge_stages(trial, Sample.of(trial.tested, 5))]
+    assert found == [np.median(half.response_tokens[fitted[half.rows]]), np.median(tokens[fitted])]
+    # Control: the others would move it.
+    assert found[0] < np.median(longer.response_tokens)
+
+
 def test_the_calibration_of_a_stage_is_platts_on_held_out_logits_of_that_stage(trial: Trial) -> None:
     half, _ = judge_stages(trial, Sample.of(trial.tested, 10))
-    logits, _ = stage_logits(trial, 0.5)
+    stage = stage_of(trial, 0.5)
+    logits = stage.held_out
     fitted = trial.plan.fitted[np.isfinite(logits[trial.plan.fitted])]
     expected = platt(logits[fitted], trial.table.labels[fitted])
     assert (half["slope"], half["intercept"]) == pytest.approx(expected)
     # Judged, it is fitted without the fold: in a split the same, in nested folds one for each.
     said, labels = np.full(500, np.nan), trial.table.labels
-    for known, tested in trial.folds:
-        rows = known[np.isfinite(logits[known])]
-        slope, intercept = platt(logits[rows], labels[rows])
+    for before, (known, tested) in zip(stage.known, trial.folds, strict=True):
+        rows = known[np.isfinite(before[known])]
+        slope, intercept = platt(before[rows], labels[rows])
         said[tested] = expit(slope * logits[tested] + intercept)
     rows = trial.rows[np.isfinite(logits[trial.rows])]
     assert half["brier"]["value"] == pytest.approx(brier_score_loss(labels[rows], said[rows]))

@@ -73,6 +73,7 @@ def _finished(
         "token_ids": [*prompt_ids, *response_ids],
         "prompt_tokens": len(prompt_ids),
         "tokenizer": loaded.identity.tokenizer[:12],
+        "model": loaded.identity.digest[:12],
         "finish_reason": "stop" if length < len(tokens) else "length",
     }
     asked = {entry.name: getattr(question, entry.name) for entry in fields(Question)}

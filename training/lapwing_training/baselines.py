@@ -70,13 +70,20 @@ def log_odds(log_probabilities: Floats) -> Floats:
     return np.asarray(bounded - np.log(-np.expm1(bounded)))
 
 
-def raw_scores(table: Table) -> dict[str, Floats]:
-    """Scores that need no probe; absent where the store does not hold what they need."""
+def raw_scores(table: Table, rows: Rows | None = None) -> dict[str, Floats]:
+    """Scores that need no probe; absent where the store does not hold what they need.
+
+    Args:
+        table: whose rows are scored.
+        rows: those that may say what a missing log-probability counts as, such as the training rows; all without it.
+            Where none of them has a log-probability, that score is absent.
+    """
     scores: dict[str, Floats] = {"token_count": table.token_counts.astype(np.float64)}
     known = np.isfinite(table.log_probabilities)
-    if known.any():
+    telling = table.log_probabilities[known] if rows is None else table.log_probabilities[rows][known[rows]]
+    if len(telling):
         # An empty answer has no tokens, hence no mean; it gets the middle one.
-        scores["log_probability"] = np.where(known, table.log_probabilities, np.median(table.log_probabilities[known]))
+        scores["log_probability"] = np.where(known, table.log_probabilities, np.median(telling))
     if ATTENTION_SCORE in table.feature_names:
         values = table.feature(ATTENTION_SCORE, 1).astype(np.float64)
         scores["summed_attention_score"] = values.sum(axis=(1, 2, 3))

@@ -174,11 +174,6 @@ def one_per_group(values: Floats, groups: NDArray[Any], seed: int) -> Floats:
     return values[order[first]]
 
 
-def flagged_share(logits: Floats, threshold: float) -> float:
-    """Share of rows strictly above the threshold; NaN for none."""
-    return float((logits > threshold).mean()) if len(logits) else float("nan")
-
-
 def _operating_point(ordered: Floats, rate: float) -> OperatingPoint:
     count = len(ordered)
     # (n + 1)(1 - rate) in floats may lie a hair above a whole number: 20 * .95 is 19.

@@ -55,7 +55,6 @@ def learning_curve(
         advance: called once for each fold.
         fitted: the recipe's own probe of each fold, so that k and C need not be chosen again.
     """
-    # Heads beyond the significant ones are asked for, too.
     recipe = replace(recipe, heads=None, count=None, selection=_whole(recipe.selection))
     plans = [
         _plan(recipe, table.take(rows), seed, fitted[number] if fitted else None)
@@ -66,7 +65,8 @@ def learning_curve(
     by_lot = np.full((len(counts), DRAWS, len(table)), np.nan)
     for number, (plan, (rows, tested)) in enumerate(zip(plans, folds, strict=True)):
         train, test = table.take(rows), table.take(tested)
-        ranked = plan.rank(train, train.scalars(plan.features, plan.k or table.k), seed).heads
+        ranking = plan.rank(train, train.scalars(plan.features, plan.k or table.k), seed)
+        ranked = ranking.at_least(max(counts)).heads  # beyond the candidates, too
         selected[:, tested] = nested_logits(plan, train, test, ranked, counts)
         lots = np.random.default_rng([seed, number])
         for draw in range(DRAWS):
@@ -85,7 +85,7 @@ def nested_logits(
         recipe: with k and C.
         train: rows to fit on.
         test: rows to be scored.
-        order: flat head indices; where there are fewer than a count asks for, all of them are read.
+        order: flat head indices, at least as many as the largest count.
         counts: numbers of heads.
     """
     assert recipe.k is not None
@@ -95,7 +95,7 @@ def nested_logits(
     mean, scale = recipe.scaler(columns)
     columns, unseen = standardise(columns, mean, scale), standardise(unseen, mean, scale)
     width = columns.shape[1] // len(heads)
-    sizes = [min(count, len(heads)) * width for count in counts]
+    sizes = [count * width for count in counts]
     scored = np.concatenate([columns, unseen])
     steps = first_newton_steps(columns, train.labels, scored, sizes, [recipe.strength])
     logits = np.array([step for [step] in steps])  # (counts, train and test rows)
@@ -105,7 +105,7 @@ def nested_logits(
 
 
 def _whole(selection: str) -> str:
-    """The selection that ranks as this one does, but all heads."""
+    """The selection that ranks as this one does, but heads that it leaves out or does not rank by effect."""
     return "top-m" if selection in ("fdr", "all") else selection
 
 

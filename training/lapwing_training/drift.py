@@ -97,6 +97,7 @@ def drift_of(
     sample: Sample,
     scores: Scores,
     seed: int,
+    seen_groups: bool = False,
 ) -> dict[str, Any]:
     """What changed from the store that the probe was fitted on to this one, as JSON values.
 
@@ -107,12 +108,14 @@ def drift_of(
         sample: the same rows, with their resamples.
         scores: of the same rows.
         seed: which row stands for its group.
+        seen_groups: rows may be among those that the probe's own report judged, so that the change of AUROC has no
+            interval.
     """
     found: dict[str, Any] = {"calibration": _calibration_shift(probe.calibration, table, sample, scores, seed)}
     before = probe.metrics.get("test")
     if before is not None:
         found["base_rate"] = {"before": before["base_rate"], "here": float((table.labels == 1).mean())}
-        found["auroc"] = _auroc_change(before["auroc"], sample, scores.logits)
+        found["auroc"] = _auroc_change(before["auroc"], sample, scores.logits, seen_groups)
     if reference is not None:
         rows = table.take(independent_rows(table.groups, len(table), seed))
         found["rows"] = {"before": len(reference.token_counts), "here": len(rows)}
@@ -162,20 +165,28 @@ def length_drift(before: NDArray[np.int64], here: NDArray[np.int64]) -> dict[str
     }
 
 
-def _auroc_change(before: Mapping[str, float | None], sample: Sample, logits: Floats) -> dict[str, Any]:
-    """AUROC here less that of the probe's own report; the rows are others, so the errors add up."""
+def _auroc_change(
+    before: Mapping[str, float | None], sample: Sample, logits: Floats, seen_groups: bool
+) -> dict[str, Any]:
+    """AUROC here less that of the probe's own report; where the rows are others, the errors add up.
+
+    Without an interval where rows may be the same, or where one of the two AUROCs has none.
+    """
     here = estimate(sample.auroc(logits))
     change: dict[str, float | None] = {"value": None, "low": None, "high": None}
     if before["value"] is not None and here["value"] is not None:
         difference = here["value"] - before["value"]
-        error = float(np.hypot(_standard_error(before), _standard_error(here)))
-        change = {"value": difference, "low": difference - Z_95 * error, "high": difference + Z_95 * error}
+        change["value"] = difference
+        first, second = _standard_error(before), _standard_error(here)
+        if not seen_groups and first is not None and second is not None:
+            error = float(np.hypot(first, second))
+            change |= {"low": difference - Z_95 * error, "high": difference + Z_95 * error}
     return {"before": dict(before), "here": here, "change": change}
 
 
-def _standard_error(known: Mapping[str, float | None]) -> float:
+def _standard_error(known: Mapping[str, float | None]) -> float | None:
     low, high = known["low"], known["high"]
-    return 0.0 if low is None or high is None else (high - low) / (2.0 * Z_95)
+    return None if low is None or high is None else (high - low) / (2.0 * Z_95)
 
 
 def _calibration_shift(before: Calibration, table: Table, sample: Sample, scores: Scores, seed: int) -> dict[str, Any]:

@@ -88,14 +88,25 @@ def _scores(fitted: Fitted, trial: Trial) -> tuple[Scores, dict[str, Any]]:
     about: dict[str, Any] = {"directions": baselines.directions(raw, table.labels, trial.plan.fitted)}
     both = None
     if "log_probability" in raw:
-        known, attention = raw["log_probability"], trial.held_out
-        parts = [
-            _combination(known, attention, table, rows).score(known[tested], attention[tested])
-            for rows, tested in trial.folds
-        ]
-        both = joined(trial.folds, parts)
-        about["combination"] = _combination(known, attention, table, trial.plan.fitted).to_dict()
+        both = combined(trial, raw["log_probability"])
+        about["combination"] = _combination(raw["log_probability"], trial.held_out, table, trial.plan.fitted).to_dict()
     return Scores(trial.logits, trial.probabilities, oriented, both), about
+
+
+def combined(trial: Trial, log_probabilities: Floats) -> Floats:
+    """(judged rows,) log-probability and attention together, weighed for each fold by what was known.
+
+    Args:
+        trial: the rows that are judged.
+        log_probabilities: (rows of the table,)
+    """
+    parts = [
+        _combination(log_probabilities, known, trial.table, rows).score(
+            log_probabilities[tested], trial.held_out[tested]
+        )
+        for known, (rows, tested) in zip(trial.known, trial.folds, strict=True)
+    ]
+    return joined(trial.folds, parts)
 
 
 def _combination(log_probabilities: Floats, logits: Floats, table: Table, rows: Rows) -> baselines.Combination:

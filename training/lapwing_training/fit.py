@@ -9,7 +9,7 @@ from lapwing_training.lapwing_recipe import LapwingRecipe
 from lapwing_training.linear_probe import LinearProbe
 from lapwing_training.options import ATTENTION_SCORE, LAPLACIAN, require_features
 from lapwing_training.paper_recipe import PaperRecipe
-from lapwing_training.recipes import Recipe, out_of_fold_logits
+from lapwing_training.recipes import Recipe
 from lapwing_training.selection import SELECTIONS
 from lapwing_training.sink_recipe import SinkRecipe
 
@@ -22,7 +22,6 @@ __all__ = [
     "Recipe",
     "SinkRecipe",
     "make_recipe",
-    "out_of_fold_logits",
 ]
 
 DEFAULT_FEATURES = {
@@ -70,4 +69,6 @@ def make_recipe(
         raise InvalidOption(f"selection is `{selection}`; known are {', '.join(SELECTIONS)}")
     if heads is not None and heads < 1:
         raise InvalidOption(f"heads is {heads}; it must be at least 1")
+    if heads is not None and selection == "all":
+        raise InvalidOption(f"heads is {heads}, but selection `all` reads every head; leave one of the two out")
     return LapwingRecipe(named, k, selection, count=heads)

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from lapwing_detector.capture import Captured, capture_attention
 from lapwing_detector.language_model import LanguageModel
 from lapwing_detector.rotary import switching_points
+from lapwing_training.errors import StoreCorrupt
 from lapwing_training.extract import ExtractOptions, extract_features, shard_of
 from lapwing_training.generations import LabelledGeneration
 from lapwing_training.shards import WHOLE, tokens_digest, whole_shards, write_shard
+from lapwing_training.store import read_items
 from lapwing_training.store_plan import open_plan, plan_of
+from lapwing_training.work import token_ids_of
 
 Answers = list[LabelledGeneration]
 
@@ -83,10 +86,24 @@ class Gathering:
     def finish(self, answers: Sequence[LabelledGeneration]) -> dict[str, Any]:
         """Write the index; the labels, which nobody knows yet, are for `extract_features` to add.
 
+        A store that was finished and labelled before keeps the labels of answers that are still the same.
+
         Raises:
             NotEnoughData: none of the answers has all features.
         """
-        return extract_features(answers, self.directory, self.loaded, self.options)
+        return extract_features(self._labelled_before(answers), self.directory, self.loaded, self.options)
+
+    def _labelled_before(self, answers: Sequence[LabelledGeneration]) -> Answers:
+        try:
+            held = read_items(self.directory)
+        except StoreCorrupt:  # none yet, or an unfinished one
+            return list(answers)
+        return [self._as_before(answer, held[answer.id]) if answer.id in held else answer for answer in answers]
+
+    def _as_before(self, answer: LabelledGeneration, before: LabelledGeneration) -> LabelledGeneration:
+        if token_ids_of(before, self.loaded).all != _ids(answer):
+            return answer
+        return replace(answer, label=before.label, labelling=before.labelling)
 
     @property
     def _alone(self) -> bool:

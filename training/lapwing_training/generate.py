@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from lapwing_detector.language_model import LanguageModel
 from lapwing_training.answering import answer
-from lapwing_training.errors import InvalidOption
+from lapwing_training.errors import InvalidData, InvalidOption
 from lapwing_training.extract import DEFAULT_FEATURES, DEFAULT_K
 from lapwing_training.files import digest, unfinished, write_text
 from lapwing_training.gathering import Gathering
@@ -77,7 +77,7 @@ def generate_answers(
         how many answers there are, and how many an earlier run had left.
 
     Raises:
-        InvalidOption: nothing can be written at `path`, or there is no such feature.
+        InvalidOption: nothing can be written at `path`, labels stand there, or there is no such feature.
         InvalidData: a prompt that is empty, can't be tokenised, or leaves no room for an answer, or an id that is used
             twice; before any is asked.
         NonFiniteLogits: the model computes NaN.
@@ -88,10 +88,15 @@ def generate_answers(
     options = options or GenerateOptions()
     require_target(path)
     require_unique(questions)
-    prompts = [prompt_ids_of(question, loaded) for question in waiting(questions)]
+    prompts = [prompt_ids_of(question, loaded, options.max_new_tokens) for question in waiting(questions)]
     gathering = None if store is None else Gathering.into(store, loaded, features, k)
-    # Under capture another kernel computes the attention, so that one run must not go on with the other's answers.
-    asked = [loaded.identity.digest, asdict(options), [question.to_dict() for question in questions]]
+    # Another dtype, and under capture another kernel, write other answers: one run must not go on with the other's.
+    asked = [
+        loaded.identity.digest,
+        loaded.identity.dtype,
+        asdict(options),
+        [question.to_dict() for question in questions],
+    ]
     asked += [] if gathering is None else ["captured"]
     written = Partial.beside(path, asked)
     for stale in unfinished(path):
@@ -117,13 +122,23 @@ def require_target(path: Path) -> None:
     """Find out before the model runs, not after it, that its answers could not be written.
 
     Raises:
-        InvalidOption: the path is a directory, or lies where nothing can be written.
+        InvalidOption: the path is a directory, lies where nothing can be written, or is a file with labels, which
+            would be lost.
     """
     if path.is_dir():
         raise InvalidOption(f"{path} is a directory; give the file to write with --out, such as {path / 'a.jsonl'}")
     place = next(parent for parent in path.absolute().parents if parent.exists())
     if not place.is_dir() or not os.access(place, os.W_OK):
         raise InvalidOption(f"nothing can be written in {place}; give another file with --out")
+    if _holds_labels(path):
+        raise InvalidOption(f"{path} holds labels; give another file with --out or remove it")
+
+
+def _holds_labels(path: Path) -> bool:
+    try:
+        return path.exists() and any(item.label is not None for item in read_generations(path))
+    except InvalidData:  # nothing that was generated
+        return False
 
 
 def _resume(

@@ -36,8 +36,7 @@ class Question:
     """Accepted answers."""
 
     meta: Mapping[str, Any] = field(default_factory=dict)
-    """Kept and passed on. What `generate` puts there (`token_ids`, `tokenizer`, `log_probability`) is read again by
-    `extract`, and so is the field that `--stratum` names; nothing else of it is."""
+    """Kept and passed on; `extract` reads only the field of it that `--stratum` names."""
 
     @property
     def group_or_prompt(self) -> str:
@@ -72,8 +71,9 @@ class LabelledGeneration(Question):
     """`generated` by the model that reads it, or `supplied` text that the model only reads; None unknown."""
 
     generation: Mapping[str, Any] = field(default_factory=dict)
-    """What was kept while it was written: `token_ids` (prompt and response), `prompt_tokens`, `tokenizer` (digest),
-    `log_probability` (mean over the response's tokens), `finish_reason`. Absent for answers of unknown making."""
+    """What was kept while it was written: `token_ids` (prompt and response), `prompt_tokens`, `tokenizer` and
+    `model` (digests), `log_probability` (mean over the response's tokens), `finish_reason`. Absent for answers
+    of unknown making."""
 
 
 R = TypeVar("R", bound=Question)

@@ -21,7 +21,7 @@ from lapwing_training.data_sets import Source, data_set_rows, parquet_rows
 from lapwing_training.errors import InvalidData, InvalidOption
 from lapwing_training.files import write_text
 from lapwing_training.generations import MODES, LabelledGeneration, Question, parse_line
-from lapwing_training.table_files import Row, csv_rows, json_line_rows, json_rows
+from lapwing_training.table_files import Row, csv_rows, json_line_rows, json_rows, require_columns
 
 KINDS = {
     ".csv": csv_rows,
@@ -136,8 +136,11 @@ def questions_of_table(source: Source, columns: Columns, limit: int | None = Non
         InvalidOption: a column is not there.
         InvalidData: the table can't be read, or holds a broken row.
     """
-    rows = islice(read_rows(source, columns), limit)
-    found = [one for _, one in _items(rows, columns, Question, lambda values: {})]
+    read = list(_items(islice(read_rows(source, columns), limit), columns, Question, lambda values: {}))
+    names = dict.fromkeys(name for row, _ in read for name in row.values)
+    if names:  # a reader that is stopped early has not come to its own check
+        require_columns(source.name, columns.named, names)
+    found = [one for _, one in read]
     rejected = [one for one in found if isinstance(one, Rejected)]
     if rejected:
         more = f" (and {len(rejected) - 1} more such rows)" if len(rejected) > 1 else ""

@@ -1,6 +1,6 @@
 """Keeps what a judge answered as JSON Lines, a whole line as soon as it is known. Knows no endpoint and no verdicts.
 
-An answer is found again by the digest of model, prompt and parameters, so that nothing is ever paid for twice.
+An answer is found again by the digest of model, prompt, parameters and address, so that nothing is ever paid for twice.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ OPENING = '{"key": "'
 """Every line of ours starts so; in no other file is anything written."""
 
 
-def answer_key(model: str, prompt: str, parameters: Mapping[str, Any]) -> str:
-    """SHA-256 of all that an answer depends on."""
-    return digest(json.dumps([model, prompt, parameters], sort_keys=True).encode())
+def answer_key(model: str, prompt: str, parameters: Mapping[str, Any], address: str) -> str:
+    """SHA-256 of all that an answer depends on; behind another address the same name may be another model."""
+    return digest(json.dumps([model, prompt, parameters, address], sort_keys=True).encode())
 
 
 class JudgeCache:

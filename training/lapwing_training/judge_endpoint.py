@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 KEY, BASE_URL = "OPENAI_API_KEY", "OPENAI_BASE_URL"
 
+OPENAI_URL = "https://api.openai.com/v1"
+"""What the package asks when no address is named."""
+
 PARAMETERS: dict[str, Any] = {
     "temperature": 0,
     "response_format": {"type": "json_schema", "json_schema": {"name": "verdict", "strict": True, "schema": SCHEMA}},
@@ -83,6 +86,11 @@ class Endpoint:
         self.options = options
         self._forms = FORMS
 
+    @property
+    def address(self) -> str:
+        """Where it is asked, known before it is; without credentials and query."""
+        return _public(self._base_url or OPENAI_URL).rstrip("/")
+
     def ask(self, prompt: str) -> Answer:
         """One reply to one prompt. A content filter's refusal is an answer.
 
@@ -140,7 +148,7 @@ class Endpoint:
             raise JudgeFailed(
                 "a judge needs the package openai, which is not here; pip install 'lapwing[judge]'"
             ) from None
-        base_url = self.options.base_url or os.environ.get(BASE_URL, "")
+        base_url = self._base_url
         if not self._key and not base_url:
             raise InvalidOption(f"{KEY} is not set; set it, or name an endpoint that needs none with --base-url")
         if not (self._key.isascii() and self._key.isprintable()):
@@ -153,14 +161,17 @@ class Endpoint:
         )
 
     @property
+    def _base_url(self) -> str:
+        return self.options.base_url or os.environ.get(BASE_URL, "").strip()
+
+    @property
     def _key(self) -> str:
         return os.environ.get(KEY, "").strip()
 
     @property
     def _place(self) -> str:
         """The address without a password that may stand in it."""
-        url = urlsplit(str(self._client.base_url))
-        return url._replace(netloc=url.netloc.rpartition("@")[2], query="").geturl()
+        return _public(str(self._client.base_url))
 
     def _failed(self, error: APIStatusError) -> JudgeFailed:
         status, model = error.status_code, self.options.model
@@ -186,6 +197,11 @@ class Endpoint:
         """What a server said, on one short line and never with the key."""
         plain = text.replace(self._key, "***") if self._key else text
         return " ".join(plain.split())[:160]
+
+
+def _public(address: str) -> str:
+    url = urlsplit(address)
+    return url._replace(netloc=url.netloc.rpartition("@")[2], query="", fragment="").geturl()
 
 
 def read_completion(text: str) -> Answer:

@@ -81,7 +81,8 @@ class Judge:
             JudgeFailed: the endpoint can't be asked; what it answered so far is kept.
         """
         prompts = [fill(self._template, item) for item in items]
-        keys = [answer_key(self.name, prompt, PARAMETERS) for prompt in prompts]
+        address = self._endpoint.address
+        keys = [answer_key(self.name, prompt, PARAMETERS, address) for prompt in prompts]
         open_ = {key: prompt for key, prompt in zip(keys, prompts, strict=True) if key not in self._cache}
         fresh = all(key in open_ for key in keys)
         try:

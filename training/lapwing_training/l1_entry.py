@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,9 @@ from lapwing_training.ranks import Floats
 
 PENALTIES = 1.0 / 2.0 ** np.arange(0.2, 6.1, 0.2)
 """As shares of the smallest penalty that keeps every column out."""
+
+STEP = 0.87
+"""A penalty is approached by steps of at least this ratio: beyond, the strong rule leaves hardly a column out."""
 
 ROUNDS = 20
 """Quadratic approximations at one penalty, at most; from the neighbour's solution two or three do."""
@@ -47,6 +51,11 @@ class L1Path:
 
     def solve(self, penalty: float) -> None:
         """Go on to a smaller penalty on the mean loss."""
+        steps = max(1, math.ceil(math.log(penalty / self.penalty) / math.log(STEP)))
+        for step in np.geomspace(self.penalty, penalty, steps + 1)[1:]:
+            self._step(float(step))
+
+    def _step(self, penalty: float) -> None:
         # Few columns can enter between two penalties; whatever was wrongly left out shows in the gradient and is added.
         kept = (np.abs(self.gradient) >= 2.0 * penalty - self.penalty) | (self.coefficients != 0.0)
         for _ in range(ROUNDS):
@@ -64,16 +73,23 @@ class L1Path:
         curvature = np.maximum(said * (1.0 - said), 1e-5)
         importance = self.weights * curvature
         target = self.logits + (self.labels - said) / curvature
-        some = self.columns[:, kept]
-        lasso = Lasso(alpha=penalty / importance.mean(), precompute=True, max_iter=5000)
-        logits = lasso.fit(some, target, sample_weight=importance).predict(some)
+        lasso = Lasso(
+            alpha=penalty / importance.mean(),
+            precompute=bool(kept.sum() <= len(target)),  # else their products are more than they are
+            copy_X=False,  # they are a copy
+            max_iter=5000,
+        )
+        lasso.fit(self.columns[:, kept], target, sample_weight=importance)
+        entered = np.flatnonzero(kept)[lasso.coef_ != 0.0]
+        logits = self.columns[:, entered] @ lasso.coef_[lasso.coef_ != 0.0] + lasso.intercept_
         moved = float(np.abs(logits - self.logits).max())
         self.coefficients[kept], self.logits = lasso.coef_, logits
         return moved
 
     def _gradient(self) -> Floats:
         pull = self.weights * (self.labels - expit(self.logits))
-        return np.asarray(pull @ self.columns / len(pull))
+        # In the columns' precision: another would copy them all.
+        return np.asarray(pull.astype(self.columns.dtype) @ self.columns, dtype=np.float64) / len(pull)
 
 
 def entry_order(columns: Floats, labels: NDArray[Any], most: int) -> NDArray[np.int64]:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression
 
 from lapwing_detector.features import FEATURES
+from lapwing_training.errors import InvalidOption
 from lapwing_training.linear_probe import (
     LinearProbe,
     columns_of,
@@ -62,7 +63,7 @@ class LapwingRecipe:
     """`C`."""
 
     count: int | None = None
-    """Number of heads."""
+    """Number of heads; where the selection leaves fewer, others follow by effect."""
 
     name = "lapwing"
 
@@ -71,7 +72,7 @@ class LapwingRecipe:
 
         Raises:
             NotEnoughData: too few groups for the folds.
-            InvalidOption: a feature, a k or a selection that there is not.
+            InvalidOption: a feature, a k or a selection that there is not, or more heads than there are.
         """
         choice = self.choose(table, seed)
         given = replace(self, k=choice.k)
@@ -119,6 +120,8 @@ class LapwingRecipe:
         if self.heads is not None:
             return (len(self.heads),)
         if self.count is not None:
+            if self.count > layers * heads:
+                raise InvalidOption(f"heads is {self.count}; the store holds {layers * heads}: give at most as many")
             return (self.count,)
         if self.selection == "all":
             return (layers * heads,)
@@ -128,7 +131,7 @@ class LapwingRecipe:
 
     def rank(self, table: Table, scalars: Floats, seed: int) -> Ranking:
         """The heads by the recipe's selection; (rows, features, layers, heads) of the table's rows."""
-        return rank_heads(scalars, table.labels, table.groups, self.selection, seed)
+        return rank_heads(scalars, table.labels, table.groups, self.selection, seed).at_least(self.count or 0)
 
     def inner_scores(
         self, table: Table, rows: Fold, choices: Sequence[Choice], scalars: Floats | None, seed: int

@@ -1,7 +1,8 @@
 """Every row is scored by a probe that never saw its group, and held against what the others say. Knows no metrics.
 
 Nested cross-validation judges all rows, each by the probe of its fold, with the calibration and the thresholds that the
-other folds set. A fixed split judges rows that were kept for it.
+other folds set: on logits of probes that saw neither those rows nor the judged ones, one probe for each pair of folds.
+A fixed split judges rows that were kept for it.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import combinations
 
 import numpy as np
 
@@ -21,12 +23,18 @@ from lapwing_training.significance import Floats, HeadSignificance, head_signifi
 from lapwing_training.splits import Fold, Rows, grouped_folds
 from lapwing_training.table import Table
 
+Scorers = tuple[tuple[Rows, LinearProbe], ...]
+"""Rows of a table, and the probe that scores them."""
+
 
 @dataclass(frozen=True)
 class Fitted:
     """All that training has found before anything is judged."""
 
     recipe: Recipe
+    seed: int
+    """Of every fit."""
+
     probe: LinearProbe
     folds: tuple[Fold, ...]
     """Of the rows that the probe was fitted on."""
@@ -61,6 +69,7 @@ def fit(table: Table, recipe: Recipe, seed: int, advance: Advance = silent) -> F
     held_out = joined(folds, parts)
     return Fitted(
         recipe=recipe,
+        seed=seed,
         probe=probe,
         folds=tuple(folds),
         fold_probes=tuple(probes),
@@ -88,11 +97,17 @@ class Trial:
     probes: tuple[LinearProbe, ...]
     """Of each fold, fitted on the rows that were known."""
 
-    scorers: tuple[tuple[Rows, LinearProbe], ...]
+    scorers: Scorers
     """Every fitted or judged row, and the probe that did not see its group."""
 
     held_out: Floats
     """(rows of the table,) logits by the scorers; NaN for rows that were set apart."""
+
+    known_scorers: tuple[Scorers, ...]
+    """Of each fold the rows that were known, and probes that saw neither their groups nor those that are judged."""
+
+    known: tuple[Floats, ...]
+    """Of each fold (rows of the table,): logits by those; NaN for all rows that were not known."""
 
     @cached_property
     def rows(self) -> Rows:
@@ -111,9 +126,10 @@ class Trial:
 
     @cached_property
     def calibrations(self) -> tuple[Calibration, ...]:
-        """Of each fold, from the held-out logits of the rows that were known."""
+        """Of each fold, from what was known."""
         labels, groups = self.table.labels, self.table.groups
-        return tuple(fit_calibration(self.held_out[known], labels[known], groups[known]) for known, _ in self.folds)
+        pairs = zip(self.known, self.folds, strict=True)
+        return tuple(fit_calibration(logits[rows], labels[rows], groups[rows]) for logits, (rows, _) in pairs)
 
     @cached_property
     def probabilities(self) -> Floats:
@@ -123,9 +139,9 @@ class Trial:
 
     @property
     def points(self) -> list[tuple[OperatingPoint, ...]]:
-        """Of each fold, from the held-out logits of the rows that were known."""
-        labels = self.table.labels
-        return [operating_points(self.held_out[known[labels[known] == 0]]) for known, _ in self.folds]
+        """Of each fold, from what was known."""
+        labels, pairs = self.table.labels, zip(self.known, self.folds, strict=True)
+        return [operating_points(logits[rows[labels[rows] == 0]]) for logits, (rows, _) in pairs]
 
     def limits(self, points: Sequence[Sequence[OperatingPoint]]) -> list[Floats]:
         """For each rate (judged rows,): the threshold of the row's fold, NaN where that has none.
@@ -142,24 +158,52 @@ class Trial:
         return joined(self.folds, [np.full(len(tested), value) for value, (_, tested) in pairs])
 
 
-def trial_of(fitted: Fitted, table: Table, plan: Plan) -> Trial:
-    """What there is to be judged.
+def trial_of(fitted: Fitted, table: Table, plan: Plan, advance: Advance = silent) -> Trial:
+    """What there is to be judged; in nested cross-validation fits a probe without each pair of folds.
 
     Args:
         fitted: on the rows that the plan names.
         table: all labelled rows.
         plan: who is fitted on and who is judged.
+        advance: called once for each of the plan's pairs.
+
+    Raises:
+        NotEnoughData: too few groups are left beside a pair of folds.
     """
     rows = plan.fitted
     folds = tuple((rows[known], rows[tested]) for known, tested in fitted.folds)
-    scorers = [(tested, probe) for (_, tested), probe in zip(folds, fitted.fold_probes, strict=True)]
-    held_out = np.full(len(table), np.nan)
-    held_out[rows] = fitted.held_out
+    scorers = tuple((tested, probe) for (_, tested), probe in zip(folds, fitted.fold_probes, strict=True))
+    out_of_fold = np.full(len(table), np.nan)
+    out_of_fold[rows] = fitted.held_out
     if plan.protocol == "nested":
-        return Trial(plan, table, folds, fitted.fold_probes, tuple(scorers), held_out)
+        apart = _pair_scorers(fitted, table, folds, advance)
+        known = tuple(scored(table, each) for each in apart)
+        return Trial(plan, table, folds, fitted.fold_probes, scorers, out_of_fold, apart, known)
+    held_out = out_of_fold.copy()
     held_out[plan.tested] = fitted.probe.logit(table.take(plan.tested))
-    scorers.append((plan.tested, fitted.probe))
-    return Trial(plan, table, ((rows, plan.tested),), (fitted.probe,), tuple(scorers), held_out)
+    own = (plan.tested, fitted.probe)
+    split = ((rows, plan.tested),)
+    return Trial(plan, table, split, (fitted.probe,), (*scorers, own), held_out, (scorers,), (out_of_fold,))
+
+
+def _pair_scorers(fitted: Fitted, table: Table, folds: Sequence[Fold], advance: Advance) -> tuple[Scorers, ...]:
+    """Of each fold, the rows of every other one with the probe that saw neither of the two."""
+    found: list[list[tuple[Rows, LinearProbe]]] = [[] for _ in folds]
+    for first, second in combinations(range(len(folds)), 2):
+        rows = np.intersect1d(folds[first][0], folds[second][0])
+        probe = fitted.recipe.fit(table.take(rows), fitted.seed)
+        found[first].append((folds[second][1], probe))
+        found[second].append((folds[first][1], probe))
+        advance()
+    return tuple(tuple(scorers) for scorers in found)
+
+
+def scored(table: Table, scorers: Scorers) -> Floats:
+    """(rows of the table,) logits; NaN for rows that nothing scores."""
+    logits = np.full(len(table), np.nan)
+    for rows, probe in scorers:
+        logits[rows] = probe.logit(table.take(rows))
+    return logits
 
 
 def logits_over(recipe: Recipe, table: Table, folds: Sequence[Fold], seed: int, advance: Advance = silent) -> Floats:

@@ -52,7 +52,7 @@ def rouge_l(response: str, references: Iterable[str]) -> float:
     References:
         Lin, ROUGE, 2004, section 3.
     """
-    return _best(response, references, lambda text: WORDS.findall(_folded(text)), LCSseq.similarity)
+    return _best(response, references, lambda text: WORDS.findall(_folded(text)) or [_key(text)], LCSseq.similarity)
 
 
 def _best(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,6 +40,11 @@ class Plan:
     def folds(self) -> int:
         """How often a recipe is fitted to be judged."""
         return OUTER_FOLDS if self.protocol == "nested" else 1
+
+    @property
+    def pairs(self) -> int:
+        """How many pairs of judged folds need a probe that is fitted on the rows of neither."""
+        return math.comb(self.folds, 2)
 
 
 def plan_rows(table: Table, test_share: float | None, guarantee: bool, seed: int) -> Plan:

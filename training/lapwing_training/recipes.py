@@ -1,4 +1,4 @@
-"""What a recipe is, and how one is judged on rows that it did not see. Knows no recipe by name."""
+"""What a recipe is, and how it decides between candidates. Knows no recipe by name."""
 
 from __future__ import annotations
 
@@ -7,9 +7,7 @@ from typing import Protocol
 import numpy as np
 
 from lapwing_training.linear_probe import LinearProbe
-from lapwing_training.progress import Advance, silent
 from lapwing_training.significance import Floats
-from lapwing_training.splits import grouped_folds
 from lapwing_training.table import Table
 
 INNER_FOLDS = 5
@@ -49,12 +47,3 @@ def simplest(scores: Floats) -> int:
     short = scores[:, [scores.mean(axis=0).argmax()]] - scores
     error = short.std(axis=0, ddof=1) / np.sqrt(len(scores)) if len(scores) > 1 else np.zeros(scores.shape[1])
     return int(np.flatnonzero(short.mean(axis=0) <= error)[0])
-
-
-def out_of_fold_logits(recipe: Recipe, table: Table, folds: int, seed: int, advance: Advance = silent) -> Floats:
-    """(rows,) logits from probes that never saw the row's group; everything is chosen anew inside each fold."""
-    logits = np.full(len(table), np.nan)
-    for fitted, tested in grouped_folds(table.labels, table.groups, folds, seed):
-        logits[tested] = recipe.fit(table.take(fitted), seed).logit(table.take(tested))
-        advance()
-    return logits

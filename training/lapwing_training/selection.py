@@ -6,11 +6,12 @@ Significance is hygiene and effect size ranks; nothing here knows rows that are 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import stats
 
 from lapwing_training.errors import InvalidOption
 from lapwing_training.l1_entry import entry_order
@@ -34,14 +35,20 @@ class Ranking:
     heads: NDArray[np.int64]
     """(candidates,) flat head indices, the first to be taken first."""
 
+    others: NDArray[np.int64]
+    """(heads - candidates,) those that are no candidates, by effect."""
+
     significant: int
     """How many had q < .05."""
 
     frequency: Floats | None = None
     """(heads,) share of the resamples in which each head was selected; None where nothing was resampled."""
 
-    choose: bool = True
-    """Whether the number of heads is to be chosen; without it all candidates are taken."""
+    def at_least(self, count: int) -> Ranking:
+        """With so many candidates, for whoever asks for a number of heads: where they are too few, others follow."""
+        missing = max(0, count - len(self.heads))
+        heads = np.concatenate([self.heads, self.others[:missing]])
+        return replace(self, heads=heads, others=self.others[missing:])
 
 
 Selection = Callable[[Floats, NDArray[Any], NDArray[Any], int], Ranking]
@@ -73,13 +80,13 @@ def by_significance(scalars: Floats, labels: NDArray[Any], groups: NDArray[Any],
     """Heads with q < .05 by effect; all of them when none is, so that there is a probe to look at, and a warning."""
     order, significant = by_strength(scalars, labels, groups)
     chosen = order[significant[order]] if significant.any() else order
-    return Ranking(chosen, int(significant.sum()))
+    return _ranking(chosen, order, significant)
 
 
 def by_effect(scalars: Floats, labels: NDArray[Any], groups: NDArray[Any], seed: int = 0) -> Ranking:
     """All heads by effect, significant or not."""
     order, significant = by_strength(scalars, labels, groups)
-    return Ranking(order, int(significant.sum()))
+    return _ranking(order, order, significant)
 
 
 def by_l1_path(scalars: Floats, labels: NDArray[Any], groups: NDArray[Any], seed: int = 0) -> Ranking:
@@ -92,7 +99,7 @@ def by_l1_path(scalars: Floats, labels: NDArray[Any], groups: NDArray[Any], seed
     entered = entry_order(scalars.reshape(len(scalars), -1), labels, MOST_HEADS * features) % heads
     _, first = np.unique(entered, return_index=True)
     chosen = entered[np.sort(first)] if len(entered) else order
-    return Ranking(chosen, int(significant.sum()))
+    return _ranking(chosen, order, significant)
 
 
 def by_stability(scalars: Floats, labels: NDArray[Any], groups: NDArray[Any], seed: int = 0) -> Ranking:
@@ -106,15 +113,15 @@ def by_stability(scalars: Floats, labels: NDArray[Any], groups: NDArray[Any], se
     count = min(max(1, int(significant.sum())), max(1, len(order) // 4))
     flat = scalars.reshape(*scalars.shape[:2], -1)  # (rows, features, heads)
     frequency = selection_frequency(flat, labels, groups, count, seed)
-    order = order[np.argsort(-frequency[order], kind="stable")]
-    stable = frequency[order] >= STABLE
-    return Ranking(order[stable] if stable.any() else order, int(significant.sum()), frequency)
+    often = order[np.argsort(-frequency[order], kind="stable")]
+    stable = frequency[often] >= STABLE
+    return _ranking(often[stable] if stable.any() else often, order, significant, frequency)
 
 
 def all_heads(scalars: Floats, labels: NDArray[Any], groups: NDArray[Any], seed: int = 0) -> Ranking:
     """Every head, in the order of the model: nothing is chosen."""
     order, significant = by_strength(scalars, labels, groups)
-    return Ranking(np.arange(len(order)), int(significant.sum()), choose=False)
+    return _ranking(np.arange(len(order)), order, significant)
 
 
 SELECTIONS: Mapping[str, Selection] = {
@@ -131,8 +138,9 @@ def by_strength(
 ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
     """Heads by |AUROC - .5|, strongest first, and which are significant.
 
-    With several features a head counts when any of them is significant, with q-values over all heads of that feature
-    (those of the heatmaps), and is as strong as its strongest feature.
+    A head of several features has one p-value, the smallest times their number (Bonferroni), and the q-values are over
+    heads, so that of the heads that pass no more are false than promised; the heatmaps show each feature's own. It is
+    as strong as its strongest feature.
 
     Returns:
         (heads,) flat indices, and (heads,) by flat index.
@@ -140,7 +148,8 @@ def by_strength(
     flat = scalars.reshape(*scalars.shape[:2], -1)  # (rows, features, heads)
     tested = [head_significance(flat[:, feature], labels, groups) for feature in range(flat.shape[1])]
     strength = np.max([np.abs(one.auroc - 0.5) for one in tested], axis=0)  # (heads,)
-    significant = np.any([one.q_value < LEVEL for one in tested], axis=0)
+    p_value = np.minimum(len(tested) * np.min([one.p_value for one in tested], axis=0), 1.0)
+    significant = stats.false_discovery_control(p_value) < LEVEL
     return np.argsort(-strength, kind="stable").astype(np.int64), significant
 
 
@@ -151,16 +160,8 @@ def head_counts(heads: int) -> tuple[int, ...]:
     return (*powers, most)
 
 
-def one_standard_error(scores: Floats) -> int:
-    """The first candidate that is no worse than the best by more than the best's standard error.
-
-    Args:
-        scores: (folds, candidates), higher is better, candidates from the simplest on.
-
-    References:
-        Breiman et al., Classification and Regression Trees, 1984, section 3.4.3.
-    """
-    mean = scores.mean(axis=0)
-    best = int(mean.argmax())
-    error = scores[:, best].std(ddof=1) / np.sqrt(len(scores)) if len(scores) > 1 else 0.0
-    return int(np.flatnonzero(mean >= mean[best] - error)[0])
+def _ranking(
+    chosen: NDArray[np.int64], order: NDArray[np.int64], significant: NDArray[np.bool_], frequency: Floats | None = None
+) -> Ranking:
+    """From the candidates, and all heads by effect."""
+    return Ranking(chosen, order[~np.isin(order, chosen)], int(significant.sum()), frequency)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -9,20 +10,36 @@ import numpy as np
 from lapwing_detector.calibration import Calibration
 from lapwing_training.calibrate import platt
 from lapwing_training.metrics import estimate
-from lapwing_training.nested import Trial
+from lapwing_training.nested import Scorers, Trial, scored
 from lapwing_training.sample import LEAST_PER_CLASS, Sample
 from lapwing_training.significance import Floats
 from lapwing_training.splits import Rows
-from lapwing_training.table import Table
+from lapwing_training.table import UNKNOWN, Table
 
 WHOLE = 1.0
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What probes say of a part of the response; NaN where it is too short."""
+
+    fraction: float
+    held_out: Floats
+    """(rows of the table,) by the probe that did not see the row's group."""
+
+    known: tuple[Floats, ...]
+    """Of each fold (rows of the table,): what was known without the rows that are judged in it."""
+
+    tokens: float | None
+    """The median response, of the fitted rows that have this part; None where the store does not say."""
 
 
 def judge_stages(trial: Trial, sample: Sample) -> list[dict[str, Any]]:
     """How good scores of a part of the response are, for each part that the store holds and for the whole.
 
     Every row is scored by the probe that did not see its group, and its probability comes from a sigmoid fitted on rows
-    of other folds at the same stage. A stage with fewer than ten rows of a class on either side is absent.
+    of other folds at the same stage. A stage with fewer than ten rows of a class on either side is absent. All that are
+    present are judged on the same rows, those that the earliest has; their sigmoids are fitted on all rows they have.
 
     Args:
         trial: rows that are judged.
@@ -33,54 +50,68 @@ def judge_stages(trial: Trial, sample: Sample) -> list[dict[str, Any]]:
         `intercept` are the sigmoid of all fitted rows. Empty where the store holds no parts.
     """
     fractions = trial.table.stages
-    judged = [_judge(trial, sample, fraction) for fraction in (*fractions, WHOLE)] if fractions else []
-    return [stage for stage in judged if stage is not None]
+    stages = [stage_of(trial, fraction) for fraction in (*fractions, WHOLE)] if fractions else []
+    present = [stage for stage in stages if _enough(trial, stage)]
+    if not present:
+        return []
+    # A longer part has the rows of a shorter one, so these are the earliest stage's.
+    shared = np.logical_and.reduce([np.isfinite(stage.held_out[trial.rows]) for stage in present])
+    judged = np.flatnonzero(shared)
+    return [_judge(trial, stage, trial.rows[judged], sample.take(judged)) for stage in present]
 
 
-def stage_logits(trial: Trial, fraction: float) -> tuple[Floats, Table]:
-    """(rows of the table,) logits of that part of the response, NaN where it is too short; and the rows that have it.
+def stage_of(trial: Trial, fraction: float) -> Stage:
+    """The logits of that part of the response.
 
     Args:
-        trial: with the probe for each row.
-        fraction: one of the table's stages.
+        trial: with the probes for each row.
+        fraction: one of the table's stages, or `WHOLE`.
     """
+    if fraction == WHOLE:
+        return Stage(WHOLE, trial.held_out, trial.known, _tokens(trial.table, trial.plan.fitted))
     part, rows = trial.table.at_stage(fraction)
-    logits = np.full(len(trial.table), np.nan)
-    for scored, probe in trial.scorers:
-        places = np.flatnonzero(np.isin(rows, scored))
-        logits[rows[places]] = probe.logit(part.take(places))
-    return logits, part
+
+    def logits(scorers: Scorers) -> Floats:
+        found = np.full(len(trial.table), np.nan)
+        found[rows] = scored(part, tuple((np.flatnonzero(np.isin(rows, own)), probe) for own, probe in scorers))
+        return found
+
+    tokens = _tokens(part, np.flatnonzero(np.isin(rows, trial.plan.fitted)))
+    return Stage(fraction, logits(trial.scorers), tuple(map(logits, trial.known_scorers)), tokens)
 
 
-def _judge(trial: Trial, sample: Sample, fraction: float) -> dict[str, Any] | None:
-    logits, part = (trial.held_out, trial.table) if fraction == WHOLE else stage_logits(trial, fraction)
-    known = np.isfinite(logits)
-    labels = trial.table.labels
+def _enough(trial: Trial, stage: Stage) -> bool:
+    labels = np.where(np.isfinite(stage.held_out), trial.table.labels, UNKNOWN)
     sides = (trial.plan.fitted, trial.plan.tested, *(rows for rows, _ in trial.folds))
-    if min(_least(labels[rows[known[rows]]]) for rows in sides) < LEAST_PER_CLASS:
-        return None
+    return min(int((labels[rows] == label).sum()) for rows in sides for label in (0, 1)) >= LEAST_PER_CLASS
+
+
+def _judge(trial: Trial, stage: Stage, rows: Rows, sample: Sample) -> dict[str, Any]:
+    """On these rows, which the sample holds."""
+    labels, logits = trial.table.labels, stage.held_out
     own, final = np.full(len(labels), np.nan), np.full(len(labels), np.nan)
-    for (fitted, tested), whole in zip(trial.folds, trial.calibrations, strict=True):
-        own[tested] = _sigmoid(logits, labels, fitted[known[fitted]]).probabilities(logits[tested])
+    for (known, tested), at_stage, whole in zip(trial.folds, stage.known, trial.calibrations, strict=True):
+        own[tested] = _sigmoid(at_stage, labels, known).probabilities(logits[tested])
         final[tested] = whole.probabilities(logits[tested])
-    whole_fit = _sigmoid(logits, labels, trial.plan.fitted[known[trial.plan.fitted]])
-    judged = np.flatnonzero(known[trial.rows])
-    rows, some = trial.rows[judged], sample.take(judged)
+    whole_fit = _sigmoid(logits, labels, trial.plan.fitted)
     return {
-        "fraction": fraction,
+        "fraction": stage.fraction,
         "rows": len(rows),
-        "tokens": None if part.response_tokens is None else float(np.median(part.response_tokens)),
-        "auroc": estimate(some.auroc(logits[rows])),
-        "brier": some.calibration(own[rows])["brier"],
-        "brier_final": some.calibration(final[rows])["brier"],
+        "tokens": stage.tokens,
+        "auroc": estimate(sample.auroc(logits[rows])),
+        "brier": sample.calibration(own[rows])["brier"],
+        "brier_final": sample.calibration(final[rows])["brier"],
         "slope": whole_fit.slope,
         "intercept": whole_fit.intercept,
     }
 
 
 def _sigmoid(logits: Floats, labels: Any, rows: Rows) -> Calibration:
-    return Calibration(*platt(logits[rows], labels[rows]))
+    """Fitted on those of the rows that have a logit."""
+    known = rows[np.isfinite(logits[rows])]
+    return Calibration(*platt(logits[known], labels[known]))
 
 
-def _least(labels: Any) -> int:
-    return min(int((labels == 1).sum()), int((labels == 0).sum()))
+def _tokens(part: Table, rows: Rows) -> float | None:
+    tokens = part.response_tokens
+    return None if tokens is None or not len(rows) else float(np.median(tokens[rows]))

@@ -177,6 +177,11 @@ def _table(path: Path, index: Mapping[str, Any], labels: Mapping[str, int | None
         k=int(index["k"]),
         response_tokens=np.array(items["response_tokens"], dtype=np.int64),
     )
+    if labels.keys() != set(items["id"]):
+        raise StoreCorrupt(
+            f"{path / INDEX} and {path / LABELS} list different items; "
+            "run lapwing extract again, which keeps the shards"
+        )
     prefixes = {float(fraction): _prefix(path, index, table, float(fraction)) for fraction in index["stages"]}
     return replace(table, prefixes=prefixes)
 

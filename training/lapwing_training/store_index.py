@@ -77,8 +77,14 @@ def finish_store(
     }
 
 
-def log_probability_of(item: LabelledGeneration) -> float | None:
-    """Mean token log-probability that was kept while generating; None where there is none.
+def is_written_by(item: LabelledGeneration, loaded: LanguageModel) -> bool:
+    """Whether what the item kept, if it did, is of this model and its tokenizer."""
+    mine = loaded.identity.digest[:12]
+    return is_own(item, loaded) and item.generation.get("model", mine) == mine
+
+
+def log_probability_of(item: LabelledGeneration, loaded: LanguageModel) -> float | None:
+    """Mean token log-probability that this model kept while generating; None where there is none.
 
     Raises:
         InvalidData: it is no finite number.
@@ -90,7 +96,7 @@ def log_probability_of(item: LabelledGeneration) -> float | None:
         raise InvalidData(
             f"item `{item.id}`", None, f"generation.log_probability is {shown}; expected a number or null"
         )
-    return kept
+    return kept if is_written_by(item, loaded) else None
 
 
 def stratum_of(item: LabelledGeneration, stratum: str) -> str:
@@ -100,8 +106,8 @@ def stratum_of(item: LabelledGeneration, stratum: str) -> str:
 
 
 def mode_in(item: LabelledGeneration, loaded: LanguageModel) -> str | None:
-    """How the response came to this model: what another tokenizer's model generated is supplied to this one."""
-    return "supplied" if item.mode == "generated" and not is_own(item, loaded) else item.mode
+    """How the response came to this model: what another model generated is supplied to this one."""
+    return "supplied" if item.mode == "generated" and not is_written_by(item, loaded) else item.mode
 
 
 def _columns(
@@ -115,6 +121,6 @@ def _columns(
         "stratum": [stratum_of(item, stratum) for item in items],
         "token_count": [len(ids.all) for ids in tokens],
         "response_tokens": [len(ids.response_ids) for ids in tokens],
-        "log_probability": [log_probability_of(item) for item in items],
+        "log_probability": [log_probability_of(item, loaded) for item in items],
         "mode": [mode_in(item, loaded) for item in items],
     }

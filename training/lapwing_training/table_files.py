@@ -140,7 +140,9 @@ def _records(reader: Any, header: Sequence[str]) -> Iterator[Row]:
         except StopIteration:
             return
         except csv.Error as error:
-            yield Row(line, fault=f"no row of CSV ({error})")
+            last = reader.line_num
+            together = f"; lines {line} to {last} were read as one" if last > line else ""
+            yield from (Row(one, fault=f"no row of CSV ({error}{together})") for one in range(line, last + 1))
             continue
         if cells:
             yield _record(line, header, cells)

@@ -65,10 +65,10 @@ def train_probe(
     plan = plan_rows(table, options.test_share, options.guarantee, options.seed)
     # Many small products: on a shared machine threads that wait for each other made this seven times as slow.
     threads = max(1, (os.cpu_count() or 1) // 2)
-    steps = 1 + OUTER_FOLDS + statistics_steps(table) + evaluation_steps(recipe, table, plan)
+    steps = 1 + OUTER_FOLDS + plan.pairs + statistics_steps(table) + evaluation_steps(recipe, table, plan)
     with threadpool_limits(threads), tqdm(total=steps, desc="train", unit="step") as progress:
         fitted = fit(table.take(plan.fitted), recipe, options.seed, progress.update)
-        trial = trial_of(fitted, table, plan)
+        trial = trial_of(fitted, table, plan, progress.update)
         statistics = statistics_of(fitted, trial, progress.update)
         judged = evaluate_fit(fitted, trial, options.resamples, options.seed, progress.update)
     judged |= {"mode": store.mode, "command": options.command(store_path, out)}

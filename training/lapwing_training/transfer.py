@@ -58,8 +58,10 @@ def evaluate_probe(
         result = judge_scores(sample, judged, scores, progress.update)
         points = [OperatingPoint(one.false_positive_rate, one.logit, one.negatives) for one in probe.thresholds]
         limits = [np.full(len(judged), one.logit) for one in probe.thresholds]
-        result["thresholds"] = realised(sample, points, limits, scores.logits)
-        result["drift"] = drift_of(probe, reference, judged, sample, scores, seed)
+        # What was guaranteed is about one random row of a group, so each group counts once in what came of it.
+        once = bool(probe.training.get("guarantee"))
+        result["thresholds"] = realised(sample, points, limits, scores.logits, each_group_once=once)
+        result["drift"] = drift_of(probe, reference, judged, sample, scores, seed, seen_groups)
         progress.update()
     notes = mode_note(probe.training.get("mode"), store.mode)
     if reference is None:

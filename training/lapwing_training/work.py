@@ -135,19 +135,19 @@ def ids_of(question: Question, loaded: LanguageModel, response: str | None = Non
         raise InvalidData(f"item `{question.id}`", None, str(error)) from error
 
 
-def prompt_ids_of(question: Question, loaded: LanguageModel) -> tuple[int, ...]:
-    """The prompt as token ids, with room for an answer.
+def prompt_ids_of(question: Question, loaded: LanguageModel, new_tokens: int) -> tuple[int, ...]:
+    """The prompt as token ids, with room for an answer of so many tokens.
 
     Raises:
         InvalidData: the prompt is empty, can't be tokenised or is too long.
     """
     ids = ids_of(question, loaded).prompt_ids
-    if len(ids) >= loaded.max_tokens:
+    if len(ids) + new_tokens > loaded.max_tokens:
         raise InvalidData(
             f"item `{question.id}`",
             None,
-            f"the prompt has {len(ids)} tokens, {loaded.name} reads at most {loaded.max_tokens} with its answer; "
-            "shorten it or leave it out",
+            f"the prompt has {len(ids)} tokens and its answer up to {new_tokens}, {loaded.name} reads at most "
+            f"{loaded.max_tokens} together; shorten the prompt, leave it out or lower --max-new-tokens",
         )
     return ids
 

@@ -17,6 +17,9 @@ def evaluate(
     seen_groups: Annotated[bool, typer.Option(help="Judge on groups, too, that the probe was fitted on.")] = False,
     resamples: Annotated[int, typer.Option(help="Of the group bootstrap behind every interval.")] = 1000,
     seed: Annotated[int, typer.Option(help="Of the resamples.")] = 0,
+    out: Annotated[
+        Path | None, typer.Option(help="Page to write, such as evaluation.html: the report as HTML.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Judge a probe on another store: new questions, another domain, another temperature.
@@ -26,11 +29,19 @@ def evaluate(
 
     Example: lapwing evaluate my-probe other-store
     """
-    from lapwing_training.report import transfer_report
+    from lapwing_training.errors import InvalidOption
+    from lapwing_training.files import write_text
+    from lapwing_training.report import html_transfer_report, transfer_report
     from lapwing_training.transfer import evaluate_probe
 
     with failures("evaluate"):
+        if out is not None and out.is_dir():
+            raise InvalidOption(f"{out} is a directory; give the page to write with --out, such as {out / 'page.html'}")
         result = evaluate_probe(probe, store, resamples=resamples, seed=seed, seen_groups=seen_groups)
         for note in result["notes"]:
             print(f"lapwing evaluate: {note}", file=sys.stderr)
-        tell(result, as_json, transfer_report(result))
+        text = transfer_report(result)
+        if out is not None:
+            write_text(out, html_transfer_report(result))
+            text += f"\npage in {out}"
+        tell(result, as_json, text)

@@ -18,10 +18,10 @@ from lapwing_training.report.words import (
 )
 
 MODES = {
-    "generated": "It was fitted on answers that the model wrote itself; it warns when it scores text that the model "
+    "generated": "It was fitted on answers that the model wrote itself; lapwing evaluate warns on text that the model "
     "only reads.",
-    "supplied": "It was fitted on supplied texts that the model only read; it warns when it scores what the model "
-    "itself writes.",
+    "supplied": "It was fitted on supplied texts that the model only read; generating with it warns, and so does "
+    "lapwing evaluate on answers that the model wrote itself.",
     "mixed": "It was fitted both on answers that the model wrote and on supplied texts that the model only read.",
     "unknown": "Nobody noted whether the model wrote the answers it was fitted on, or only read them.",
 }
@@ -77,10 +77,11 @@ def judged_how(probe: Probe) -> str:
     metrics, training = probe.metrics, probe.training
     if metrics.get("protocol") == "nested":
         folds = training.get("outer_folds", 5)
+        but = " but those of the groups that set the thresholds" if training.get("guarantee") else ""
         return (
             f"Nested cross-validation: the rows of each of {folds} folds are scored by a probe that was chosen, fitted "
             "and calibrated on the other folds alone; groups are never divided. The saved probe is then fitted "
-            "on all rows."
+            f"on all rows{but}."
         )
     share = training.get("test_share")
     kept = f"{share:.0%} of the groups were" if isinstance(share, float) else "Some groups were"
