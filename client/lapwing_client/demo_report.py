@@ -23,7 +23,11 @@ ROWS = (
 )
 """Baselines and controls of a probe's metrics, with their names here."""
 
-FEATURES = {"attention_score.v1": "AttnScore", "laplacian_eigenvalues.v1": "LapEigvals", "sink_scores.v1": "sink scores"}
+FEATURES = {
+    "attention_score.v1": "AttnScore",
+    "laplacian_eigenvalues.v1": "LapEigvals",
+    "sink_scores.v1": "sink scores",
+}
 
 
 @dataclass(frozen=True)
