@@ -82,7 +82,7 @@ def _scores(fitted: Fitted, trial: Trial) -> tuple[Scores, dict[str, Any]]:
 
     What a baseline must be told (its direction, its weight beside attention) every fold tells it anew.
     """
-    table, raw = trial.table, baselines.raw_scores(trial.table)
+    table, raw = trial.table, baselines.raw_scores(trial.table, trial.plan.fitted)
     signs = [baselines.directions(raw, table.labels, known) for known, _ in trial.folds]
     oriented = {name: trial.spread([sign[name] for sign in signs]) * values[trial.rows] for name, values in raw.items()}
     about: dict[str, Any] = {"directions": baselines.directions(raw, table.labels, trial.plan.fitted)}
