@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from lapwing.v1 import tensor_pb2 as lapwing_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1alapwing/v1/detection.proto\x12\nlapwing.v1\x1a\x17lapwing/v1/tensor.proto\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"b\n\x06Prompt\x12\x11\n\x04text\x18\x01 \x01(\tH\x00\x88\x01\x01\x12)\n\x08messages\x18\x02 \x03(\x0b\x32\x17.lapwing.v1.ChatMessage\x12\x11\n\ttoken_ids\x18\x03 \x03(\x05\x42\x07\n\x05_text\"9\n\x08Response\x12\x11\n\x04text\x18\x01 \x01(\tH\x00\x88\x01\x01\x12\x11\n\ttoken_ids\x18\x02 \x03(\x05\x42\x07\n\x05_text\"E\n\x10HeadContribution\x12\r\n\x05layer\x18\x01 \x01(\x05\x12\x0c\n\x04head\x18\x02 \x01(\x05\x12\x14\n\x0c\x63ontribution\x18\x03 \x01(\x01\"\xe8\x04\n\tDetection\x12)\n\x05state\x18\x01 \x01(\x0e\x32\x1a.lapwing.v1.DetectionState\x12*\n\x06reason\x18\x02 \x01(\x0e\x32\x1a.lapwing.v1.UnscoredReason\x12\x0f\n\x07message\x18\x03 \x01(\t\x12\x18\n\x0bprobability\x18\x04 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\x05logit\x18\x05 \x01(\x01H\x01\x88\x01\x01\x12\x0c\n\x04\x62ias\x18\x06 \x01(\x01\x12\x14\n\x07\x66lagged\x18\x07 \x01(\x08H\x02\x88\x01\x01\x12\x1b\n\x13\x66\x61lse_positive_rate\x18\x08 \x01(\x01\x12\x12\n\nflagged_at\x18\t \x03(\x01\x12\x12\n\nprobe_name\x18\n \x01(\t\x12\x16\n\x0eprobe_revision\x18\x0b \x01(\t\x12\x15\n\rprompt_tokens\x18\x0c \x01(\x05\x12\x17\n\x0fresponse_tokens\x18\r \x01(\x05\x12\x11\n\ttoken_ids\x18\x0e \x03(\x05\x12/\n\x13token_contributions\x18\x0f \x01(\x0b\x32\x12.lapwing.v1.Tensor\x12\x35\n\x0fstrongest_heads\x18\x10 \x03(\x0b\x32\x1c.lapwing.v1.HeadContribution\x12>\n\rstage_seconds\x18\x11 \x03(\x0b\x32\'.lapwing.v1.Detection.StageSecondsEntry\x1a\x33\n\x11StageSecondsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\x0e\n\x0c_probabilityB\x08\n\x06_logitB\n\n\x08_flagged*k\n\x0e\x44\x65tectionState\x12\x1f\n\x1b\x44\x45TECTION_STATE_UNSPECIFIED\x10\x00\x12\x1a\n\x16\x44\x45TECTION_STATE_SCORED\x10\x01\x12\x1c\n\x18\x44\x45TECTION_STATE_UNSCORED\x10\x02*\x8f\x01\n\x0eUnscoredReason\x12\x1f\n\x1bUNSCORED_REASON_UNSPECIFIED\x10\x00\x12\x1d\n\x19UNSCORED_REASON_TOO_SHORT\x10\x01\x12\x1e\n\x1aUNSCORED_REASON_NON_FINITE\x10\x02\x12\x1d\n\x19UNSCORED_REASON_TRUNCATED\x10\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1alapwing/v1/detection.proto\x12\nlapwing.v1\x1a\x17lapwing/v1/tensor.proto\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"b\n\x06Prompt\x12\x11\n\x04text\x18\x01 \x01(\tH\x00\x88\x01\x01\x12)\n\x08messages\x18\x02 \x03(\x0b\x32\x17.lapwing.v1.ChatMessage\x12\x11\n\ttoken_ids\x18\x03 \x03(\x05\x42\x07\n\x05_text\"9\n\x08Response\x12\x11\n\x04text\x18\x01 \x01(\tH\x00\x88\x01\x01\x12\x11\n\ttoken_ids\x18\x02 \x03(\x05\x42\x07\n\x05_text\"E\n\x10HeadContribution\x12\r\n\x05layer\x18\x01 \x01(\x05\x12\x0c\n\x04head\x18\x02 \x01(\x05\x12\x14\n\x0c\x63ontribution\x18\x03 \x01(\x01\"\x97\x06\n\tDetection\x12)\n\x05state\x18\x01 \x01(\x0e\x32\x1a.lapwing.v1.DetectionState\x12*\n\x06reason\x18\x02 \x01(\x0e\x32\x1a.lapwing.v1.UnscoredReason\x12\x0f\n\x07message\x18\x03 \x01(\t\x12\x18\n\x0bprobability\x18\x04 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\x05logit\x18\x05 \x01(\x01H\x01\x88\x01\x01\x12\x0c\n\x04\x62ias\x18\x06 \x01(\x01\x12\x14\n\x07\x66lagged\x18\x07 \x01(\x08H\x02\x88\x01\x01\x12\x1b\n\x13\x66\x61lse_positive_rate\x18\x08 \x01(\x01\x12\x12\n\nflagged_at\x18\t \x03(\x01\x12\x12\n\nprobe_name\x18\n \x01(\t\x12\x16\n\x0eprobe_revision\x18\x0b \x01(\t\x12\x15\n\rprompt_tokens\x18\x0c \x01(\x05\x12\x17\n\x0fresponse_tokens\x18\r \x01(\x05\x12\x11\n\ttoken_ids\x18\x0e \x03(\x05\x12/\n\x13token_contributions\x18\x0f \x01(\x0b\x32\x12.lapwing.v1.Tensor\x12\x35\n\x0fstrongest_heads\x18\x10 \x03(\x0b\x32\x1c.lapwing.v1.HeadContribution\x12>\n\rstage_seconds\x18\x11 \x03(\x0b\x32\'.lapwing.v1.Detection.StageSecondsEntry\x12\x1a\n\x12heads_contribution\x18\x12 \x01(\x01\x12R\n\x17statistic_contributions\x18\x13 \x03(\x0b\x32\x31.lapwing.v1.Detection.StatisticContributionsEntry\x1a\x33\n\x11StageSecondsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x1a=\n\x1bStatisticContributionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\x0e\n\x0c_probabilityB\x08\n\x06_logitB\n\n\x08_flagged*k\n\x0e\x44\x65tectionState\x12\x1f\n\x1b\x44\x45TECTION_STATE_UNSPECIFIED\x10\x00\x12\x1a\n\x16\x44\x45TECTION_STATE_SCORED\x10\x01\x12\x1c\n\x18\x44\x45TECTION_STATE_UNSCORED\x10\x02*\x8f\x01\n\x0eUnscoredReason\x12\x1f\n\x1bUNSCORED_REASON_UNSPECIFIED\x10\x00\x12\x1d\n\x19UNSCORED_REASON_TOO_SHORT\x10\x01\x12\x1e\n\x1aUNSCORED_REASON_NON_FINITE\x10\x02\x12\x1d\n\x19UNSCORED_REASON_TRUNCATED\x10\x03\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,10 +34,12 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_DETECTION_STAGESECONDSENTRY']._loaded_options = None
   _globals['_DETECTION_STAGESECONDSENTRY']._serialized_options = b'8\001'
-  _globals['_DETECTIONSTATE']._serialized_start=962
-  _globals['_DETECTIONSTATE']._serialized_end=1069
-  _globals['_UNSCOREDREASON']._serialized_start=1072
-  _globals['_UNSCOREDREASON']._serialized_end=1215
+  _globals['_DETECTION_STATISTICCONTRIBUTIONSENTRY']._loaded_options = None
+  _globals['_DETECTION_STATISTICCONTRIBUTIONSENTRY']._serialized_options = b'8\001'
+  _globals['_DETECTIONSTATE']._serialized_start=1137
+  _globals['_DETECTIONSTATE']._serialized_end=1244
+  _globals['_UNSCOREDREASON']._serialized_start=1247
+  _globals['_UNSCOREDREASON']._serialized_end=1390
   _globals['_CHATMESSAGE']._serialized_start=67
   _globals['_CHATMESSAGE']._serialized_end=111
   _globals['_PROMPT']._serialized_start=113
@@ -47,7 +49,9 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_HEADCONTRIBUTION']._serialized_start=272
   _globals['_HEADCONTRIBUTION']._serialized_end=341
   _globals['_DETECTION']._serialized_start=344
-  _globals['_DETECTION']._serialized_end=960
-  _globals['_DETECTION_STAGESECONDSENTRY']._serialized_start=871
-  _globals['_DETECTION_STAGESECONDSENTRY']._serialized_end=922
+  _globals['_DETECTION']._serialized_end=1135
+  _globals['_DETECTION_STAGESECONDSENTRY']._serialized_start=983
+  _globals['_DETECTION_STAGESECONDSENTRY']._serialized_end=1034
+  _globals['_DETECTION_STATISTICCONTRIBUTIONSENTRY']._serialized_start=1036
+  _globals['_DETECTION_STATISTICCONTRIBUTIONSENTRY']._serialized_end=1097
 # @@protoc_insertion_point(module_scope)

@@ -65,8 +65,15 @@ class HeadContribution(_message.Message):
     def __init__(self, layer: _Optional[int] = ..., head: _Optional[int] = ..., contribution: _Optional[float] = ...) -> None: ...
 
 class Detection(_message.Message):
-    __slots__ = ("state", "reason", "message", "probability", "logit", "bias", "flagged", "false_positive_rate", "flagged_at", "probe_name", "probe_revision", "prompt_tokens", "response_tokens", "token_ids", "token_contributions", "strongest_heads", "stage_seconds")
+    __slots__ = ("state", "reason", "message", "probability", "logit", "bias", "flagged", "false_positive_rate", "flagged_at", "probe_name", "probe_revision", "prompt_tokens", "response_tokens", "token_ids", "token_contributions", "strongest_heads", "stage_seconds", "heads_contribution", "statistic_contributions")
     class StageSecondsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: float
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
+    class StatisticContributionsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
         VALUE_FIELD_NUMBER: _ClassVar[int]
@@ -90,6 +97,8 @@ class Detection(_message.Message):
     TOKEN_CONTRIBUTIONS_FIELD_NUMBER: _ClassVar[int]
     STRONGEST_HEADS_FIELD_NUMBER: _ClassVar[int]
     STAGE_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    HEADS_CONTRIBUTION_FIELD_NUMBER: _ClassVar[int]
+    STATISTIC_CONTRIBUTIONS_FIELD_NUMBER: _ClassVar[int]
     state: DetectionState
     reason: UnscoredReason
     message: str
@@ -107,4 +116,6 @@ class Detection(_message.Message):
     token_contributions: _tensor_pb2.Tensor
     strongest_heads: _containers.RepeatedCompositeFieldContainer[HeadContribution]
     stage_seconds: _containers.ScalarMap[str, float]
-    def __init__(self, state: _Optional[_Union[DetectionState, str]] = ..., reason: _Optional[_Union[UnscoredReason, str]] = ..., message: _Optional[str] = ..., probability: _Optional[float] = ..., logit: _Optional[float] = ..., bias: _Optional[float] = ..., flagged: bool = ..., false_positive_rate: _Optional[float] = ..., flagged_at: _Optional[_Iterable[float]] = ..., probe_name: _Optional[str] = ..., probe_revision: _Optional[str] = ..., prompt_tokens: _Optional[int] = ..., response_tokens: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., token_contributions: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., strongest_heads: _Optional[_Iterable[_Union[HeadContribution, _Mapping]]] = ..., stage_seconds: _Optional[_Mapping[str, float]] = ...) -> None: ...
+    heads_contribution: float
+    statistic_contributions: _containers.ScalarMap[str, float]
+    def __init__(self, state: _Optional[_Union[DetectionState, str]] = ..., reason: _Optional[_Union[UnscoredReason, str]] = ..., message: _Optional[str] = ..., probability: _Optional[float] = ..., logit: _Optional[float] = ..., bias: _Optional[float] = ..., flagged: bool = ..., false_positive_rate: _Optional[float] = ..., flagged_at: _Optional[_Iterable[float]] = ..., probe_name: _Optional[str] = ..., probe_revision: _Optional[str] = ..., prompt_tokens: _Optional[int] = ..., response_tokens: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., token_contributions: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., strongest_heads: _Optional[_Iterable[_Union[HeadContribution, _Mapping]]] = ..., stage_seconds: _Optional[_Mapping[str, float]] = ..., heads_contribution: _Optional[float] = ..., statistic_contributions: _Optional[_Mapping[str, float]] = ...) -> None: ...

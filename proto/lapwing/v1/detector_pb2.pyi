@@ -16,6 +16,8 @@ class FinishReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     FINISH_REASON_UNSPECIFIED: _ClassVar[FinishReason]
     FINISH_REASON_STOP: _ClassVar[FinishReason]
     FINISH_REASON_LENGTH: _ClassVar[FinishReason]
+    FINISH_REASON_STOP_STRING: _ClassVar[FinishReason]
+    FINISH_REASON_FLAGGED: _ClassVar[FinishReason]
 
 class ServerState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -27,6 +29,8 @@ class ServerState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
 FINISH_REASON_UNSPECIFIED: FinishReason
 FINISH_REASON_STOP: FinishReason
 FINISH_REASON_LENGTH: FinishReason
+FINISH_REASON_STOP_STRING: FinishReason
+FINISH_REASON_FLAGGED: FinishReason
 SERVER_STATE_UNSPECIFIED: ServerState
 SERVER_STATE_LOADING: ServerState
 SERVER_STATE_SERVING: ServerState
@@ -34,14 +38,16 @@ SERVER_STATE_FAILED: ServerState
 SERVER_STATE_STOPPING: ServerState
 
 class ScoreRequest(_message.Message):
-    __slots__ = ("prompt", "response", "false_positive_rate")
+    __slots__ = ("prompt", "response", "false_positive_rate", "probe")
     PROMPT_FIELD_NUMBER: _ClassVar[int]
     RESPONSE_FIELD_NUMBER: _ClassVar[int]
     FALSE_POSITIVE_RATE_FIELD_NUMBER: _ClassVar[int]
+    PROBE_FIELD_NUMBER: _ClassVar[int]
     prompt: _detection_pb2.Prompt
     response: _detection_pb2.Response
     false_positive_rate: float
-    def __init__(self, prompt: _Optional[_Union[_detection_pb2.Prompt, _Mapping]] = ..., response: _Optional[_Union[_detection_pb2.Response, _Mapping]] = ..., false_positive_rate: _Optional[float] = ...) -> None: ...
+    probe: str
+    def __init__(self, prompt: _Optional[_Union[_detection_pb2.Prompt, _Mapping]] = ..., response: _Optional[_Union[_detection_pb2.Response, _Mapping]] = ..., false_positive_rate: _Optional[float] = ..., probe: _Optional[str] = ...) -> None: ...
 
 class ScoreResponse(_message.Message):
     __slots__ = ("detection",)
@@ -58,12 +64,14 @@ class ScoreItem(_message.Message):
     def __init__(self, prompt: _Optional[_Union[_detection_pb2.Prompt, _Mapping]] = ..., response: _Optional[_Union[_detection_pb2.Response, _Mapping]] = ...) -> None: ...
 
 class ScoreBatchRequest(_message.Message):
-    __slots__ = ("items", "false_positive_rate")
+    __slots__ = ("items", "false_positive_rate", "probe")
     ITEMS_FIELD_NUMBER: _ClassVar[int]
     FALSE_POSITIVE_RATE_FIELD_NUMBER: _ClassVar[int]
+    PROBE_FIELD_NUMBER: _ClassVar[int]
     items: _containers.RepeatedCompositeFieldContainer[ScoreItem]
     false_positive_rate: float
-    def __init__(self, items: _Optional[_Iterable[_Union[ScoreItem, _Mapping]]] = ..., false_positive_rate: _Optional[float] = ...) -> None: ...
+    probe: str
+    def __init__(self, items: _Optional[_Iterable[_Union[ScoreItem, _Mapping]]] = ..., false_positive_rate: _Optional[float] = ..., probe: _Optional[str] = ...) -> None: ...
 
 class ScoreResult(_message.Message):
     __slots__ = ("detection", "error")
@@ -80,36 +88,50 @@ class ScoreBatchResponse(_message.Message):
     def __init__(self, results: _Optional[_Iterable[_Union[ScoreResult, _Mapping]]] = ...) -> None: ...
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("prompt", "max_new_tokens", "temperature", "top_p", "seed", "false_positive_rate")
+    __slots__ = ("prompt", "max_new_tokens", "temperature", "top_p", "seed", "false_positive_rate", "stop_strings", "stop_when_probability_above", "minimum_tokens", "score_every", "contributions", "probe")
     PROMPT_FIELD_NUMBER: _ClassVar[int]
     MAX_NEW_TOKENS_FIELD_NUMBER: _ClassVar[int]
     TEMPERATURE_FIELD_NUMBER: _ClassVar[int]
     TOP_P_FIELD_NUMBER: _ClassVar[int]
     SEED_FIELD_NUMBER: _ClassVar[int]
     FALSE_POSITIVE_RATE_FIELD_NUMBER: _ClassVar[int]
+    STOP_STRINGS_FIELD_NUMBER: _ClassVar[int]
+    STOP_WHEN_PROBABILITY_ABOVE_FIELD_NUMBER: _ClassVar[int]
+    MINIMUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    SCORE_EVERY_FIELD_NUMBER: _ClassVar[int]
+    CONTRIBUTIONS_FIELD_NUMBER: _ClassVar[int]
+    PROBE_FIELD_NUMBER: _ClassVar[int]
     prompt: _detection_pb2.Prompt
     max_new_tokens: int
     temperature: float
     top_p: float
     seed: int
     false_positive_rate: float
-    def __init__(self, prompt: _Optional[_Union[_detection_pb2.Prompt, _Mapping]] = ..., max_new_tokens: _Optional[int] = ..., temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., seed: _Optional[int] = ..., false_positive_rate: _Optional[float] = ...) -> None: ...
+    stop_strings: _containers.RepeatedScalarFieldContainer[str]
+    stop_when_probability_above: float
+    minimum_tokens: int
+    score_every: int
+    contributions: bool
+    probe: str
+    def __init__(self, prompt: _Optional[_Union[_detection_pb2.Prompt, _Mapping]] = ..., max_new_tokens: _Optional[int] = ..., temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., seed: _Optional[int] = ..., false_positive_rate: _Optional[float] = ..., stop_strings: _Optional[_Iterable[str]] = ..., stop_when_probability_above: _Optional[float] = ..., minimum_tokens: _Optional[int] = ..., score_every: _Optional[int] = ..., contributions: bool = ..., probe: _Optional[str] = ...) -> None: ...
 
 class GeneratedToken(_message.Message):
-    __slots__ = ("index", "token_id", "text", "log_probability", "probability", "logit")
+    __slots__ = ("index", "token_id", "text", "log_probability", "probability", "logit", "token_contributions")
     INDEX_FIELD_NUMBER: _ClassVar[int]
     TOKEN_ID_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
     LOG_PROBABILITY_FIELD_NUMBER: _ClassVar[int]
     PROBABILITY_FIELD_NUMBER: _ClassVar[int]
     LOGIT_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_CONTRIBUTIONS_FIELD_NUMBER: _ClassVar[int]
     index: int
     token_id: int
     text: str
     log_probability: float
     probability: float
     logit: float
-    def __init__(self, index: _Optional[int] = ..., token_id: _Optional[int] = ..., text: _Optional[str] = ..., log_probability: _Optional[float] = ..., probability: _Optional[float] = ..., logit: _Optional[float] = ...) -> None: ...
+    token_contributions: _tensor_pb2.Tensor
+    def __init__(self, index: _Optional[int] = ..., token_id: _Optional[int] = ..., text: _Optional[str] = ..., log_probability: _Optional[float] = ..., probability: _Optional[float] = ..., logit: _Optional[float] = ..., token_contributions: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ...) -> None: ...
 
 class Generation(_message.Message):
     __slots__ = ("text", "prompt_token_ids", "token_ids", "finish_reason", "detection")
@@ -134,58 +156,74 @@ class GenerateResponse(_message.Message):
     def __init__(self, token: _Optional[_Union[GeneratedToken, _Mapping]] = ..., generation: _Optional[_Union[Generation, _Mapping]] = ...) -> None: ...
 
 class AttentionHeader(_message.Message):
-    __slots__ = ("model", "layers", "heads", "prompt_tokens", "response_tokens", "false_positive_rate")
+    __slots__ = ("model", "layers", "heads", "prompt_tokens", "response_tokens", "false_positive_rate", "probe", "attention_sinks")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     LAYERS_FIELD_NUMBER: _ClassVar[int]
     HEADS_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     RESPONSE_TOKENS_FIELD_NUMBER: _ClassVar[int]
     FALSE_POSITIVE_RATE_FIELD_NUMBER: _ClassVar[int]
+    PROBE_FIELD_NUMBER: _ClassVar[int]
+    ATTENTION_SINKS_FIELD_NUMBER: _ClassVar[int]
     model: _model_pb2.ModelIdentity
     layers: _containers.RepeatedScalarFieldContainer[int]
     heads: int
     prompt_tokens: int
     response_tokens: int
     false_positive_rate: float
-    def __init__(self, model: _Optional[_Union[_model_pb2.ModelIdentity, _Mapping]] = ..., layers: _Optional[_Iterable[int]] = ..., heads: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., response_tokens: _Optional[int] = ..., false_positive_rate: _Optional[float] = ...) -> None: ...
+    probe: str
+    attention_sinks: bool
+    def __init__(self, model: _Optional[_Union[_model_pb2.ModelIdentity, _Mapping]] = ..., layers: _Optional[_Iterable[int]] = ..., heads: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., response_tokens: _Optional[int] = ..., false_positive_rate: _Optional[float] = ..., probe: _Optional[str] = ..., attention_sinks: bool = ...) -> None: ...
 
 class AttentionSummarySlice(_message.Message):
-    __slots__ = ("first_layer", "first_token", "diagonal", "received")
+    __slots__ = ("first_layer", "first_head", "first_token", "diagonal", "received")
     FIRST_LAYER_FIELD_NUMBER: _ClassVar[int]
+    FIRST_HEAD_FIELD_NUMBER: _ClassVar[int]
     FIRST_TOKEN_FIELD_NUMBER: _ClassVar[int]
     DIAGONAL_FIELD_NUMBER: _ClassVar[int]
     RECEIVED_FIELD_NUMBER: _ClassVar[int]
     first_layer: int
+    first_head: int
     first_token: int
     diagonal: _tensor_pb2.Tensor
     received: _tensor_pb2.Tensor
-    def __init__(self, first_layer: _Optional[int] = ..., first_token: _Optional[int] = ..., diagonal: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., received: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ...) -> None: ...
+    def __init__(self, first_layer: _Optional[int] = ..., first_head: _Optional[int] = ..., first_token: _Optional[int] = ..., diagonal: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., received: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ...) -> None: ...
 
 class AttentionRowsSlice(_message.Message):
-    __slots__ = ("first_layer", "first_token", "weights")
+    __slots__ = ("first_layer", "first_head", "first_token", "weights")
     FIRST_LAYER_FIELD_NUMBER: _ClassVar[int]
+    FIRST_HEAD_FIELD_NUMBER: _ClassVar[int]
     FIRST_TOKEN_FIELD_NUMBER: _ClassVar[int]
     WEIGHTS_FIELD_NUMBER: _ClassVar[int]
     first_layer: int
+    first_head: int
     first_token: int
     weights: _tensor_pb2.Tensor
-    def __init__(self, first_layer: _Optional[int] = ..., first_token: _Optional[int] = ..., weights: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ...) -> None: ...
+    def __init__(self, first_layer: _Optional[int] = ..., first_head: _Optional[int] = ..., first_token: _Optional[int] = ..., weights: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ...) -> None: ...
+
+class AttentionScoreNow(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
 
 class ScoreAttentionRequest(_message.Message):
-    __slots__ = ("header", "summary", "rows")
+    __slots__ = ("header", "summary", "rows", "score_now")
     HEADER_FIELD_NUMBER: _ClassVar[int]
     SUMMARY_FIELD_NUMBER: _ClassVar[int]
     ROWS_FIELD_NUMBER: _ClassVar[int]
+    SCORE_NOW_FIELD_NUMBER: _ClassVar[int]
     header: AttentionHeader
     summary: AttentionSummarySlice
     rows: AttentionRowsSlice
-    def __init__(self, header: _Optional[_Union[AttentionHeader, _Mapping]] = ..., summary: _Optional[_Union[AttentionSummarySlice, _Mapping]] = ..., rows: _Optional[_Union[AttentionRowsSlice, _Mapping]] = ...) -> None: ...
+    score_now: AttentionScoreNow
+    def __init__(self, header: _Optional[_Union[AttentionHeader, _Mapping]] = ..., summary: _Optional[_Union[AttentionSummarySlice, _Mapping]] = ..., rows: _Optional[_Union[AttentionRowsSlice, _Mapping]] = ..., score_now: _Optional[_Union[AttentionScoreNow, _Mapping]] = ...) -> None: ...
 
 class ScoreAttentionResponse(_message.Message):
-    __slots__ = ("detection",)
+    __slots__ = ("detection", "running")
     DETECTION_FIELD_NUMBER: _ClassVar[int]
+    RUNNING_FIELD_NUMBER: _ClassVar[int]
     detection: _detection_pb2.Detection
-    def __init__(self, detection: _Optional[_Union[_detection_pb2.Detection, _Mapping]] = ...) -> None: ...
+    running: bool
+    def __init__(self, detection: _Optional[_Union[_detection_pb2.Detection, _Mapping]] = ..., running: bool = ...) -> None: ...
 
 class GetServerInfoRequest(_message.Message):
     __slots__ = ()
@@ -200,7 +238,7 @@ class ModelInfo(_message.Message):
     def __init__(self, identity: _Optional[_Union[_model_pb2.ModelIdentity, _Mapping]] = ..., max_tokens: _Optional[int] = ...) -> None: ...
 
 class Limits(_message.Message):
-    __slots__ = ("max_request_bytes", "max_batch_items", "max_new_tokens", "max_generate_streams", "max_heatmap_pixels", "max_messages", "max_characters_per_token")
+    __slots__ = ("max_request_bytes", "max_batch_items", "max_new_tokens", "max_generate_streams", "max_heatmap_pixels", "max_messages", "max_characters_per_token", "max_streams_per_client", "max_stop_strings", "max_stop_string_characters", "max_stream_seconds", "max_attention_streams", "max_attention_bytes")
     MAX_REQUEST_BYTES_FIELD_NUMBER: _ClassVar[int]
     MAX_BATCH_ITEMS_FIELD_NUMBER: _ClassVar[int]
     MAX_NEW_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -208,6 +246,12 @@ class Limits(_message.Message):
     MAX_HEATMAP_PIXELS_FIELD_NUMBER: _ClassVar[int]
     MAX_MESSAGES_FIELD_NUMBER: _ClassVar[int]
     MAX_CHARACTERS_PER_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    MAX_STREAMS_PER_CLIENT_FIELD_NUMBER: _ClassVar[int]
+    MAX_STOP_STRINGS_FIELD_NUMBER: _ClassVar[int]
+    MAX_STOP_STRING_CHARACTERS_FIELD_NUMBER: _ClassVar[int]
+    MAX_STREAM_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    MAX_ATTENTION_STREAMS_FIELD_NUMBER: _ClassVar[int]
+    MAX_ATTENTION_BYTES_FIELD_NUMBER: _ClassVar[int]
     max_request_bytes: int
     max_batch_items: int
     max_new_tokens: int
@@ -215,7 +259,13 @@ class Limits(_message.Message):
     max_heatmap_pixels: int
     max_messages: int
     max_characters_per_token: int
-    def __init__(self, max_request_bytes: _Optional[int] = ..., max_batch_items: _Optional[int] = ..., max_new_tokens: _Optional[int] = ..., max_generate_streams: _Optional[int] = ..., max_heatmap_pixels: _Optional[int] = ..., max_messages: _Optional[int] = ..., max_characters_per_token: _Optional[int] = ...) -> None: ...
+    max_streams_per_client: int
+    max_stop_strings: int
+    max_stop_string_characters: int
+    max_stream_seconds: float
+    max_attention_streams: int
+    max_attention_bytes: int
+    def __init__(self, max_request_bytes: _Optional[int] = ..., max_batch_items: _Optional[int] = ..., max_new_tokens: _Optional[int] = ..., max_generate_streams: _Optional[int] = ..., max_heatmap_pixels: _Optional[int] = ..., max_messages: _Optional[int] = ..., max_characters_per_token: _Optional[int] = ..., max_streams_per_client: _Optional[int] = ..., max_stop_strings: _Optional[int] = ..., max_stop_string_characters: _Optional[int] = ..., max_stream_seconds: _Optional[float] = ..., max_attention_streams: _Optional[int] = ..., max_attention_bytes: _Optional[int] = ...) -> None: ...
 
 class GetServerInfoResponse(_message.Message):
     __slots__ = ("version", "state", "message", "model", "limits", "probe_name", "probe_revision", "library_versions")

@@ -53,7 +53,7 @@ class DetectorStub(object):
                 request_serializer=lapwing_dot_v1_dot_detector__pb2.GenerateRequest.SerializeToString,
                 response_deserializer=lapwing_dot_v1_dot_detector__pb2.GenerateResponse.FromString,
                 _registered_method=True)
-        self.ScoreAttention = channel.stream_unary(
+        self.ScoreAttention = channel.stream_stream(
                 '/lapwing.v1.Detector/ScoreAttention',
                 request_serializer=lapwing_dot_v1_dot_detector__pb2.ScoreAttentionRequest.SerializeToString,
                 response_deserializer=lapwing_dot_v1_dot_detector__pb2.ScoreAttentionResponse.FromString,
@@ -95,8 +95,8 @@ class DetectorServicer(object):
 
     def ScoreAttention(self, request_iterator, context):
         """Scores a response of a model that runs elsewhere, from its attention: a header, and then slices that together
-        cover every layer and token once, each message within Limits.max_request_bytes. Not implemented yet: answers
-        UNIMPLEMENTED.
+        cover every layer, head and token once, each message within Limits.max_request_bytes. Answers once the sender has
+        ended its side, and before that with a running score wherever the sender asks for one.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -127,7 +127,7 @@ def add_DetectorServicer_to_server(servicer, server):
                     request_deserializer=lapwing_dot_v1_dot_detector__pb2.GenerateRequest.FromString,
                     response_serializer=lapwing_dot_v1_dot_detector__pb2.GenerateResponse.SerializeToString,
             ),
-            'ScoreAttention': grpc.stream_unary_rpc_method_handler(
+            'ScoreAttention': grpc.stream_stream_rpc_method_handler(
                     servicer.ScoreAttention,
                     request_deserializer=lapwing_dot_v1_dot_detector__pb2.ScoreAttentionRequest.FromString,
                     response_serializer=lapwing_dot_v1_dot_detector__pb2.ScoreAttentionResponse.SerializeToString,
@@ -244,7 +244,7 @@ class Detector(object):
             wait_for_ready=None,
             timeout=None,
             metadata=None):
-        return grpc.experimental.stream_unary(
+        return grpc.experimental.stream_stream(
             request_iterator,
             target,
             '/lapwing.v1.Detector/ScoreAttention',

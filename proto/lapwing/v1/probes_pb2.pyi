@@ -16,6 +16,7 @@ class ProbeState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     PROBE_STATE_ACTIVE: _ClassVar[ProbeState]
     PROBE_STATE_LOADED: _ClassVar[ProbeState]
     PROBE_STATE_REJECTED: _ClassVar[ProbeState]
+    PROBE_STATE_SHADOW: _ClassVar[ProbeState]
 
 class Statistic(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -37,6 +38,7 @@ PROBE_STATE_UNSPECIFIED: ProbeState
 PROBE_STATE_ACTIVE: ProbeState
 PROBE_STATE_LOADED: ProbeState
 PROBE_STATE_REJECTED: ProbeState
+PROBE_STATE_SHADOW: ProbeState
 STATISTIC_UNSPECIFIED: Statistic
 STATISTIC_P_VALUE: Statistic
 STATISTIC_Q_VALUE: Statistic
@@ -48,6 +50,14 @@ STATISTIC_HEAD_PROBE: Statistic
 IMAGE_FORMAT_UNSPECIFIED: ImageFormat
 IMAGE_FORMAT_PNG: ImageFormat
 IMAGE_FORMAT_SVG: ImageFormat
+
+class RejectedRevision(_message.Message):
+    __slots__ = ("revision", "message")
+    REVISION_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    revision: str
+    message: str
+    def __init__(self, revision: _Optional[str] = ..., message: _Optional[str] = ...) -> None: ...
 
 class Calibration(_message.Message):
     __slots__ = ("slope", "intercept", "knots")
@@ -96,7 +106,14 @@ class HeatmapName(_message.Message):
     def __init__(self, feature: _Optional[str] = ..., statistic: _Optional[_Union[Statistic, str]] = ...) -> None: ...
 
 class Probe(_message.Message):
-    __slots__ = ("name", "revision", "state", "state_message", "features", "k", "layers", "heads", "width", "selected_heads", "calibration", "thresholds", "metrics", "training", "model", "heatmaps", "needed_tokens")
+    __slots__ = ("name", "revision", "state", "state_message", "features", "k", "layers", "heads", "width", "selected_heads", "calibration", "thresholds", "metrics", "training", "model", "heatmaps", "needed_tokens", "revisions", "rejected_revisions", "statistic_weights")
+    class StatisticWeightsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: float
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
     NAME_FIELD_NUMBER: _ClassVar[int]
     REVISION_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
@@ -114,6 +131,9 @@ class Probe(_message.Message):
     MODEL_FIELD_NUMBER: _ClassVar[int]
     HEATMAPS_FIELD_NUMBER: _ClassVar[int]
     NEEDED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    REVISIONS_FIELD_NUMBER: _ClassVar[int]
+    REJECTED_REVISIONS_FIELD_NUMBER: _ClassVar[int]
+    STATISTIC_WEIGHTS_FIELD_NUMBER: _ClassVar[int]
     name: str
     revision: str
     state: ProbeState
@@ -131,7 +151,10 @@ class Probe(_message.Message):
     model: _model_pb2.ModelIdentity
     heatmaps: _containers.RepeatedCompositeFieldContainer[HeatmapName]
     needed_tokens: int
-    def __init__(self, name: _Optional[str] = ..., revision: _Optional[str] = ..., state: _Optional[_Union[ProbeState, str]] = ..., state_message: _Optional[str] = ..., features: _Optional[_Iterable[str]] = ..., k: _Optional[int] = ..., layers: _Optional[_Iterable[int]] = ..., heads: _Optional[int] = ..., width: _Optional[int] = ..., selected_heads: _Optional[_Iterable[_Union[Head, _Mapping]]] = ..., calibration: _Optional[_Union[Calibration, _Mapping]] = ..., thresholds: _Optional[_Iterable[_Union[Threshold, _Mapping]]] = ..., metrics: _Optional[_Union[_struct_pb2.Struct, _Mapping]] = ..., training: _Optional[_Union[_struct_pb2.Struct, _Mapping]] = ..., model: _Optional[_Union[_model_pb2.ModelIdentity, _Mapping]] = ..., heatmaps: _Optional[_Iterable[_Union[HeatmapName, _Mapping]]] = ..., needed_tokens: _Optional[int] = ...) -> None: ...
+    revisions: _containers.RepeatedScalarFieldContainer[str]
+    rejected_revisions: _containers.RepeatedCompositeFieldContainer[RejectedRevision]
+    statistic_weights: _containers.ScalarMap[str, float]
+    def __init__(self, name: _Optional[str] = ..., revision: _Optional[str] = ..., state: _Optional[_Union[ProbeState, str]] = ..., state_message: _Optional[str] = ..., features: _Optional[_Iterable[str]] = ..., k: _Optional[int] = ..., layers: _Optional[_Iterable[int]] = ..., heads: _Optional[int] = ..., width: _Optional[int] = ..., selected_heads: _Optional[_Iterable[_Union[Head, _Mapping]]] = ..., calibration: _Optional[_Union[Calibration, _Mapping]] = ..., thresholds: _Optional[_Iterable[_Union[Threshold, _Mapping]]] = ..., metrics: _Optional[_Union[_struct_pb2.Struct, _Mapping]] = ..., training: _Optional[_Union[_struct_pb2.Struct, _Mapping]] = ..., model: _Optional[_Union[_model_pb2.ModelIdentity, _Mapping]] = ..., heatmaps: _Optional[_Iterable[_Union[HeatmapName, _Mapping]]] = ..., needed_tokens: _Optional[int] = ..., revisions: _Optional[_Iterable[str]] = ..., rejected_revisions: _Optional[_Iterable[_Union[RejectedRevision, _Mapping]]] = ..., statistic_weights: _Optional[_Mapping[str, float]] = ...) -> None: ...
 
 class ListProbesRequest(_message.Message):
     __slots__ = ("page_size", "page_token")

@@ -88,14 +88,16 @@ class ProbesServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def ActivateProbe(self, request, context):
-        """Makes another probe the active one. Not implemented yet: answers UNIMPLEMENTED.
+        """Makes another probe, or another revision of it, the active one; needs the scope "admin". Calls that began before
+        are finished with the probe that they began with.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ReloadProbes(self, request, context):
-        """Looks for new probes and revisions. Not implemented yet: answers UNIMPLEMENTED.
+        """Looks for new probes and revisions, and takes over what the registry says; needs the scope "admin". What fails its
+        checks does not serve: what served before stays.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
