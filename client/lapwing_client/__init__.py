@@ -1,6 +1,8 @@
 """How to talk to a Lapwing server. Knows no models and no arrays: importing it loads neither torch nor numpy."""
 
+from lapwing_client.async_client import AsyncClient, AsyncGenerationStream
 from lapwing_client.client import Client, GenerationStream
+from lapwing_client.deadline import Deadline
 from lapwing_client.errors import (
     Cancelled,
     DeadlineExceeded,
@@ -11,27 +13,36 @@ from lapwing_client.errors import (
     PermissionDenied,
     PreconditionFailed,
     ServerError,
+    TLSError,
     TooLarge,
     Unavailable,
     Unimplemented,
 )
 from lapwing_client.results import (
+    Activation,
     Detection,
     GeneratedToken,
     Generation,
     HeadContribution,
     Heatmap,
     Limits,
-    Matrix,
     ModelIdentity,
     Probe,
+    RejectedRevision,
     ServerInfo,
     Threshold,
 )
+from lapwing_client.tls import TLS
+from lapwing_client.values import Matrix
 
 __all__ = [
+    "TLS",
+    "Activation",
+    "AsyncClient",
+    "AsyncGenerationStream",
     "Cancelled",
     "Client",
+    "Deadline",
     "DeadlineExceeded",
     "Detection",
     "GeneratedToken",
@@ -49,8 +60,10 @@ __all__ = [
     "PermissionDenied",
     "PreconditionFailed",
     "Probe",
+    "RejectedRevision",
     "ServerError",
     "ServerInfo",
+    "TLSError",
     "Threshold",
     "TooLarge",
     "Unavailable",

@@ -18,8 +18,10 @@ SUMMARIES = {
     "demo": "Run the whole thing: a model that makes things up, caught in the act.",
     "score": "Score responses with a running server.",
     "serve": "Serve scores over gRPC.",
+    "token": "Make a token for a server.",
     "heatmap": "Draw which attention heads a probe uses, and why.",
     "doctor": "Check a model before anyone relies on what is captured of it.",
+    "probes": "Keep probes in a registry: publish, activate, roll back.",
     "generate": "Let a model answer questions, for training a probe.",
     "import": "Bring labelled answers of others into our form.",
     "label": "Label generated answers as right or made up.",
@@ -70,10 +72,7 @@ def overview(verbs: Collection[str]) -> typer.Typer:
 def call(entry: EntryPoint, arguments: list[str]) -> int:
     """Imports the verb and runs it; returns the exit code."""
     try:
-        verb: Callable[..., Any] = entry.load()
-        app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-        app.command()(verb)
-        code = run(app, arguments, f"lapwing {entry.name}")
+        code = run(application(entry.load()), arguments, f"lapwing {entry.name}")
         sys.stdout.flush()
         return code
     except ModuleNotFoundError as error:
@@ -92,6 +91,15 @@ def call(entry: EntryPoint, arguments: list[str]) -> int:
             raise
         print(f"lapwing {entry.name}: {error}", file=sys.stderr)
         return 1
+
+
+def application(verb: Callable[..., Any] | typer.Typer) -> typer.Typer:
+    """A verb as an application: a function is its only command, a verb with commands of its own is one already."""
+    if isinstance(verb, typer.Typer):
+        return verb
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command()(verb)
+    return app
 
 
 def run(app: typer.Typer, arguments: list[str], name: str) -> int:

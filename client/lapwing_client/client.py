@@ -2,95 +2,70 @@
 
 from __future__ import annotations
 
-import ipaddress
-import json
-import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from threading import Event
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar
 
 import grpc
 
-from lapwing.v1 import detector_pb2, detector_pb2_grpc, probes_pb2, probes_pb2_grpc
-from lapwing_client import replies, requests, results
-from lapwing_client.errors import (
-    Cancelled,
-    DeadlineExceeded,
-    LapwingError,
-    PermissionDenied,
-    Unavailable,
-    Unimplemented,
-    error_of_call,
-)
+from lapwing_client import calls, many, plans, results
+from lapwing_client.attention_messages import header_request, known_of
+from lapwing_client.attention_stream import AttentionStream
+from lapwing_client.calls import Call, Stubs
+from lapwing_client.connection import CLOSED, Connection
+from lapwing_client.deadline import Deadline, Timeout
+from lapwing_client.errors import Cancelled, LapwingError
+from lapwing_client.many_threads import Hands, score_by_threads
+from lapwing_client.plans import Ask, Pause, Step
 from lapwing_client.requests import Prompt, Response
+from lapwing_client.retries import Beginning
+from lapwing_client.tls import TLS, Source
 
-Reply = TypeVar("Reply")
-
-SERVICES = (
-    detector_pb2.DESCRIPTOR.services_by_name["Detector"],
-    probes_pb2.DESCRIPTOR.services_by_name["Probes"],
-)
-
-RETRIES = {
-    "methodConfig": [
-        {
-            # No streams: gRPC 1.85.1 never ends a stream, not even at its deadline, whose connection breaks while it
-            # begins and that a retry policy covers.
-            "name": [
-                {"service": service.full_name, "method": method.name}
-                for service in SERVICES
-                for method in service.methods
-                if not (method.client_streaming or method.server_streaming)
-            ],
-            "retryPolicy": {
-                "maxAttempts": 4,
-                "initialBackoff": "0.1s",
-                "maxBackoff": "2s",
-                "backoffMultiplier": 2,
-                "retryableStatusCodes": ["UNAVAILABLE"],
-            },
-        }
-    ]
-}
-"""gRPC's own retries: a server that goes away hands over to the next one."""
-
-LARGEST_REPLY = 64 * 2**20
-"""Bytes; gRPC's default of 4 MiB is less than a batch of long texts answers with."""
-
-SERVING = b"\x08\x01"
-"""grpc.health.v1.HealthCheckResponse{status: SERVING}; the message is too small to depend on a package for it."""
+Answer = TypeVar("Answer")
+Item = TypeVar("Item", bound=Sequence[Any])
 
 
 class Client:
-    """Talks to a Lapwing server; may be shared by threads.
+    """Talks to a Lapwing server; may be shared by threads, also by those in which an event loop runs.
 
     Args:
-        target: HOST:PORT, or any other address that gRPC resolves.
-        token: sent with every call; only to a server on this machine, because the connection is not encrypted.
+        target: HOST:PORT; several of them, as a list or with commas, for replicas that take turns; or any other
+            address that gRPC resolves, such as `dns:///NAME:PORT`.
+        token: sent with every call; only to a server on this machine or over an encrypted connection.
+        tls: how to encrypt: `True` to trust the authorities that this system trusts, a file or bytes with the
+            certificates of others, or a `TLS` with a certificate of one's own; unencrypted without it.
         timeout: seconds that a call may take unless it is given its own.
-        retry: whether calls to a server that does not answer are tried again, up to four times; Generate never is.
+        retry: whether calls are tried again, up to four times, when the server does not answer or has too much to do;
+            of streams only those that have not begun, and only when it does not answer.
 
     Raises:
-        InvalidRequest: the token would leave this machine or can't be sent, or the timeout is no number of seconds.
+        InvalidRequest: an argument can't be used; `field` says which.
+
+    Example:
+        In a notebook, where a detection shows itself as a table and a heatmap as a picture:
+
+        client = Client("localhost:50051")
+        client.score("What is the capital of France?", "Paris.")
+        client.heatmap("P_VALUE", image="png")
+        for event in client.generate("What is the capital of Australia?"):
+            print(event)
     """
 
     def __init__(
-        self, target: str = "localhost:50051", *, token: str | None = None, timeout: float = 60.0, retry: bool = True
+        self,
+        target: str | Sequence[str] = "localhost:50051",
+        *,
+        token: str | None = None,
+        tls: bool | Source | TLS | None = None,
+        timeout: Timeout = 60.0,
+        retry: bool = True,
     ) -> None:
-        if token is not None and not is_local(target):
-            message = f"is {target!r}; a token goes only to this machine, the connection is not encrypted"
-            raise requests.unusable("target", message)
-        if token is not None and not (token.isascii() and token.isprintable()):
-            raise requests.unusable("token", "has characters that no header can hold; give printable ASCII")
-        self.target = target
-        self.timeout = patience(timeout)
+        self._connection = Connection(target, token, tls, timeout, retry)
         self._closed = False
-        self._metadata = (("authorization", f"Bearer {token}"),) if token is not None else ()
-        self._channel = grpc.insecure_channel(target, options=channel_options(retry))
-        self._detector = detector_pb2_grpc.DetectorStub(self._channel)  # type: ignore[no-untyped-call]
-        self._probes = probes_pb2_grpc.ProbesStub(self._channel)  # type: ignore[no-untyped-call]
-        self._health: Callable[..., bytes] = self._channel.unary_unary("/grpc.health.v1.Health/Check")
+        self._channel: grpc.Channel = self._connection.channel(grpc)
+        self._stubs = Stubs(self._channel)
 
     def score(
         self,
@@ -98,7 +73,8 @@ class Client:
         response: Response,
         *,
         false_positive_rate: float | None = None,
-        timeout: float | None = None,
+        probe: str = "",
+        timeout: Timeout | None = None,
     ) -> results.Detection:
         """How likely the response to the prompt is made up.
 
@@ -106,34 +82,75 @@ class Client:
             prompt: text, chat messages (`[{"role": "user", "content": "..."}]`), or token ids.
             response: text or token ids.
             false_positive_rate: operating point of `flagged`, in (0, 1); 0.05 without it.
-            timeout: seconds.
+            probe: name of the one that scores; the active one without it.
+            timeout: seconds, or a `Deadline` that several calls share.
 
         Raises:
             LapwingError: see its subclasses.
         """
-        request = requests.score_request(prompt, response, false_positive_rate)
-        return replies.detection_of(self._call(self._detector.Score, request, timeout).detection)
+        return self._ask(
+            calls.score(prompt, response, false_positive_rate=false_positive_rate, probe=probe),
+            timeout,
+        )
 
     def score_batch(
         self,
         items: Sequence[tuple[Prompt, Response]],
         *,
         false_positive_rate: float | None = None,
-        timeout: float | None = None,
+        probe: str = "",
+        timeout: Timeout | None = None,
     ) -> list[results.Detection | LapwingError]:
-        """The same for several responses; an item that is refused has its error in its place.
+        """The same for several responses in one call; an item that is refused has its error in its place.
 
         Args:
             items: (prompt, response) each as for `score`; at most `server_info().limits.max_batch_items`.
             false_positive_rate: as for `score`.
+            probe: as for `score`.
             timeout: seconds for all of them.
 
         Raises:
             LapwingError: the whole call failed.
         """
-        request = requests.score_batch_request(items, false_positive_rate)
-        reply = self._call(self._detector.ScoreBatch, request, timeout)
-        return [replies.outcome_of(result) for result in reply.results]
+        return self._ask(calls.score_batch(items, false_positive_rate=false_positive_rate, probe=probe), timeout)
+
+    def score_many(
+        self,
+        items: Iterable[Item],
+        *,
+        concurrency: int = 16,
+        progress: bool = True,
+        false_positive_rate: float | None = None,
+        probe: str = "",
+        timeout: Timeout | None = None,
+    ) -> Generator[tuple[Item, results.Detection | LapwingError], None, None]:
+        """The same for as many responses as one likes, several at once, each in a call of its own.
+
+        Args:
+            items: (prompt, response) each as for `score`; read as they are needed, at most four for each that may be
+                asked for at once ahead of the answers.
+            concurrency: how many are asked for at the same time.
+            progress: whether standard error shows how far it is, once it has taken two seconds.
+            false_positive_rate: as for `score`.
+            probe: as for `score`.
+            timeout: seconds for each, in which it is asked for again while the server has too much to do.
+
+        Returns:
+            An iterator of (item, detection) in the order of the items. An item that is refused has its error in place
+            of the detection; an error that all would get, such as a server that is gone, is raised. Leaving the
+            iterator (`close`, or dropping it) ends the calls that run.
+
+        Raises:
+            InvalidRequest: the concurrency is not a number from 1 to 1000.
+        """
+        options = {"false_positive_rate": false_positive_rate, "probe": probe}
+        return score_by_threads(
+            items,
+            lambda item: many.outcome(item, options, self._connection.deadline(timeout)),
+            self._perform,
+            many.at_once(concurrency),
+            progress,
+        )
 
     def generate(
         self,
@@ -143,10 +160,16 @@ class Client:
         temperature: float | None = None,
         top_p: float | None = None,
         seed: int | None = None,
+        stop_strings: str | Sequence[str] = (),
+        stop_when_probability_above: float | None = None,
+        minimum_tokens: int | None = None,
+        score_every: int | None = None,
+        contributions: bool = False,
         false_positive_rate: float | None = None,
-        timeout: float | None = None,
+        probe: str = "",
+        timeout: Timeout | None = None,
     ) -> GenerationStream:
-        """Lets the server's model write, token by token.
+        """Lets the server's model write, token by token, and scores every token.
 
         Args:
             prompt: as for `score`.
@@ -154,7 +177,13 @@ class Client:
             temperature: 0, the default, takes the likeliest token each time.
             top_p: samples from the likeliest tokens that make up this probability, in (0, 1].
             seed: makes sampling repeatable.
+            stop_strings: the response ends before the first of these.
+            stop_when_probability_above: the response ends, `FLAGGED`, when its probability rises above this, in [0, 1).
+            minimum_tokens: so many are written before that may end it; 1 without it.
+            score_every: scores every so manieth token only, and the last; 1 without it.
+            contributions: whether scored tokens say what each token so far adds to the score.
             false_positive_rate: as for `score`.
+            probe: as for `score`.
             timeout: seconds for the whole response.
 
         Returns:
@@ -164,8 +193,121 @@ class Client:
         Raises:
             LapwingError: here or while iterating.
         """
-        request = requests.generate_request(prompt, max_new_tokens, temperature, top_p, seed, false_positive_rate)
-        return GenerationStream(self._call(self._detector.Generate, request, timeout), self.target)
+        call = calls.generate(
+            prompt,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+            stop_strings=stop_strings,
+            stop_when_probability_above=stop_when_probability_above,
+            minimum_tokens=minimum_tokens,
+            score_every=score_every,
+            contributions=contributions,
+            false_positive_rate=false_positive_rate,
+            probe=probe,
+        )
+        return GenerationStream(self, call, self._connection.deadline(timeout))
+
+    def attention_stream(
+        self,
+        *,
+        model: Any,
+        layers: Sequence[int],
+        heads: int,
+        prompt_tokens: int,
+        response_tokens: int | None = None,
+        attention_sinks: bool | None = None,
+        false_positive_rate: float | None = None,
+        probe: str = "",
+        timeout: Timeout | None = None,
+    ) -> AttentionStream:
+        """Scores a response by its attention, of a model that runs elsewhere; also while it is being written.
+
+        Args:
+            model: which model it is: anything with the attributes or keys of `results.ModelIdentity`, such as what the
+                detector's `identity_of(model, tokenizer)` returns. It must be the one that the probe was fitted on.
+            layers: index in the model of each layer that is sent.
+            heads: of each layer.
+            prompt_tokens: tokens of the prompt.
+            response_tokens: tokens of the response; as many as are sent without it.
+            attention_sinks: whether the model has logits beside the keys, so that rows add up to less than 1.
+            false_positive_rate: as for `score`.
+            probe: as for `score`.
+            timeout: seconds for the whole stream.
+
+        Returns:
+            A context: `send` what there is, `score_now` as often as wanted, `finish` for the score of the whole.
+
+        Raises:
+            LapwingError: here for what can't be sent, or while sending.
+        """
+        header = header_request(
+            model,
+            layers,
+            heads,
+            prompt_tokens,
+            response_tokens=response_tokens,
+            attention_sinks=attention_sinks,
+            false_positive_rate=false_positive_rate,
+            probe=probe,
+        )
+        method, deadline = self._stubs.detector.ScoreAttention, self._connection.deadline(timeout)
+        return AttentionStream(
+            header,
+            lambda outbox: self._call(method, outbox, deadline),
+            lambda error: self._error_of(error, deadline),
+        )
+
+    def score_attention(
+        self,
+        chunks: Iterable[Any],
+        *,
+        model: Any,
+        prompt_tokens: int,
+        layers: Sequence[int] | None = None,
+        heads: int | None = None,
+        response_tokens: int | None = None,
+        attention_sinks: bool | None = None,
+        false_positive_rate: float | None = None,
+        probe: str = "",
+        timeout: Timeout | None = None,
+    ) -> results.Detection:
+        """The same for attention that is all there.
+
+        Args:
+            chunks: each as for `AttentionStream.send`. What they know themselves, as the attributes `layers`, `heads`,
+                `tokens` and `attention_sinks`, need not be given.
+            model: as for `attention_stream`, like all others.
+            prompt_tokens: tokens of the prompt.
+            layers: index in the model of each layer that is sent.
+            heads: of each layer.
+            response_tokens: tokens of the response.
+            attention_sinks: whether rows add up to less than 1.
+            false_positive_rate: as for `score`.
+            probe: as for `score`.
+            timeout: seconds.
+
+        Raises:
+            LapwingError: see its subclasses.
+
+        Example:
+            with capture_attention(model) as captured:
+                model.generate(**inputs)
+            client.score_attention(captured.chunks(), model=identity_of(model, tokenizer), prompt_tokens=12)
+        """
+        given = {
+            "layers": layers,
+            "heads": heads,
+            "response_tokens": response_tokens,
+            "attention_sinks": attention_sinks,
+        }
+        known = known_of(chunks, prompt_tokens, given)
+        options: dict[str, Any] = {"false_positive_rate": false_positive_rate, "probe": probe, "timeout": timeout}
+        with self.attention_stream(model=model, prompt_tokens=prompt_tokens, **known, **options) as stream:
+            for chunk in chunks:
+                stream.send(chunk)
+            return stream.finish()
 
     def heatmap(
         self,
@@ -174,7 +316,7 @@ class Client:
         probe: str = "",
         feature: str = "",
         image: Literal["png", "svg"] | None = None,
-        timeout: float | None = None,
+        timeout: Timeout | None = None,
     ) -> results.Heatmap:
         """One number of every layer and head of a probe.
 
@@ -188,56 +330,51 @@ class Client:
         Raises:
             LapwingError: `NotFound` for the probe, `InvalidRequest` for the rest.
         """
-        request = requests.heatmap_request(statistic, probe, feature, image)
-        return replies.heatmap_of(self._call(self._probes.GetHeatmap, request, timeout))
+        return self._ask(calls.heatmap(statistic, probe, feature, image), timeout)
 
-    def probes(self, *, timeout: float | None = None) -> list[results.Probe]:
-        """All probes of the server, by name; asks page by page."""
-        found: list[results.Probe] = []
-        token = ""
-        while True:
-            page = self._call(self._probes.ListProbes, probes_pb2.ListProbesRequest(page_token=token), timeout)
-            found += [replies.probe_of(probe) for probe in page.probes]
-            token = page.next_page_token
-            if not token:
-                return found
+    def probes(self, *, timeout: Timeout | None = None) -> list[results.Probe]:
+        """All probes of the server, by name; asks page by page, within the timeout for all."""
+        return plans.follow(plans.every_probe(self._connection.deadline(timeout)), self._perform)
 
-    def probe(self, name: str = "", *, timeout: float | None = None) -> results.Probe:
+    def probe(self, name: str = "", *, timeout: Timeout | None = None) -> results.Probe:
         """One probe; the active one without a name."""
-        request = probes_pb2.GetProbeRequest(name=requests.text(name, "name"))
-        return replies.probe_of(self._call(self._probes.GetProbe, request, timeout).probe)
+        return self._ask(calls.probe(name), timeout)
 
-    def server_info(self, *, timeout: float | None = None) -> results.ServerInfo:
+    def activate_probe(self, name: str, revision: str = "", *, timeout: Timeout | None = None) -> results.Activation:
+        """Makes another probe, or another revision, the one that scores; needs a token with the scope "admin".
+
+        Args:
+            name: of the probe.
+            revision: the one that the registry names, else the newest, without it.
+            timeout: seconds.
+
+        Raises:
+            LapwingError: `NotFound`, or `PreconditionFailed` for one that fails its checks: what scored before stays.
+        """
+        return self._ask(calls.activate_probe(name, revision), timeout)
+
+    def reload_probes(self, *, timeout: Timeout | None = None) -> list[results.Probe]:
+        """Makes the server look for new probes and revisions; needs a token with the scope "admin".
+
+        Returns:
+            All probes afterwards, those that failed their checks with the reason.
+        """
+        return self._ask(calls.reload_probes(), timeout)
+
+    def server_info(self, *, timeout: Timeout | None = None) -> results.ServerInfo:
         """What runs there; answers also while the model is loading."""
-        return replies.server_info_of(
-            self._call(self._detector.GetServerInfo, detector_pb2.GetServerInfoRequest(), timeout)
-        )
+        return self._ask(calls.server_info(), timeout)
 
-    def wait_until_ready(self, timeout: float | None = None) -> results.ServerInfo:
-        """Waits until the server is there and its model is loaded.
+    def wait_until_ready(self, timeout: Timeout | None = None) -> results.ServerInfo:
+        """Waits until the server, or one of the replicas, is there and its model is loaded.
 
         Raises:
             Unavailable: the server said that its model could not be loaded.
             DeadlineExceeded: it took longer than the timeout.
-            PermissionDenied, Unimplemented: waiting would not help.
+            PermissionDenied, TLSError, Unimplemented: waiting would not help.
         """
-        seconds = self._patience(timeout)
-        ends = time.monotonic() + seconds
-        last = f"nobody answers at {self.target}"
-        while (left := ends - time.monotonic()) > 0:
-            try:
-                if self._healthy(min(left, 1.0)):
-                    return self.server_info(timeout=max(left, 1.0))
-                info = self.server_info(timeout=left)
-            except (Unavailable, DeadlineExceeded):
-                pass
-            else:
-                last = info.message
-                if info.state == "FAILED":
-                    message = f"{self.target} is not serving: {last}"
-                    raise Unavailable(message, reason="SERVER_FAILED", code="UNAVAILABLE")
-            time.sleep(min(0.05, left))
-        raise DeadlineExceeded(f"not ready after {seconds:g} s: {last}", code="DEADLINE_EXCEEDED")
+        plan = plans.until_ready(self._connection.target, self._connection.deadline(timeout))
+        return plans.follow(plan, self._perform)
 
     def close(self) -> None:
         """Ends every call and the connection."""
@@ -252,44 +389,70 @@ class Client:
     ) -> None:
         self.close()
 
-    def _call(self, method: Callable[..., Reply], request: Any, timeout: float | None, **options: Any) -> Reply:
+    def __repr__(self) -> str:
+        return f"Client({self._connection})"
+
+    def _ask(self, call: Call[Answer], timeout: Timeout | None) -> Answer:
+        found: Answer = self._perform(Ask(call, self._connection.deadline(timeout)))
+        return found
+
+    def _perform(self, step: Step, hands: Hands | None = None) -> Any:
+        """Does one step of a plan, in this thread or, where several work together, by their hands."""
+        if isinstance(step, Pause):
+            return time.sleep(step.seconds) if hands is None else hands.pause(step)
+        method = step.call.method(self._stubs)
+        around = method if hands is None else hands.around(method)
+        reply = self._call(around, step.call.request, step.deadline, wait_for_ready=step.wait_for_server)
+        self._connection.answered()
+        return step.call.read(reply)
+
+    def _call(self, method: Callable[..., Answer], request: Any, timeout: Timeout | None, **options: Any) -> Answer:
+        """Makes a call of any kind with what every call carries."""
+        deadline = self._connection.deadline(timeout)
         try:
-            return method(request, timeout=self._patience(timeout), metadata=self._metadata, **options)
+            return method(request, timeout=deadline.left, metadata=self._connection.metadata, **options)
         except grpc.RpcError as error:
-            raise error_of_call(error, self.target) from None
+            raise self._error_of(error, deadline) from None
         except ValueError:  # what gRPC raises for a closed channel, and for other things
             if not self._closed:
                 raise
-            raise Cancelled("the client is closed; make another one", code="CANCELLED") from None
+            raise Cancelled(CLOSED, code="CANCELLED") from None
 
-    def _healthy(self, timeout: float) -> bool:
-        """Whether the server says that it is serving; Unavailable for every error that may pass."""
-        try:
-            return self._call(self._health, b"", timeout, wait_for_ready=True) == SERVING
-        except LapwingError as error:
-            if isinstance(error, Cancelled | PermissionDenied | Unimplemented):
-                raise
-            raise Unavailable(error.message, code=error.code) from None
-
-    def _patience(self, timeout: float | None) -> float:
-        return self.timeout if timeout is None else patience(timeout)
+    def _error_of(self, error: grpc.RpcError, deadline: Deadline) -> LapwingError:
+        found = self._connection.error_of(error)
+        return self._connection.explained(found, deadline) if self._connection.puzzling(found) else found
 
 
 class GenerationStream(Iterator[results.GeneratedToken | results.Generation]):
     """A response while it is written. A stream that is dropped is closed, because gRPC cancels a call that is."""
 
-    def __init__(self, call: Any, target: str) -> None:
-        self._call = call
-        self._target = target
+    def __init__(
+        self, client: Client, call: Call[results.GeneratedToken | results.Generation], deadline: Deadline
+    ) -> None:
+        self._client = client
+        self._what = call
+        self._deadline = deadline
+        self._beginning = Beginning(client._connection.retry)
+        self._left = Event()
+        self._call = self._begin()
 
     def __next__(self) -> results.GeneratedToken | results.Generation:
-        try:
-            return replies.event_of(next(self._call))
-        except grpc.RpcError as error:
-            raise error_of_call(error, self._target) from None
+        while True:
+            try:
+                reply = next(self._call)
+            except grpc.RpcError as error:
+                found = self._client._error_of(error, self._deadline)
+                pause = self._beginning.pause_after(found)
+                if pause is None or self._left.wait(pause):
+                    raise found from None
+                self._call = self._begin()
+            else:
+                self._beginning.begun()
+                return self._what.read(reply)
 
     def close(self) -> None:
         """Stops the model; as often as one likes."""
+        self._left.set()
         self._call.cancel()
 
     def __enter__(self) -> Self:
@@ -300,32 +463,8 @@ class GenerationStream(Iterator[results.GeneratedToken | results.Generation]):
     ) -> None:
         self.close()
 
-
-def patience(timeout: float) -> float:
-    """The timeout in seconds; what has passed already is one, too.
-
-    Raises:
-        InvalidRequest: it is not a finite number.
-    """
-    seconds = requests.real(timeout, "timeout")
-    if seconds is None or not math.isfinite(seconds):
-        raise requests.unusable("timeout", f"is {timeout}; give a finite number of seconds")
-    return seconds
-
-
-def channel_options(retry: bool) -> list[tuple[str, Any]]:
-    """What gRPC is told about the connection."""
-    options: list[tuple[str, Any]] = [
-        ("grpc.max_receive_message_length", LARGEST_REPLY),
-        ("grpc.enable_retries", int(retry)),
-    ]
-    return [*options, ("grpc.service_config", json.dumps(RETRIES))] if retry else options
-
-
-def is_local(target: str) -> bool:
-    """Whether the address is of this machine."""
-    host = target.rsplit(":", 1)[0].strip("[]")
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost" or target.startswith("unix:")
+    def _begin(self) -> Any:
+        call = self._client._call(self._what.method(self._client._stubs), self._what.request, self._deadline)
+        if self._left.is_set():
+            call.cancel()
+        return call

@@ -105,6 +105,17 @@ class Unavailable(LapwingError):
     who_acts = "the caller: check the address and wait; the operator: start the server"
 
 
+class TLSError(LapwingError):
+    """No encrypted connection could be made, or an unencrypted one where an encrypted one is needed.
+
+    Never tried again. `reason` is one of `UNKNOWN_AUTHORITY`, `WRONG_NAME`, `CERTIFICATE_EXPIRED`,
+    `CERTIFICATE_NOT_YET_VALID`, `CERTIFICATE_WANTED`, `CERTIFICATE_REFUSED`, `SERVER_SPEAKS_TLS`,
+    `SERVER_SPEAKS_NO_TLS`, `NO_HTTP2`, `TLS_FAILED`.
+    """
+
+    who_acts = "the caller: give the tls= that the message names; the operator, if the certificate is no longer good"
+
+
 class DeadlineExceeded(LapwingError):
     """No answer within the timeout."""
 

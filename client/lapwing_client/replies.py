@@ -11,6 +11,7 @@ from google.protobuf import json_format, struct_pb2
 from lapwing.v1 import detection_pb2, detector_pb2, model_pb2, probes_pb2, tensor_pb2
 from lapwing_client import results
 from lapwing_client.errors import LapwingError, error_of_status
+from lapwing_client.values import Matrix
 
 
 def floats(tensor: tensor_pb2.Tensor) -> tuple[float, ...]:
@@ -45,6 +46,8 @@ def detection_of(message: detection_pb2.Detection) -> results.Detection:
         response_tokens=message.response_tokens,
         token_ids=tuple(message.token_ids),
         token_contributions=floats(message.token_contributions),
+        heads_contribution=message.heads_contribution,
+        statistic_contributions=dict(message.statistic_contributions),
         strongest_heads=tuple(
             results.HeadContribution(head.layer, head.head, head.contribution) for head in message.strongest_heads
         ),
@@ -70,6 +73,7 @@ def event_of(message: detector_pb2.GenerateResponse) -> results.GeneratedToken |
             log_probability=token.log_probability,
             probability=optional(token, "probability"),
             logit=optional(token, "logit"),
+            token_contributions=floats(token.token_contributions),
         )
     generation = message.generation
     return results.Generation(
@@ -89,7 +93,7 @@ def heatmap_of(message: probes_pb2.GetHeatmapResponse) -> results.Heatmap:
         probe_revision=message.probe_revision,
         feature=message.feature,
         statistic=suffix(probes_pb2.Statistic, message.statistic, "STATISTIC_"),
-        values=results.Matrix((rows, columns), floats(message.values)),
+        values=Matrix((rows, columns), floats(message.values)),
         layers=tuple(message.layers),
         column_label=message.column_label,
         row_label=message.row_label,
@@ -130,7 +134,17 @@ def probe_of(message: probes_pb2.Probe) -> results.Probe:
         heatmaps=tuple(
             (name.feature, suffix(probes_pb2.Statistic, name.statistic, "STATISTIC_")) for name in message.heatmaps
         ),
+        revisions=tuple(message.revisions),
+        rejected_revisions=tuple(
+            results.RejectedRevision(rejected.revision, rejected.message) for rejected in message.rejected_revisions
+        ),
+        statistic_weights=dict(message.statistic_weights),
     )
+
+
+def activation_of(message: probes_pb2.ActivateProbeResponse) -> results.Activation:
+    """What was activated."""
+    return results.Activation(probe_of(message.active), message.previous_name, message.previous_revision)
 
 
 def server_info_of(message: detector_pb2.GetServerInfoResponse) -> results.ServerInfo:

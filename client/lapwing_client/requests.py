@@ -94,18 +94,19 @@ def unusable(field: str, message: str) -> InvalidRequest:
 
 
 def score_request(
-    prompt: Prompt, response: Response, false_positive_rate: float | None = None
+    prompt: Prompt, response: Response, *, false_positive_rate: float | None = None, probe: str = ""
 ) -> detector_pb2.ScoreRequest:
     """One response to be scored."""
     return detector_pb2.ScoreRequest(
         prompt=prompt_message(prompt),
         response=response_message(response),
         false_positive_rate=real(false_positive_rate, "false_positive_rate"),
+        probe=text(probe, "probe"),
     )
 
 
 def score_batch_request(
-    items: Sequence[tuple[Prompt, Response]], false_positive_rate: float | None = None
+    items: Sequence[tuple[Prompt, Response]], *, false_positive_rate: float | None = None, probe: str = ""
 ) -> detector_pb2.ScoreBatchRequest:
     """Several responses to be scored."""
     return detector_pb2.ScoreBatchRequest(
@@ -114,28 +115,52 @@ def score_batch_request(
                 prompt=prompt_message(prompt, f"items[{i}].prompt"),
                 response=response_message(response, f"items[{i}].response"),
             )
-            for i, (prompt, response) in enumerate(items)
+            for i, (prompt, response) in enumerate(pair(item, f"items[{i}]") for i, item in enumerate(items))
         ],
         false_positive_rate=real(false_positive_rate, "false_positive_rate"),
+        probe=text(probe, "probe"),
     )
+
+
+def pair(item: Any, field: str) -> tuple[Prompt, Response]:
+    """Prompt and response of one item."""
+    if not isinstance(item, Sequence) or isinstance(item, str | bytes) or len(item) != 2:
+        raise unusable(field, f"is a {type(item).__name__}; give a pair of prompt and response")
+    return item[0], item[1]
 
 
 def generate_request(
     prompt: Prompt,
+    *,
     max_new_tokens: int | None = None,
     temperature: float | None = None,
     top_p: float | None = None,
     seed: int | None = None,
+    stop_strings: str | Sequence[str] = (),
+    stop_when_probability_above: float | None = None,
+    minimum_tokens: int | None = None,
+    score_every: int | None = None,
+    contributions: bool = False,
     false_positive_rate: float | None = None,
+    probe: str = "",
 ) -> detector_pb2.GenerateRequest:
     """A prompt for the server's own model."""
+    stops = [stop_strings] if isinstance(stop_strings, str) else listed(stop_strings, "stop_strings", "a list of texts")
+    if not isinstance(contributions, bool):
+        raise unusable("contributions", f"is {contributions!r:.40}; give True or False")
     return detector_pb2.GenerateRequest(
         prompt=prompt_message(prompt),
         max_new_tokens=fitting(max_new_tokens, 32, "max_new_tokens"),
         temperature=real(temperature, "temperature"),
         top_p=real(top_p, "top_p"),
         seed=fitting(seed, 64, "seed"),
+        stop_strings=[text(stop, f"stop_strings[{i}]") for i, stop in enumerate(stops)],
+        stop_when_probability_above=real(stop_when_probability_above, "stop_when_probability_above"),
+        minimum_tokens=fitting(minimum_tokens, 32, "minimum_tokens"),
+        score_every=fitting(score_every, 32, "score_every"),
+        contributions=contributions,
         false_positive_rate=real(false_positive_rate, "false_positive_rate"),
+        probe=text(probe, "probe"),
     )
 
 

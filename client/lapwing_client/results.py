@@ -2,37 +2,15 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
-
-class Result:
-    """A value that can be written as JSON."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON values; NaN, which JSON does not have, is None."""
-        assert is_dataclass(self)
-        return {field.name: plain(getattr(self, field.name)) for field in fields(self)}
+from lapwing_client import notebook
+from lapwing_client.values import Matrix, Result
 
 
-def plain(value: Any) -> Any:
-    """A value as JSON values."""
-    if isinstance(value, Result):
-        return value.to_dict()
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, bytes):
-        return f"{len(value)} bytes"
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return [plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class HeadContribution(Result):
     """How much one attention head moved the logit."""
 
@@ -42,7 +20,7 @@ class HeadContribution(Result):
     """Signed; positive speaks for hallucination."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Detection(Result):
     """How likely it is that a response is made up; or, with `state` UNSCORED, that this could not be told."""
 
@@ -81,32 +59,45 @@ class Detection(Result):
     """Prompt and response as the model read them."""
 
     token_contributions: tuple[float, ...]
-    """Signed share of each token in the logit; with `bias` they sum to it. Empty when UNSCORED."""
+    """Signed share of each token in the logit; with `bias` they sum to it. Empty when UNSCORED. Of a stream of
+    attention, of the tokens whose attention was sent."""
+
+    heads_contribution: float
+    """What all heads together add to the logit: with `bias` and `statistic_contributions` it makes the logit."""
+
+    statistic_contributions: Mapping[str, float]
+    """What each statistic of the response's log-probabilities adds to the logit; empty for a probe that reads
+    attention only."""
 
     strongest_heads: tuple[HeadContribution, ...]
     """The heads with the largest shares, strongest first."""
 
     seconds: Mapping[str, float]
-    """Time in the server by stage: `queue`, `tokenise`, `forward`, `probe`."""
+    """Time in the server by stage: `queue`, `tokenise`, `forward`, `probe`; of a generation also `first_token`."""
+
+    def _repr_html_(self) -> str:
+        return notebook.detection(self)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class GeneratedToken(Result):
     """One token of a response and the running score."""
 
     index: int
     token_id: int
     text: str
-    """What this token adds; empty while a character is incomplete."""
+    """What this token adds; empty while a character is incomplete, or while the text may become a stop string."""
 
     log_probability: float
     probability: float | None
-    """That the response so far is made up; None while it is too short to tell."""
+    """That the response so far is made up; None while it is too short to tell, and where `score_every` passes over."""
 
     logit: float | None
+    token_contributions: tuple[float, ...]
+    """Of each token of prompt and response so far; empty unless asked for."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Generation(Result):
     """A finished response."""
 
@@ -116,37 +107,13 @@ class Generation(Result):
     """Of the response. Scoring these ids gives the same score; the text may tokenise differently."""
 
     finish_reason: str
-    """`STOP`: the model ended by itself; `LENGTH`: it reached the limit."""
+    """`STOP`: the model ended by itself; `LENGTH`: it reached the limit; `STOP_STRING`: it wrote one of them;
+    `FLAGGED`: the probability rose above the one that was to stop it."""
 
     detection: Detection
 
 
-@dataclass(frozen=True)
-class Matrix(Result):
-    """Numbers in rows and columns, without needing numpy."""
-
-    shape: tuple[int, int]
-    values: tuple[float, ...]
-    """Row by row."""
-
-    def __getitem__(self, place: tuple[int, int]) -> float:
-        row, column = place
-        if not (0 <= row < self.shape[0] and 0 <= column < self.shape[1]):
-            raise IndexError(f"[{row}, {column}] is outside of {self.shape}")
-        return self.values[row * self.shape[1] + column]
-
-    @property
-    def rows(self) -> tuple[tuple[float, ...], ...]:
-        """The same as one tuple for each row."""
-        width = self.shape[1]
-        return tuple(self.values[i * width : (i + 1) * width] for i in range(self.shape[0]))
-
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON values."""
-        return {"shape": list(self.shape), "rows": plain(self.rows)}
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Heatmap(Result):
     """One number of every layer and head."""
 
@@ -166,8 +133,11 @@ class Heatmap(Result):
     image: bytes
     """A picture in the format asked for; empty without one."""
 
+    def _repr_html_(self) -> str | None:
+        return notebook.heatmap(self)
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, repr=False)
 class ModelIdentity(Result):
     """Which model it is; digests are hexadecimal SHA-256."""
 
@@ -184,7 +154,7 @@ class ModelIdentity(Result):
     heads: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Threshold(Result):
     """One operating point: flagged when the logit is strictly above."""
 
@@ -194,14 +164,24 @@ class Threshold(Result):
     negatives: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
+class RejectedRevision(Result):
+    """A revision of a probe that failed its checks."""
+
+    revision: str
+    message: str
+    """Why."""
+
+
+@dataclass(frozen=True, repr=False)
 class Probe(Result):
     """A probe of the server."""
 
     name: str
     revision: str
     state: str
-    """`ACTIVE`, `LOADED` or `REJECTED`; of a rejected one only the name and `state_message` are known."""
+    """`ACTIVE`, `LOADED`, `SHADOW` (scores beside the active one, for the metrics only) or `REJECTED`; of a rejected
+    one only the name and `state_message` are known."""
 
     state_message: str
     features: tuple[str, ...]
@@ -227,8 +207,27 @@ class Probe(Result):
     heatmaps: tuple[tuple[str, str], ...]
     """(feature, statistic) of every heatmap that it has."""
 
+    revisions: tuple[str, ...]
+    """Those that the registry holds, newest first."""
 
-@dataclass(frozen=True)
+    rejected_revisions: tuple[RejectedRevision, ...]
+    """Of those, the ones that failed their checks."""
+
+    statistic_weights: Mapping[str, float]
+    """Weights of the statistics of the response's log-probabilities; empty for a probe that reads attention only."""
+
+
+@dataclass(frozen=True, repr=False)
+class Activation(Result):
+    """Which probe scores from now on, and which one scored before."""
+
+    active: Probe
+    previous_name: str
+    previous_revision: str
+    """Activate it to go back."""
+
+
+@dataclass(frozen=True, repr=False)
 class Limits(Result):
     """What the server takes at most."""
 
@@ -241,8 +240,18 @@ class Limits(Result):
     max_characters_per_token: int
     """More than this for each of `max_tokens` is refused without being tokenised."""
 
+    max_streams_per_client: int
+    """Of one token or certificate, else of one address."""
 
-@dataclass(frozen=True)
+    max_stop_strings: int
+    max_stop_string_characters: int
+    max_stream_seconds: float
+    max_attention_streams: int
+    max_attention_bytes: int
+    """Bytes of sums that one stream of attention may make the server hold."""
+
+
+@dataclass(frozen=True, repr=False)
 class ServerInfo(Result):
     """What runs in a server."""
 

@@ -15,7 +15,8 @@ import typer
 from lapwing_client.client import Client
 from lapwing_client.errors import LapwingError, TooLarge
 from lapwing_client.requests import Prompt, Response, prompt_message, response_message, unusable
-from lapwing_client.results import Detection, plain
+from lapwing_client.results import Detection
+from lapwing_client.values import plain
 
 BATCH = 16
 """Lines in one call: few enough that progress moves."""

@@ -20,8 +20,11 @@ if TYPE_CHECKING:
     )
     from lapwing_detector.generation import GeneratedToken, Generation
     from lapwing_detector.head_map import HeadMap, plot_pair
+    from lapwing_detector.options import GenerationOptions
     from lapwing_detector.probe import Probe
     from lapwing_detector.running import RunningLogits
+    from lapwing_detector.scoring import Scored, ScoreJob
+    from lapwing_detector.streams import Stream, Streams
     from lapwing_detector.summary import AttentionSummary
 
 _HOMES = {
@@ -31,12 +34,17 @@ _HOMES = {
     "Detector": "detector",
     "GeneratedToken": "generation",
     "Generation": "generation",
+    "GenerationOptions": "options",
     "HeadContribution": "detection",
     "HeadMap": "head_map",
     "Probe": "probe",
     "Reason": "detection",
     "RunningLogits": "running",
+    "ScoreJob": "scoring",
+    "Scored": "scoring",
     "State": "detection",
+    "Stream": "streams",
+    "Streams": "streams",
     "attention_eigenvalues": "features",
     "attention_scores": "features",
     "capture_attention": "capture",
@@ -52,12 +60,17 @@ __all__ = [
     "Detector",
     "GeneratedToken",
     "Generation",
+    "GenerationOptions",
     "HeadContribution",
     "HeadMap",
     "Probe",
     "Reason",
     "RunningLogits",
+    "ScoreJob",
+    "Scored",
     "State",
+    "Stream",
+    "Streams",
     "attention_eigenvalues",
     "attention_scores",
     "capture_attention",

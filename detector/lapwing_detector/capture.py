@@ -15,6 +15,7 @@ from transformers.cache_utils import Cache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from lapwing_detector.cache_mark import CacheMark, cache_in, past_length, require_room
+from lapwing_detector.chunks import MAX_BYTES, AttentionChunks, Given
 from lapwing_detector.decoding import plan_decoding
 from lapwing_detector.eager_fallback import EagerFallback, reduce_map
 from lapwing_detector.errors import CaptureError, InvalidInput
@@ -94,6 +95,7 @@ class Captured:
         self._forward: Forward | None = None
         self._run: Run | None = None
         self._pending: Pending | None = None
+        self._given = Given()
 
     def __enter__(self) -> Self:
         if self._active is not None:
@@ -123,6 +125,21 @@ class Captured:
         """The context again, later, with what was captured so far: to go on with the same cache."""
         return self
 
+    def take_over(self, sequences: Sequences, cache: Cache) -> None:
+        """Go on, with the next forward, from sums and a cache of forwards that were captured by this capture.
+
+        Args:
+            sequences: as `sums` had them, or `gathered` of such.
+            cache: with the same sequences, column by column.
+        """
+        self._forward = self._pending = None
+        self._sequences, self._mark = sequences, CacheMark(cache)
+
+    def forget(self) -> None:
+        """Let go of what was captured, so that its memory can be used for other things."""
+        self._forward = self._pending = self._mark = None
+        self._sequences = Sequences(self._layers, self._kept)
+
     def complete(self) -> None:
         """Run the step that gives the newest token of each generated sequence its row, unless it has ended.
 
@@ -150,6 +167,35 @@ class Captured:
         self._require_whole()
         self.complete()
         return self._sequences.summaries()
+
+    def chunks(
+        self,
+        max_bytes: int = MAX_BYTES,
+        *,
+        sequence: int | None = None,
+        final: bool = True,
+        from_start: bool = False,
+    ) -> AttentionChunks:
+        """What was captured of a sequence since the last call, in pieces, for a server that scores it.
+
+            with capture_attention(model) as captured:
+                model.generate(**inputs)
+            detection = client.score_attention(captured.chunks(), model=identity_of(model, tokenizer), ...)
+
+        Args:
+            max_bytes: of the arrays of one piece.
+            sequence: place in the batch; may be left out where there is one.
+            final: call `complete` first. False while the model still generates, such as in a streamer.
+            from_start: everything once more, as if it were the first call.
+
+        Raises:
+            InvalidInput: there are several sequences and none is named, or one head is larger than `max_bytes`.
+            CaptureError: as for `summaries`.
+        """
+        self._require_whole()
+        if final:
+            self.complete()
+        return self._given.rest(self._sequences, sequence, from_start, max_bytes=max_bytes)
 
     @property
     def sums(self) -> Sequences:

@@ -90,3 +90,9 @@ class Detection:
 
     seconds: Mapping[str, float] = field(repr=False)
     """Wall time by stage: `tokenise`, `forward` (of the whole batch that it was read in), `probe`."""
+
+    heads_contribution: float = 0.0
+    """What all heads together add to the logit: the sum of `head_contributions`."""
+
+    statistic_contributions: Mapping[str, float] = field(default_factory=dict, repr=False)
+    """What each statistic of the log-probabilities adds to the logit, by its name; empty without such statistics."""

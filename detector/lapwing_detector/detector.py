@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lapwing_detector import embedded
 from lapwing_detector.detection import DEFAULT_FALSE_POSITIVE_RATE, Detection
 from lapwing_detector.errors import DetectorError, InvalidInput, TooLong
-from lapwing_detector.generation import GeneratedToken, Generation, Sampling, generate
+from lapwing_detector.generation import GeneratedToken, Generation
 from lapwing_detector.identity import ModelIdentity
 from lapwing_detector.language_model import LanguageModel
+from lapwing_detector.options import GenerationOptions
 from lapwing_detector.probe import Probe
-from lapwing_detector.scoring import Stopwatch, detect
+from lapwing_detector.scoring import Scored, ScoreJob, Stopwatch, detect
+from lapwing_detector.streams import Streams
 from lapwing_detector.tokens import Prompt, Response, TokenIds, build_ids
 
 if TYPE_CHECKING:
@@ -95,14 +98,22 @@ class Detector:
 
     @probe.setter
     def probe(self, probe: Probe) -> None:
+        self.require(probe)
+        self._probe = probe
+
+    def require(self, probe: Probe) -> None:
+        """Refuses a probe that was fitted on another model, and warns of one that was fitted in another dtype.
+
+        Raises:
+            ProbeMismatch: names what differs.
+        """
         probe.require(self.identity)
         if probe.identity.dtype != self.identity.dtype:
             warnings.warn(
                 f"the probe {probe.name!r} was fitted in {probe.identity.dtype}, the model runs in "
                 f"{self.identity.dtype}: scores shift a little",
-                stacklevel=2,
+                stacklevel=3,
             )
-        self._probe = probe
 
     def tokens(self, prompt: Prompt, response: Response | None = None) -> TokenIds:
         """The ids that `score` reads for this prompt and response; see `build_ids`.
@@ -177,13 +188,39 @@ class Detector:
                 results.append(error)
             else:
                 good.append((index, ids, clock))
-        together = Stopwatch()
-        with together.stage("forward"):
-            summaries = self.language_model.summaries([ids.all for _, ids, _ in good], probe.heads or None)
-        for (index, ids, clock), summary in zip(good, summaries, strict=True):
-            seconds = clock.seconds | together.seconds
-            results.insert(index, detect(probe, summary, ids, false_positive_rate, seconds))
+        scored = self.score_ids([ScoreJob(ids, probe, false_positive_rate) for _, ids, _ in good])
+        for (index, _, clock), one in zip(good, scored, strict=True):
+            results.insert(index, replace(one.detection, seconds=clock.seconds | dict(one.detection.seconds)))
         return results
+
+    def score_ids(self, jobs: Sequence[ScoreJob]) -> list[Scored]:
+        """Scores several sequences, each by probes of its own, in one padded forward.
+
+        Args:
+            jobs: ids as `tokens` makes them, with probes that fit the model (`require`).
+
+        Returns:
+            One for each job, in their order.
+        """
+        heads: dict[int, set[int]] = {}
+        for probe in {id(probe): probe for job in jobs for probe in (job.probe, *job.shadows)}.values():
+            for layer, read in probe.heads.items():
+                heads.setdefault(layer, set()).update(read)
+        union = {layer: tuple(sorted(heads[layer])) for layer in sorted(heads)}
+        clock, results = Stopwatch(), []
+        with clock.stage("forward"):
+            summaries = self.language_model.summaries([job.ids.all for job in jobs], union or None)
+        for job, summary in zip(jobs, summaries, strict=True):
+            detection, *shadows = [
+                detect(probe, summary, job.ids, job.false_positive_rate, clock.seconds)
+                for probe in (job.probe, *job.shadows)
+            ]
+            results.append(Scored(detection, tuple(shadows)))
+        return results
+
+    def streams(self) -> Streams:
+        """Several answers that are written at once and share forwards; none so far."""
+        return Streams(self.language_model)
 
     def generate(
         self,
@@ -194,6 +231,11 @@ class Detector:
         top_p: float = 1.0,
         seed: int | None = None,
         false_positive_rate: float = DEFAULT_FALSE_POSITIVE_RATE,
+        stop_strings: Sequence[str] = (),
+        stop_when_probability_above: float | None = None,
+        minimum_tokens: int = 1,
+        score_every: int = 1,
+        contributions: bool = False,
     ) -> Iterator[GeneratedToken | Generation]:
         """Writes an answer and scores it after every token.
 
@@ -204,6 +246,11 @@ class Detector:
             top_p: smallest share of probability from which a token is drawn, in (0, 1].
             seed: makes sampling repeatable.
             false_positive_rate: operating point of the last detection.
+            stop_strings: the answer ends where one of them appears in its text, which leaves it out.
+            stop_when_probability_above: ends the answer as soon as its running probability is above this; in [0, 1).
+            minimum_tokens: written before `stop_when_probability_above` may end the answer.
+            score_every: so manieth tokens are scored, and the last one.
+            contributions: whether scored tokens come with the shares of all tokens so far.
 
         Yields:
             A `GeneratedToken` for each token, with the score of all up to it; last the `Generation`.
@@ -218,8 +265,32 @@ class Detector:
                 "the scores may be off: fit one on its own answers (lapwing generate)",
                 stacklevel=2,
             )
-        sampling = Sampling(max_new_tokens, temperature, top_p, seed)
-        return generate(self.language_model, self.probe, self.tokens(prompt), sampling, false_positive_rate)
+        if isinstance(stop_strings, str):
+            raise InvalidInput("stop_strings", "is one text; give a list of them")
+        options = GenerationOptions(
+            max_new_tokens,
+            temperature,
+            top_p,
+            seed,
+            false_positive_rate,
+            tuple(stop_strings),
+            stop_when_probability_above,
+            minimum_tokens,
+            score_every,
+            contributions,
+        )
+        streams = self.streams()
+        streams.add(self.tokens(prompt), self.probe, options)
+        return _events(streams)
+
+
+def _events(streams: Streams) -> Iterator[GeneratedToken | Generation]:
+    """What becomes of the only stream."""
+    while len(streams):
+        for _, event in streams.step():
+            if isinstance(event, Exception):
+                raise event
+            yield event
 
 
 def without_end(ids: tuple[int, ...], stops: frozenset[int]) -> tuple[int, ...]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 class DetectorError(Exception):
     """Base of everything that the detector refuses."""
@@ -59,3 +61,21 @@ class ProbeMismatch(DetectorError):
 
 class ProbeCorrupt(DetectorError):
     """A probe directory that is damaged, incomplete or not one of ours."""
+
+
+class RegistryError(DetectorError):
+    """A registry of probes that can't be read, can't be changed, or does not hold what was asked for."""
+
+
+class UnknownProbe(RegistryError):
+    """A name or revision that the registry does not hold.
+
+    Attributes:
+        field: `name` or `revision`, whichever is not known.
+        known: names or revisions that there are, some of them if there are many.
+    """
+
+    def __init__(self, field: str, message: str, known: Sequence[str] = ()) -> None:
+        self.known = tuple(known[:20])
+        super().__init__(f"{message}; known are {', '.join(self.known) or 'none'}")
+        self.field = field

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from lapwing_detector import embedded
-from lapwing_detector.capture import capture_attention
+from lapwing_detector.capture import Captured, capture_attention
 from lapwing_detector.errors import InvalidInput, UnsupportedModel
 from lapwing_detector.identity import ModelIdentity, identity_of
 from lapwing_detector.rotary import switching_points
@@ -24,6 +24,9 @@ from lapwing_detector.summary import AttentionSummary
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
 NO_LIMIT = 1 << 20
 """Context length where neither the configuration nor the tokenizer names one."""
+
+MOST_CAPTURES = 16
+"""Sets of heads whose captures are kept."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +125,7 @@ class LanguageModel:
 
     def forward(self, input_ids: torch.Tensor, **inputs: Any) -> Any:
         """The model's forward with the logits of the last position only, where the model can leave out the others."""
-        if self._keeps_logits:
+        if "logits_to_keep" in self.parameters:
             inputs["logits_to_keep"] = 1  # a large vocabulary makes them the largest tensor of all
         return self.model(input_ids=input_ids, **inputs)
 
@@ -143,17 +146,39 @@ class LanguageModel:
         longest = max(len(ids) for ids in sequences)
         rows = [[*ids, *[self.pad_id] * (longest - len(ids))] for ids in sequences]
         visible = [[1] * len(ids) + [0] * (longest - len(ids)) for ids in sequences]
-        with capture_attention(self.model, heads=heads) as captured, torch.inference_mode():
-            self.forward(self.tensor(rows), attention_mask=self.tensor(visible), use_cache=False)
-            return captured.summaries()
+        with self.capture(heads) as captured, torch.inference_mode():
+            try:
+                self.forward(self.tensor(rows), attention_mask=self.tensor(visible), use_cache=False)
+                return captured.summaries()
+            finally:
+                captured.forget()
+
+    def capture(self, heads: Mapping[int, Collection[int]] | None = None) -> Captured:
+        """A capture of some heads, the same one whenever these are asked for: to make one walks the whole model.
+
+        Args:
+            heads: layer index -> the heads that are needed; all without it.
+        """
+        key = None if heads is None else tuple((layer, tuple(kept)) for layer, kept in heads.items())
+        captures = self._captures
+        known = captures.pop(key) if key in captures else capture_attention(self.model, heads=heads)
+        captures[key] = known
+        while len(captures) > MOST_CAPTURES:
+            del captures[next(iter(captures))]  # the one that was not used for the longest time
+        return known
 
     def tensor(self, rows: Sequence[Sequence[int]]) -> torch.Tensor:
         """Token ids or a mask on the model's device; (batch, tokens)."""
         return torch.tensor(rows, dtype=torch.long, device=self.model.device)
 
     @cached_property
-    def _keeps_logits(self) -> bool:
-        return "logits_to_keep" in inspect.signature(self.model.forward).parameters
+    def _captures(self) -> dict[Any, Captured]:
+        return {}
+
+    @cached_property
+    def parameters(self) -> frozenset[str]:
+        """What the model's forward can be given."""
+        return frozenset(inspect.signature(self.model.forward).parameters)
 
 
 def refuse_remote_code(place: str) -> None:

@@ -18,6 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lapwing_detector.calibration import Calibration, StageCalibration
+from lapwing_detector.durable import sync as _sync
+from lapwing_detector.durable import write as _write
 from lapwing_detector.errors import ProbeCorrupt
 from lapwing_detector.features import FEATURES
 from lapwing_detector.head_map import STATISTICS
@@ -93,14 +95,47 @@ def _require_replaceable(directory: Path) -> None:
 
 def load(source: str | Path) -> Probe:
     """See `Probe.from_pretrained`."""
+    return load_directory(located(source))
+
+
+def located(source: str | Path) -> Path:
+    """A directory as it is, or that into which a probe of the Hugging Face Hub was fetched."""
     directory = Path(source)
-    if not directory.is_dir():
-        directory = _download(str(source))
-    manifest = _read_manifest(directory)
+    return directory if directory.is_dir() else _download(str(source))
+
+
+def load_directory(directory: Path, manifest_digest: str | None = None) -> Probe:
+    """Loads and verifies a probe directory.
+
+    Args:
+        directory: where it lies; nothing is fetched.
+        manifest_digest: SHA-256 that the manifest must have, where somebody kept it: the manifest vouches for every
+            file but itself.
+
+    Raises:
+        ProbeCorrupt: a file is missing, changed, too large or holds what it should not.
+    """
+    manifest = _read_manifest(directory, manifest_digest)
+    tensors = b""
     for name, digest in manifest["files"].items():
-        if sha256(read(directory, name)) != digest:
-            raise ProbeCorrupt(f"{directory / name} is not the file that was saved (sha256 differs); fetch it again")
-    return _assemble(directory, manifest)
+        data = read(directory, name)
+        if sha256(data) != digest:
+            raise _changed(directory / name)
+        tensors = data if name == TENSORS else tensors
+    return _assemble(directory, manifest, tensors)
+
+
+def listed_files(directory: Path) -> tuple[str, ...]:
+    """Names of all files of a probe directory, the manifest last.
+
+    Raises:
+        ProbeCorrupt: its manifest is none.
+    """
+    return (*(name for name in _read_manifest(directory)["files"] if name != MANIFEST), MANIFEST)
+
+
+def _changed(path: Path) -> ProbeCorrupt:
+    return ProbeCorrupt(f"{path} is not the file that was saved (sha256 differs); fetch it again")
 
 
 def read(directory: Path, name: str) -> bytes:
@@ -115,9 +150,12 @@ def read(directory: Path, name: str) -> bytes:
         raise ProbeCorrupt(f"{directory} lists a file named {name!r}, which is no plain name")
     if not path.is_file() or not path.resolve().is_relative_to(_root(directory)):
         raise ProbeCorrupt(f"{path} is missing or leads out of its directory; fetch the probe again")
-    if path.stat().st_size > cap:
-        raise ProbeCorrupt(f"{path} has {path.stat().st_size} bytes; at most {cap} are read")
-    return path.read_bytes()
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        data = file.read(cap + 1) if size <= cap else b""
+    if size > cap or len(data) > cap:  # it may have grown since
+        raise ProbeCorrupt(f"{path} has {max(size, len(data))} bytes; at most {cap} are read")
+    return data
 
 
 def _root(directory: Path) -> Path:
@@ -202,9 +240,12 @@ def _tensor_bytes(probe: Probe) -> bytes:
     return bytes(to_bytes({name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}))
 
 
-def _read_manifest(directory: Path) -> dict[str, Any]:
+def _read_manifest(directory: Path, digest: str | None = None) -> dict[str, Any]:
+    data = read(directory, MANIFEST)
+    if digest is not None and sha256(data) != digest:
+        raise _changed(directory / MANIFEST)
     try:
-        manifest = json.loads(read(directory, MANIFEST))
+        manifest = json.loads(data)
         version = manifest["schema_version"]
         files = manifest["files"]
     except BROKEN as error:
@@ -216,12 +257,12 @@ def _read_manifest(directory: Path) -> dict[str, Any]:
     return dict(manifest)
 
 
-def _assemble(directory: Path, manifest: Mapping[str, Any]) -> Probe:
+def _assemble(directory: Path, manifest: Mapping[str, Any], data: bytes) -> Probe:
     from safetensors import SafetensorError
     from safetensors.numpy import load as from_bytes
 
     try:
-        tensors = from_bytes(read(directory, TENSORS))
+        tensors = from_bytes(data)
         shape = (len(manifest["layers"]), int(manifest["heads"]))
         statistics = {name.removeprefix("statistics/"): tensors.pop(name) for name in sorted(tensors) if "/" in name}
         _check_tensors(tensors, statistics, shape)
@@ -332,18 +373,3 @@ def _replace(partial: Path, directory: Path) -> None:
         finally:
             shutil.rmtree(trash, ignore_errors=True)
     _sync(directory.parent)
-
-
-def _write(path: Path, data: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import math
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from lapwing_detector.capture import Captured
 from lapwing_detector.errors import CaptureError
 from lapwing_detector.probe import Probe
 from lapwing_detector.running_features import STARTS, Workspace
 from lapwing_detector.sequences import Sequences, Sums
+
+
+class Summed(Protocol):
+    """What attention is summed up in: a capture, for one."""
+
+    @property
+    def sums(self) -> Sequences:
+        """The sums as they stand now."""
 
 
 class RunningLogits:
@@ -27,7 +35,7 @@ class RunningLogits:
     The sums stay on their device; only the logits leave it.
     """
 
-    def __init__(self, probe: Probe, captured: Captured) -> None:
+    def __init__(self, probe: Probe, captured: Summed) -> None:
         self._probe = probe
         self._captured = captured
         self._sequences: Sequences | None = None

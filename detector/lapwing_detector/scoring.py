@@ -5,13 +5,36 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import numpy as np
 
-from lapwing_detector.detection import Detection, HeadContribution, Reason, State
+from lapwing_detector.detection import DEFAULT_FALSE_POSITIVE_RATE, Detection, HeadContribution, Reason, State
 from lapwing_detector.probe import Probe, Share
 from lapwing_detector.summary import AttentionSummary
 from lapwing_detector.tokens import TokenIds
+
+
+@dataclass(frozen=True)
+class ScoreJob:
+    """One sequence that is to be scored."""
+
+    ids: TokenIds
+    probe: Probe
+    false_positive_rate: float = DEFAULT_FALSE_POSITIVE_RATE
+    """Operating point at which `flagged` is decided."""
+
+    shadows: tuple[Probe, ...] = ()
+    """Further probes, which score the same attention."""
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What became of a job."""
+
+    detection: Detection
+    shadows: tuple[Detection, ...] = ()
+    """In the order of `ScoreJob.shadows`."""
 
 
 class Stopwatch:
@@ -27,7 +50,11 @@ class Stopwatch:
         try:
             yield
         finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+            self.add(name, time.perf_counter() - start)
+
+    def add(self, name: str, seconds: float) -> None:
+        """Adds what was measured elsewhere."""
+        self.seconds[name] = self.seconds.get(name, 0.0) + seconds
 
 
 def detect(
@@ -65,6 +92,7 @@ def detect(
         token_contributions=np.empty(0, np.float32) if share is None else share.tokens,
         head_contributions=() if share is None else strongest(probe, share),
         seconds=seconds | clock.seconds,
+        heads_contribution=0.0 if share is None else float(share.heads.sum(dtype=np.float64)),
     )
 
 

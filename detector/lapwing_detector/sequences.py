@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional as F
 
 from lapwing_detector.errors import CaptureError
 from lapwing_detector.layers import AttentionLayer, require_heads
@@ -168,14 +169,18 @@ class Sequences:
         here = [layer.index for layer in self.layers if self.sums[layer.index].diagonal.device == device]
         olds = [self.sums[index] for index in here]
         sizes = [old.diagonal.shape[1] for old in olds]
-        with torch.inference_mode(False):  # later steps may add to them outside of it
-            shape = (olds[0].diagonal.shape[0], sum(sizes), capacity)
-            joint = Sums(*(torch.zeros(shape, dtype=torch.float32, device=device) for _ in range(2)))
-        parts = zip(torch.split(joint.diagonal, sizes, 1), torch.split(joint.received, sizes, 1), strict=True)
-        for index, old, (diagonal, received) in zip(here, olds, parts, strict=True):
-            diagonal[:, :, : old.capacity], received[:, :, : old.capacity] = old.diagonal, old.received
-            self.sums[index] = Sums(diagonal, received)
+        joint = _empty(olds[0].diagonal.shape[0], sum(sizes), capacity, device)
+        self._view(joint, dict(zip(here, sizes, strict=True)))
+        for index, old in zip(here, olds, strict=True):
+            new = self.sums[index]
+            new.diagonal[:, :, : old.capacity], new.received[:, :, : old.capacity] = old.diagonal, old.received
         return joint
+
+    def _view(self, joint: Sums, heads: Mapping[int, int]) -> None:
+        """Let the sums of some layers, with so many kept heads each, lie in a memory side by side."""
+        sizes = list(heads.values())
+        parts = zip(torch.split(joint.diagonal, sizes, 1), torch.split(joint.received, sizes, 1), strict=True)
+        self.sums |= {index: Sums(*of_layer) for index, of_layer in zip(heads, parts, strict=True)}
 
     def summaries(self) -> list[AttentionSummary]:
         """One for each sequence, of its counted tokens only.
@@ -183,6 +188,15 @@ class Sequences:
         Raises:
             CaptureError: nothing was captured, or the layers differ in their number of heads.
         """
+        self._require_one_shape()
+        return [self._summary(row, counted) for row, counted in enumerate(torch.cat(self.counted, dim=1).cpu())]
+
+    def summary(self, sequence: int) -> AttentionSummary:
+        """That of one sequence by its place in the batch; raises like `summaries`."""
+        self._require_one_shape()
+        return self._summary(sequence, torch.cat([counted[sequence] for counted in self.counted]).cpu())
+
+    def _require_one_shape(self) -> None:
         if not self.counted:
             raise CaptureError(
                 "nothing was captured; run the model inside the context: with capture_attention(model) as captured: ..."
@@ -192,7 +206,6 @@ class Sequences:
                 f"layers differ in their number of heads, so no (layers, heads) array holds them: {self.heads}; "
                 "use a model with the same number in every layer"
             )
-        return [self._summary(row, counted) for row, counted in enumerate(torch.cat(self.counted, dim=1).cpu())]
 
     def _summary(self, row: int, counted: Tensor) -> AttentionSummary:
         every = bool(counted.all())
@@ -212,6 +225,51 @@ class Sequences:
             received=gather("received"),
             layers=tuple(layer.index for layer in self.layers),
         )
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some sequences of a batch."""
+
+    of: Sequences
+    rows: list[int]
+    first: int
+    """Column before which they have padding only."""
+
+
+def gathered(parts: list[Part]) -> Sequences:
+    """Sequences of several batches of one capture as one batch, in which all end in the last column.
+
+    Args:
+        parts: of batches in which all sequences end in the last column, too: padding is on the left only.
+    """
+    one, tokens = parts[0].of, max(part.of.tokens - part.first for part in parts)
+    new = Sequences(one.layers, one.kept, tokens, max(part.of.reach for part in parts), heads=dict(one.heads))
+    for part in parts:
+        if not part.of.joint:
+            part.of.join(part.of.tokens)
+    rows, room = sum(len(part.rows) for part in parts), tokens + min(max(tokens, LEAST_ROOM), MOST_ROOM)
+    for place, old in enumerate(one.joint):
+        joint = _empty(rows, old.diagonal.shape[1], room, old.diagonal.device)
+        here = [layer.index for layer in one.layers if one.sums[layer.index].diagonal.device == old.diagonal.device]
+        new._view(joint, {index: one.sums[index].diagonal.shape[1] for index in here})
+        new.joint.append(joint)
+        start = 0
+        for part in parts:
+            mine, theirs = slice(start, start + len(part.rows)), part.of.joint[place]
+            columns = slice(tokens - (part.of.tokens - part.first), tokens)
+            joint.diagonal[mine, :, columns] = theirs.diagonal[part.rows, :, part.first : part.of.tokens]
+            joint.received[mine, :, columns] = theirs.received[part.rows, :, part.first : part.of.tokens]
+            start = mine.stop
+    for name in ("visible", "counted"):
+        flags = [torch.cat(getattr(part.of, name), dim=1)[part.rows, part.first :] for part in parts]
+        getattr(new, name).append(torch.cat([F.pad(one, (tokens - one.shape[1], 0)) for one in flags]))
+    return new
+
+
+def _empty(rows: int, heads: int, capacity: int, device: torch.device) -> Sums:
+    with torch.inference_mode(False):  # later steps may add to them outside of it
+        return Sums(*(torch.zeros(rows, heads, capacity, dtype=torch.float32, device=device) for _ in range(2)))
 
 
 def _on_cpu(parts: list[Tensor]) -> list[Tensor]:

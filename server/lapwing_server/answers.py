@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -36,10 +36,9 @@ def tensor(values: NDArray[np.float32]) -> tensor_pb2.Tensor:
     return tensor_pb2.Tensor(dtype=tensor_pb2.DATA_TYPE_FLOAT32, shape=values.shape, data=data)
 
 
-def detection_message(detection: Detection, queued: float | None = None) -> detection_pb2.Detection:
-    """A detection; `queued` is how many seconds it waited for the worker."""
+def detection_message(detection: Detection, seconds: Mapping[str, float] | None = None) -> detection_pb2.Detection:
+    """A detection; `seconds` of further stages, which the detector does not know of."""
     scored = detection.state is State.SCORED
-    seconds = dict(detection.seconds) if queued is None else {"queue": queued, **detection.seconds}
     message = detection_pb2.Detection(
         state=f"DETECTION_STATE_{detection.state.value}",
         reason=f"UNSCORED_REASON_{detection.reason.value if detection.reason else 'UNSPECIFIED'}",
@@ -59,17 +58,23 @@ def detection_message(detection: Detection, queued: float | None = None) -> dete
             detection_pb2.HeadContribution(layer=one.layer, head=one.head, contribution=one.contribution)
             for one in detection.head_contributions[:STRONGEST_HEADS]
         ],
-        stage_seconds=seconds,
+        stage_seconds={**(seconds or {}), **detection.seconds},
+        heads_contribution=detection.heads_contribution,
+        statistic_contributions=detection.statistic_contributions,
     )
     if scored and detection.flagged is not None:
         message.flagged = detection.flagged
     return message
 
 
-def event_message(event: GeneratedToken | Generation) -> detector_pb2.GenerateResponse:
-    """One event of a generation. Their classes need torch, so the two are told apart by what they have."""
-    is_token = hasattr(event, "token_id")
-    return token_event(cast("GeneratedToken", event)) if is_token else generation_event(cast("Generation", event))
+def event_message(
+    event: GeneratedToken | Generation, seconds: Mapping[str, float] | None = None
+) -> detector_pb2.GenerateResponse:
+    """One event of a generation; `seconds` as for `detection_message`."""
+    # Their classes need torch, so the two are told apart by what they have.
+    if hasattr(event, "token_id"):
+        return token_event(cast("GeneratedToken", event))
+    return generation_event(event, seconds)
 
 
 def token_event(token: GeneratedToken) -> detector_pb2.GenerateResponse:
@@ -82,11 +87,14 @@ def token_event(token: GeneratedToken) -> detector_pb2.GenerateResponse:
             log_probability=token.log_probability,
             probability=token.probability,
             logit=token.logit,
+            token_contributions=None if token.token_contributions is None else tensor(token.token_contributions),
         )
     )
 
 
-def generation_event(generation: Generation) -> detector_pb2.GenerateResponse:
+def generation_event(
+    generation: Generation, seconds: Mapping[str, float] | None = None
+) -> detector_pb2.GenerateResponse:
     """The finished response."""
     return detector_pb2.GenerateResponse(
         generation=detector_pb2.Generation(
@@ -94,7 +102,7 @@ def generation_event(generation: Generation) -> detector_pb2.GenerateResponse:
             prompt_token_ids=generation.prompt_ids,
             token_ids=generation.token_ids,
             finish_reason=f"FINISH_REASON_{generation.finish_reason.upper()}",
-            detection=detection_message(generation.detection),
+            detection=detection_message(generation.detection, seconds),
         )
     )
 
@@ -115,19 +123,30 @@ def limits_message(limits: Limits) -> detector_pb2.Limits:
         max_heatmap_pixels=limits.heatmap_pixels,
         max_messages=limits.messages,
         max_characters_per_token=limits.characters_per_token,
+        max_stop_strings=limits.stop_strings,
+        max_stop_string_characters=limits.stop_string_characters,
+        max_stream_seconds=limits.stream_seconds,
     )
 
 
-def probe_message(entry: Shelved, active: Probe) -> probes_pb2.Probe:
+def probe_message(entry: Shelved, active: Probe, shadows: Sequence[Probe] = ()) -> probes_pb2.Probe:
     """A probe, or why it was rejected."""
     probe = entry.probe
+    rejected = [probes_pb2.RejectedRevision(revision=one.revision, message=one.reason) for one in entry.rejected]
     if probe is None:
-        return probes_pb2.Probe(name=entry.name, state=probes_pb2.PROBE_STATE_REJECTED, state_message=entry.reason)
-    is_active = probe is active
+        return probes_pb2.Probe(
+            name=entry.name,
+            state=probes_pb2.PROBE_STATE_REJECTED,
+            state_message=entry.reason,
+            revisions=entry.revisions,
+            rejected_revisions=rejected,
+        )
     return probes_pb2.Probe(
         name=probe.name,
         revision=probe.revision,
-        state=probes_pb2.PROBE_STATE_ACTIVE if is_active else probes_pb2.PROBE_STATE_LOADED,
+        revisions=entry.revisions or (probe.revision,),
+        rejected_revisions=rejected,
+        state=probe_state(probe, active, shadows),
         features=probe.features,
         k=probe.k,
         layers=probe.layers,
@@ -156,6 +175,14 @@ def probe_message(entry: Shelved, active: Probe) -> probes_pb2.Probe:
             for statistic in statistics_of(probe, feature)
         ],
     )
+
+
+def probe_state(probe: Probe, active: Probe, shadows: Sequence[Probe]) -> probes_pb2.ProbeState:
+    """What a sound probe is doing."""
+    if probe is active:
+        return probes_pb2.PROBE_STATE_ACTIVE
+    beside = any(probe is shadow for shadow in shadows)
+    return probes_pb2.PROBE_STATE_SHADOW if beside else probes_pb2.PROBE_STATE_LOADED
 
 
 def _calibration(calibration: Calibration) -> probes_pb2.Calibration:

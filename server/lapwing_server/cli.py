@@ -1,77 +1,72 @@
-"""The verb of this package: `lapwing serve`."""
+"""The verb `lapwing serve`."""
 
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import logging
-import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from lapwing_server import logs
+from lapwing_server.flags import given, with_settings
+from lapwing_server.security.watched import UnusableFile
+from lapwing_server.setting_sources import Found, UnusableSettings, read
 
+log = logging.getLogger("lapwing.server")
+
+
+@with_settings
 def serve(
-    model: Annotated[
-        str | None, typer.Option(help="Hub id or path of a causal language model; the embedded one without it.")
-    ] = None,
-    probes: Annotated[
+    config: Annotated[
         Path | None,
-        typer.Option(exists=True, help="A probe directory, or a directory of them; the embedded one without it."),
+        typer.Option(
+            metavar="PATH", help="TOML file with any of these settings; the one of LAPWING_CONFIG without it."
+        ),
     ] = None,
-    probe: Annotated[str | None, typer.Option(help="Name of the probe that scores; the first one without it.")] = None,
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 50051,
-    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    insecure: Annotated[
-        bool, typer.Option("--insecure", help="Listen on an address that others can reach, without encryption.")
-    ] = False,
-    verbose: Annotated[
-        bool, typer.Option("--verbose", help="Log more; texts of errors may then quote prompts.")
-    ] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", help="The same as --log-level debug.")] = False,
+    **flags: Any,
 ) -> None:
     """Serve scores over gRPC.
 
     Prints one line, "listening on HOST:PORT", and logs on standard error. Stop it with Ctrl-C or SIGTERM.
 
-    Example: lapwing serve --port 50051
-    """
-    if not (insecure or is_loopback(host)):
-        typer.echo(
-            f"--host is {host!r}, which others can reach, and there is no encryption; "
-            "keep 127.0.0.1 behind a proxy, or say --insecure",
-            err=True,
-        )
-        raise typer.Exit(2)
-    if model is not None and probes is None:
-        raise typer.BadParameter("--model needs --probes: the embedded probe was fitted on the embedded model only")
-    log_to_standard_error(verbose)
-    from lapwing_server.engine import loader
-    from lapwing_server.server import Settings
-    from lapwing_server.server import serve as serve_until_told
+    Every setting can be given in three ways; the first one wins: a flag (--limits-new-tokens 256), an environment
+    variable (LAPWING_LIMITS__NEW_TOKENS=256), a line of the TOML file of --config (limits.new_tokens = 256).
+    What is unknown or contradictory ends the command with 2; the log begins with all settings and where they came from.
 
-    settings = Settings(host=host, port=port)
+    Example: lapwing serve --port 50051
+
+    Example: lapwing serve --host 0.0.0.0 --tls-cert server.pem --tls-key server.key --tokens-file tokens.toml
+    """
     try:
-        asyncio.run(serve_until_told(loader(model, probes, probe), settings, announce))
+        found = read(({"log_level": "debug"} if verbose else {}) | given(flags), config)
+        logs.configure(found.settings.log_level, found.settings.log_format)
+        serve_found(found)
+    except (UnusableSettings, UnusableFile) as error:
+        typer.echo(f"lapwing serve: the settings can't be used\n{error}", err=True)
+        raise typer.Exit(2) from error
     except OSError as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(1) from error
 
 
-def log_to_standard_error(verbose: bool) -> None:
-    """Our own log; of libraries only what went wrong."""
-    logging.basicConfig(
-        level=logging.WARNING, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s %(message)s"
-    )
-    logging.getLogger("lapwing").setLevel(logging.DEBUG if verbose else logging.INFO)
+def serve_found(found: Found) -> None:
+    """Serves until told to stop.
 
+    Raises:
+        UnusableFile: a certificate, key or file of tokens can't be used.
+        OSError: a port can't be listened on.
+    """
+    from lapwing_server.engine import loader
+    from lapwing_server.server import serve as serve_until_told
 
-def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches the address."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
+    for line in found.lines():
+        log.info("%s", line)
+    settings = found.settings
+    load = loader(settings.model, settings.probes, settings.probe, device=settings.device, dtype=settings.dtype)
+    asyncio.run(serve_until_told(load, settings, announce))
 
 
 def announce(address: str) -> None:

@@ -3,84 +3,61 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import platform
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import AsyncIterator
+from contextlib import closing
 from functools import cache
 from importlib import metadata
-from typing import TYPE_CHECKING, TypeVar
 
 from grpc import StatusCode
 
 from lapwing.v1 import detector_pb2, detector_pb2_grpc
 from lapwing_detector.detection import Detection
-from lapwing_detector.errors import DetectorError
 from lapwing_server import answers
-from lapwing_server.context import Context
-from lapwing_server.engine import Prompt, Response
-from lapwing_server.guard import to_refusal
-from lapwing_server.limits import Room
+from lapwing_server.asked import asked
+from lapwing_server.attention_stream import AttentionReader
+from lapwing_server.context import Context, note
+from lapwing_server.mishap import to_refusal
 from lapwing_server.readiness import Readiness
-from lapwing_server.readings import fingerprint, read_prompt, read_rate, read_response, read_sampling
+from lapwing_server.readings import read_options, read_prompt
 from lapwing_server.refusal import Refusal, invalid
-from lapwing_server.stream import Stream
-from lapwing_server.worker import Worker
-
-if TYPE_CHECKING:
-    from lapwing_detector import GeneratedToken, Generation
-
-log = logging.getLogger("lapwing.server")
-
-Result = TypeVar("Result")
-Item = tuple[Prompt, Response]
-
-PORTION_BYTES = 16_384
-"""Bytes of one forward of a batch, padding counted: about 4,096 tokens, which are counted only after it began."""
+from lapwing_server.scheduler import Scheduler
+from lapwing_server.security.principals import principal_of
+from lapwing_server.waiting import Item, Outcome
 
 
 class DetectorService(detector_pb2_grpc.DetectorServicer):
-    """Scores with the engine, in its worker."""
+    """Tells the scheduler what is asked for, and the client what came of it."""
 
-    def __init__(self, readiness: Readiness, worker: Worker) -> None:
+    def __init__(self, readiness: Readiness, scheduler: Scheduler, attention: AttentionReader) -> None:
         self._readiness = readiness
-        self._worker = worker
-        self._streams = 0
+        self._scheduler = scheduler
+        self._attention = attention
 
     async def Score(self, request: detector_pb2.ScoreRequest, context: Context) -> detector_pb2.ScoreResponse:  # noqa: N802
         """One response."""
-        engine, room, rate = self._readiness.loaded.engine, self._room, read_rate(request)
-        prompt, response = read_prompt(request.prompt, room), read_response(request.response, room)
-
-        def score(waited: float) -> detector_pb2.ScoreResponse:
-            log.info("Score prompt %s response %s", fingerprint(prompt), fingerprint(response))
-            detection = engine.score(prompt, response, false_positive_rate=rate)
-            return detector_pb2.ScoreResponse(detection=answers.detection_message(detection, waited))
-
-        return await self._timed(score)
+        item = asked(request, self._readiness).item(request)
+        [outcome] = await self._scheduler.score([item], deadline=deadline_of(context))
+        if isinstance(outcome, Exception):
+            raise outcome
+        note(prompt_tokens=outcome.prompt_tokens, response_tokens=outcome.response_tokens)
+        return detector_pb2.ScoreResponse(detection=answers.detection_message(outcome))
 
     async def ScoreBatch(  # noqa: N802
         self, request: detector_pb2.ScoreBatchRequest, context: Context
     ) -> detector_pb2.ScoreBatchResponse:
-        """Several responses, a portion at a time; one bad item fails alone."""
-        engine, room, most = self._readiness.loaded.engine, self._room, self._readiness.limits.batch_items
+        """Several responses; one bad item fails alone."""
+        most = self._readiness.limits.batch_items
         if not 1 <= len(request.items) <= most:
             raise invalid("items", f"has {len(request.items)} items; give 1 to {most}", "BATCH_SIZE")
-        rate = read_rate(request)
-        read = [read_item(item, room) for item in request.items]
-        good = {i: item for i, item in enumerate(read) if not isinstance(item, Refusal)}
-        log.info("ScoreBatch of %d items, %d of them readable", len(read), len(good))
-        results = {i: result_message(item, i) for i, item in enumerate(read) if isinstance(item, Refusal)}
-        # Between two portions other work gets its turn, and a call that was cancelled ends.
-        for portion in portions({i: request.items[i].ByteSize() for i in good}):
-
-            def score(waited: float, portion: Sequence[int] = portion) -> dict[int, detector_pb2.ScoreResult]:
-                outcomes = engine.score_batch([good[i] for i in portion], false_positive_rate=rate)
-                return {i: result_message(one, i, waited) for i, one in zip(portion, outcomes, strict=True)}
-
-            results |= await self._timed(score)
-        return detector_pb2.ScoreBatchResponse(results=[results[i] for i in range(len(read))])
+        shared = asked(request, self._readiness)
+        read = [shared.item_or_refusal(item) for item in request.items]
+        good = [item for item in read if isinstance(item, Item)]
+        note(items=len(read), readable=len(good))
+        scored = iter(await self._scheduler.score(good, deadline=deadline_of(context)) if good else ())
+        outcomes = [next(scored) if isinstance(one, Item) else one for one in read]
+        return detector_pb2.ScoreBatchResponse(results=[result_message(one, i) for i, one in enumerate(outcomes)])
 
     async def Generate(self, request: detector_pb2.GenerateRequest, context: Context) -> None:  # noqa: N802
         """A new response, scored while it is written.
@@ -88,27 +65,28 @@ class DetectorService(detector_pb2_grpc.DetectorServicer):
         Writes by itself and does not yield, so that the time limit and the end also reach it while it waits for a
         client that does not read.
         """
-        engine, limits = self._readiness.loaded.engine, self._readiness.limits
-        prompt, sampling = read_prompt(request.prompt, self._room), read_sampling(request, limits)
-
-        def start() -> Iterator[GeneratedToken | Generation]:
-            log.info("Generate prompt %s at most %d tokens", fingerprint(prompt), sampling["max_new_tokens"])
-            return engine.generate(prompt, **sampling)
-
-        with self._place(), closing(Stream(self._worker, start)) as stream:
-            try:
-                async with asyncio.timeout(limits.stream_seconds):
-                    async for event in stream:
-                        await context.write(answers.event_message(event))
-            except TimeoutError:
-                message = f"a stream may take {limits.stream_seconds:g} s; ask for fewer tokens"
-                raise Refusal(StatusCode.DEADLINE_EXCEEDED, "STREAM_TOO_LONG", message) from None
+        limits, shared = self._readiness.limits, asked(request, self._readiness)
+        prompt, options = read_prompt(request.prompt, shared.room), read_options(request, limits)
+        deadline = deadline_of(context)
+        with self._scheduler.places.take("generate", principal_of(context)):
+            stream = self._scheduler.generate(
+                prompt, shared.probe, options, deadline=deadline, shadows=shared.shadows, role=shared.role
+            )
+            with closing(stream):
+                try:
+                    async with asyncio.timeout(limits.stream_seconds):
+                        async for event in stream:
+                            await context.write(answers.event_message(event, stream.seconds))
+                except TimeoutError:
+                    message = f"a stream may take {limits.stream_seconds:g} s; ask for fewer tokens"
+                    raise Refusal(StatusCode.DEADLINE_EXCEEDED, "STREAM_TOO_LONG", message) from None
 
     async def ScoreAttention(  # noqa: N802
         self, request_iterator: AsyncIterator[detector_pb2.ScoreAttentionRequest], context: Context
-    ) -> detector_pb2.ScoreAttentionResponse:
-        """Not there yet."""
-        raise unimplemented("ScoreAttention", "send the token ids to Score of a server that runs the same model")
+    ) -> None:
+        """A response of a model that runs elsewhere, by its attention; writes by itself, as `Generate` does."""
+        with self._scheduler.places.take("attention", principal_of(context)):
+            await self._attention.answer(request_iterator, context)
 
     async def GetServerInfo(  # noqa: N802
         self, request: detector_pb2.GetServerInfoRequest, context: Context
@@ -126,63 +104,20 @@ class DetectorService(detector_pb2_grpc.DetectorServicer):
         if (loaded := readiness.loaded_or_none) is not None:
             identity = answers.identity_message(loaded.engine.identity)
             info.model.CopyFrom(detector_pb2.ModelInfo(identity=identity, max_tokens=loaded.engine.max_tokens))
-            info.probe_name, info.probe_revision = loaded.engine.probe.name, loaded.engine.probe.revision
+            info.probe_name, info.probe_revision = loaded.shelf.active.name, loaded.shelf.active.revision
         return info
 
-    @property
-    def _room(self) -> Room:
-        return self._readiness.limits.room(self._readiness.loaded.engine.max_tokens)
 
-    @contextmanager
-    def _place(self) -> Iterator[None]:
-        """Counts a stream while it runs.
-
-        Raises:
-            Refusal: there are as many as the server takes.
-        """
-        most = self._readiness.limits.generate_streams
-        if self._streams >= most:
-            message = f"{self._streams} streams run, the server takes {most} at the same time; try again"
-            raise Refusal(StatusCode.RESOURCE_EXHAUSTED, "TOO_MANY_STREAMS", message, retry_after=1.0)
-        self._streams += 1
-        try:
-            yield
-        finally:
-            self._streams -= 1
-
-    async def _timed(self, call: Callable[[float], Result]) -> Result:
-        """What the call returns in the worker; it is told how many seconds it waited for it."""
-        asked = time.monotonic()
-        return await self._worker.run(lambda: call(time.monotonic() - asked))
+def deadline_of(context: Context) -> float | None:
+    """When the client stops waiting, as `time.monotonic` counts; None when it does not say."""
+    remaining = context.time_remaining()
+    return None if remaining is None else time.monotonic() + remaining
 
 
-def portions(sizes: Mapping[int, int]) -> Iterator[list[int]]:
-    """Neighbouring places whose padded forward stays within the budget; one alone may be over it."""
-    portion: list[int] = []
-    for place in sizes:
-        longest = max(sizes[one] for one in (*portion, place))
-        if portion and (len(portion) + 1) * longest > PORTION_BYTES:
-            yield portion
-            portion = []
-        portion.append(place)
-    if portion:
-        yield portion
-
-
-def read_item(item: detector_pb2.ScoreItem, room: Room) -> Item | Refusal:
-    """The prompt and response of an item, or why they can't be read."""
-    try:
-        return read_prompt(item.prompt, room), read_response(item.response, room)
-    except Refusal as refusal:
-        return refusal
-
-
-def result_message(
-    outcome: Detection | DetectorError | Refusal, place: int, waited: float = 0.0
-) -> detector_pb2.ScoreResult:
+def result_message(outcome: Outcome, place: int) -> detector_pb2.ScoreResult:
     """What became of the item at the place."""
     if isinstance(outcome, Detection):
-        return detector_pb2.ScoreResult(detection=answers.detection_message(outcome, waited))
+        return detector_pb2.ScoreResult(detection=answers.detection_message(outcome))
     return detector_pb2.ScoreResult(error=to_refusal(outcome, "ScoreBatch").under(f"items[{place}]").status())
 
 

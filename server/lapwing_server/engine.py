@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from lapwing_detector.detection import Detection, Reason
-from lapwing_detector.errors import CaptureError, DetectorError
+from lapwing_detector.detection import Reason
+from lapwing_detector.errors import CaptureError
 from lapwing_detector.identity import ModelIdentity
+from lapwing_detector.options import GenerationOptions
 from lapwing_detector.probe import Probe
-from lapwing_server.shelf import Shelf, shelve
+from lapwing_detector.scoring import Scored, ScoreJob
+from lapwing_detector.tokens import TokenIds
+from lapwing_server.shelf import Shelf
+from lapwing_server.shelving import fitting, shelve
 
 if TYPE_CHECKING:
     from lapwing_detector import GeneratedToken, Generation
@@ -27,14 +33,11 @@ WARM_UP = (
     "Where is the lapwing at home?",
     "It breeds on wet meadows and on fields from Ireland to the sea of Japan. " * 4,
 )
+WARM_UP_TOKENS = 3
 
 
 class Engine(Protocol):
-    """A detector as the server knows it; every method is called in the worker thread only."""
-
-    @property
-    def probe(self) -> Probe:
-        """The probe that scores."""
+    """A model as the server knows it; every method is called in the worker thread only. It has no probe of its own."""
 
     @property
     def identity(self) -> ModelIdentity:
@@ -44,25 +47,51 @@ class Engine(Protocol):
     def max_tokens(self) -> int:
         """Most tokens of prompt and response together."""
 
-    def score(self, prompt: Prompt, response: Response, *, false_positive_rate: float) -> Detection:
-        """The score of one response."""
+    def require(self, probe: Probe) -> None:
+        """Refuses a probe that was fitted on another model.
 
-    def score_batch(
-        self, items: Sequence[tuple[Prompt, Response]], *, false_positive_rate: float
-    ) -> Sequence[Detection | DetectorError]:
-        """The score of each response, or why it has none; one bad item fails alone."""
+        Raises:
+            ProbeMismatch: says what differs.
+        """
 
-    def generate(
-        self,
-        prompt: Prompt,
-        *,
-        max_new_tokens: int,
-        temperature: float,
-        top_p: float,
-        seed: int | None,
-        false_positive_rate: float,
-    ) -> Iterator[GeneratedToken | Generation]:
-        """The tokens of a new response, and at the end the whole of it."""
+    def tokens(self, prompt: Prompt, response: Response | None = None) -> TokenIds:
+        """The ids that are scored.
+
+        Raises:
+            InvalidInput: with the field that can't be used; TooLong if it is the length.
+        """
+
+    def score_ids(self, jobs: Sequence[ScoreJob]) -> list[Scored]:
+        """The scores of several sequences, by one padded forward."""
+
+    def streams(self) -> Streams:
+        """Generations that share forwards; none so far."""
+
+
+class Streams(Protocol):
+    """Several generations that share forwards. A stream is told apart by what it is, not by what it holds."""
+
+    def add(self, prompt: TokenIds, probe: Probe, options: GenerationOptions) -> Hashable:
+        """A new stream; runs nothing.
+
+        Raises:
+            TooLong: the prompt leaves no room for a response.
+        """
+
+    def step(self) -> Sequence[tuple[Hashable, GeneratedToken | Generation | Exception]]:
+        """One forward for each group of streams, and what became ready; an exception ends its stream alone."""
+
+    def cancel(self, stream: Any) -> None:
+        """No further forward holds the stream; as often as one likes."""
+
+    def pause(self, stream: Any) -> None:
+        """The stream takes part in no forward until `resume`."""
+
+    def resume(self, stream: Any) -> None:
+        """The stream takes part again."""
+
+    def __len__(self) -> int:
+        """Streams that take part in the next step."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +107,9 @@ def loader(
     probes: Path | None = None,
     probe: str | None = None,
     make: Callable[..., Any] | None = None,
+    *,
+    device: str | None = None,
+    dtype: str | None = None,
 ) -> Callable[[], Loaded]:
     """A function that loads everything and warms it up; it takes long, and belongs into the worker.
 
@@ -86,18 +118,22 @@ def loader(
         probes: a probe directory or a directory of probe directories; the embedded probe without one.
         probe: name of the probe that scores; the first one without a name.
         make: makes the engine of a model and a probe; the real detector's constructor without one.
+        device: where the real model runs; the CPU without it.
+        dtype: of its weights; as stored without it.
     """
+    make = make or partial(real_detector, device=device, dtype=dtype)
 
     def load() -> Loaded:
         shelf = shelve(probes, probe)
-        engine: Engine = (make or real_detector)(model, shelf.active)
-        warm_up(engine)
+        engine: Engine = make(model, shelf.active)
+        shelf = fitting(shelf, engine.require)
+        warm_up(engine, shelf.active)
         return Loaded(engine, shelf)
 
     return load
 
 
-def real_detector(model: str | None, probe: Probe) -> Engine:
+def real_detector(model: str | None, probe: Probe, device: str | None = None, dtype: str | None = None) -> Engine:
     """The detector of a model; imports torch, which takes seconds."""
     import torch
     from transformers.utils import logging as transformers_logging
@@ -108,18 +144,31 @@ def real_detector(model: str | None, probe: Probe) -> Engine:
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(os.cpu_count() or 1)
-    return Detector.from_pretrained(model, probe)
+    return Detector.from_pretrained(model, probe, device=device, dtype=dtype)
 
 
-def warm_up(engine: Engine) -> None:
-    """Scores one text, so that the first client does not wait for what is set up on first use.
+def warm_up(engine: Engine, probe: Probe) -> None:
+    """Scores two texts in one padded forward and writes a few tokens, so that the first client waits for nothing.
 
     Raises:
         CaptureError: the attention is not finite; no client would ever get a score.
     """
-    detection = engine.score(*WARM_UP, false_positive_rate=0.05)
+    begun = time.monotonic()
+    ids = engine.tokens(*WARM_UP)
+    detection, _ = (
+        one.detection
+        for one in engine.score_ids(
+            [ScoreJob(ids, probe), ScoreJob(TokenIds(ids.prompt_ids, ids.response_ids[:1]), probe)]
+        )
+    )
     if detection.reason is Reason.NON_FINITE:
         raise CaptureError(
             f"the attention of {engine.identity.name} is not finite on a plain text; load it in float32 or bfloat16"
         )
-    log.info("warmed up: %s in %s s", detection.state, {stage: round(s, 3) for stage, s in detection.seconds.items()})
+    streams = engine.streams()
+    streams.add(engine.tokens(WARM_UP[0]), probe, GenerationOptions(max_new_tokens=WARM_UP_TOKENS))
+    while len(streams):
+        for _, event in streams.step():
+            if isinstance(event, Exception):
+                raise event
+    log.info("warmed up: %s in %.1f s", detection.state, time.monotonic() - begun)

@@ -5,18 +5,20 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
-import secrets
 import time
-import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any, Final
+from types import TracebackType
+from typing import Any, Final, Protocol
 
 import grpc
 from grpc import StatusCode
 
-from lapwing_detector.errors import DetectorError
-from lapwing_server.context import Context, Handler, at_end
-from lapwing_server.refusal import Refusal, answer, refusal_of
+from lapwing_server.context import REQUEST_ID, Call, Context, Handler, at_end, current_call, request_id_of
+from lapwing_server.metrics import METHODS, OTHER, Metrics
+from lapwing_server.mishap import report as report
+from lapwing_server.mishap import to_refusal as to_refusal
+from lapwing_server.parsing import parser, well_formed, well_formed_each
+from lapwing_server.refusal import Refusal, answer
 
 log = logging.getLogger("lapwing.server")
 
@@ -26,83 +28,30 @@ ASKED_ALL_THE_TIME: Final = "/lapwing.v1.Detector/GetServerInfo"
 """A client that waits for the model asks again and again; the log is not filled with it."""
 
 
-class Malformed:
-    """Stands for a message that could not be parsed."""
+class Named(Protocol):
+    """Whoever calls."""
+
+    @property
+    def name(self) -> str:
+        """May stand in a log."""
 
 
-MALFORMED: Final = Malformed()
-
-
-def parser(parse: Callable[[bytes], Any] | None) -> Callable[[bytes], Any]:
-    """A deserializer that never raises: grpc.aio would answer UNKNOWN with the text of the parser."""
-
-    def parse_or_sentinel(data: bytes) -> Any:
-        try:
-            return parse(data) if parse else data
-        except Exception:
-            return MALFORMED
-
-    return parse_or_sentinel
-
-
-def well_formed(request: Any) -> Any:
-    """The request.
-
-    Raises:
-        Refusal: it could not be parsed.
-    """
-    if request is MALFORMED:
-        raise Refusal(
-            StatusCode.INVALID_ARGUMENT, "MALFORMED", "the request is not a valid protobuf message of this type"
-        )
-    return request
-
-
-async def well_formed_each(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
-    """Every request of a stream; raises like `well_formed`."""
-    async for request in requests:
-        yield well_formed(request)
-
-
-def new_error_id() -> str:
-    """A name for one entry of the log."""
-    return secrets.token_hex(6)
-
-
-def report(error: BaseException, method: str) -> str:
-    """Logs an error that nobody foresaw, and returns its id.
-
-    The text of the error is not logged at the default level, because it may quote a prompt: its type and the lines of
-    code that it passed through are.
-    """
-    error_id = new_error_id()
-    frames = "".join(traceback.format_tb(error.__traceback__))
-    log.error("error %s in %s: %s at\n%s", error_id, method, type(error).__qualname__, frames)
-    log.debug("error %s says: %s", error_id, error)
-    return error_id
-
-
-def to_refusal(error: Exception, method: str) -> Refusal:
-    """What a client is told of an error."""
-    if isinstance(error, Refusal):
-        return error
-    if isinstance(error, DetectorError):
-        refusal = refusal_of(error, "")
-        return refusal if refusal.code is StatusCode.INVALID_ARGUMENT else refusal_of(error, report(error, method))
-    error_id = report(error, method)
-    message = f"internal error {error_id}; the server's log has the rest"
-    return Refusal(StatusCode.INTERNAL, "INTERNAL", message, error_id=error_id)
+Admit = Callable[[str, Context], Named]
+"""Says who calls the method of this path, before the request is looked at; raises Refusal if they may not."""
 
 
 class Guard(grpc.aio.ServerInterceptor):
     """Wraps every handler of the server."""
 
-    def __init__(self) -> None:
+    def __init__(self, metrics: Metrics | None = None, admit: Admit | None = None) -> None:
         self.in_flight = 0
         """Calls of our own services that are not answered yet; of all others none is waited for."""
+        self.metrics = metrics or Metrics()
+        self.admit = admit
         self._idle = asyncio.Event()
         self._idle.set()
         self._handlers: dict[str, Handler] = {}
+        self._unknown = self._guarded(grpc.stream_stream_rpc_method_handler(unknown), OTHER)
 
     async def idle(self) -> None:
         """Waits until no call is in flight."""
@@ -118,9 +67,31 @@ class Guard(grpc.aio.ServerInterceptor):
         if method not in self._handlers:
             handler = await continuation(handler_call_details)
             if handler is None:
-                return handler  # gRPC itself answers UNIMPLEMENTED
+                return self._unknown
             self._handlers[method] = self._guarded(handler, method)
         return self._handlers[method]
+
+    def enter(self, method: str) -> None:
+        """Counts a call that began."""
+        self.metrics.in_flight(method, 1)
+        if method.startswith(OURS):
+            self.in_flight += 1
+            self._idle.clear()
+
+    def leave(self, method: str, call: Call) -> None:
+        """Counts and logs a call that ended."""
+        seconds = time.monotonic() - call.begun
+        self.metrics.in_flight(method, -1)
+        self.metrics.call_ended(method, call.code, seconds)
+        ours = method.startswith(OURS)
+        if ours:
+            self.in_flight -= 1
+            if self.in_flight == 0:
+                self._idle.set()
+        level = logging.INFO if ours and method != ASKED_ALL_THE_TIME else logging.DEBUG
+        if log.isEnabledFor(level):
+            known = {"code": call.code, "milliseconds": round(1000 * seconds, 2), **call.known()}
+            log.log(level, "%s %s", call.method, call.code, extra=known)
 
     def _guarded(self, handler: Any, method: str) -> Handler:
         kind = (
@@ -134,23 +105,13 @@ class Guard(grpc.aio.ServerInterceptor):
             raise TypeError(f"{method} is a plain function and would run in gRPC's thread pool; make it async")
 
         async def unary(request: Any, context: Context) -> Any:
-            self._enter(method, context)
-            try:
+            async with Watched(self, method, context):
                 return await behavior(checked(request), context)
-            except (grpc.aio.AbortError, asyncio.CancelledError):
-                raise
-            except Exception as error:
-                await answer(context, to_refusal(error, method))
 
         async def stream(request: Any, context: Context) -> AsyncIterator[Any]:
-            self._enter(method, context)
-            try:
+            async with Watched(self, method, context):
                 async for response in behavior(checked(request), context):
                     yield response
-            except (grpc.aio.AbortError, asyncio.CancelledError):
-                raise
-            except Exception as error:
-                await answer(context, to_refusal(error, method))
 
         make: Callable[..., Handler] = getattr(grpc, f"{kind}_rpc_method_handler")
         return make(
@@ -159,27 +120,56 @@ class Guard(grpc.aio.ServerInterceptor):
             response_serializer=handler.response_serializer,
         )
 
-    def _enter(self, method: str, context: Context) -> None:
-        begun = time.monotonic()
-        counted = method.startswith(OURS)
-        if counted:
-            self.in_flight += 1
-            self._idle.clear()
 
-        def leave() -> None:
-            if counted:
-                self.in_flight -= 1
-                if self.in_flight == 0:
-                    self._idle.set()
-            level = logging.INFO if counted and method != ASKED_ALL_THE_TIME else logging.DEBUG
-            log.log(level, "%s %s %.1f ms", method, code_name(context), 1000 * (time.monotonic() - begun))
+class Watched:
+    """The inside of one call, from the first look at who calls to the answer."""
 
-        at_end(context, leave)
+    __slots__ = ("_call", "_context", "_guard", "_method")
+
+    def __init__(self, guard: Guard, method: str, context: Context) -> None:
+        self._guard, self._method, self._context = guard, method, context
+        self._call = Call(METHODS.get(method, OTHER), request_id_of(context))
+
+    async def __aenter__(self) -> None:
+        call, context = self._call, self._context
+        current_call.set(call)  # gRPC gives each call a task, whose context ends with it
+        self._guard.enter(self._method)
+        at_end(context, lambda: self._guard.leave(self._method, call))
+        context.set_trailing_metadata(((REQUEST_ID, call.request_id),))
+        if self._guard.admit is not None:
+            try:
+                call.principal = self._guard.admit(self._method, context).name
+            except Exception as error:
+                await self._refuse(error)
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            self._call.code = "OK"
+        elif isinstance(error, grpc.aio.AbortError):
+            self._call.code = code_name(self._context)
+        elif isinstance(error, Exception):
+            await self._refuse(error)
+        else:  # left by the client, or by its deadline
+            remaining = self._context.time_remaining()
+            self._call.code = "CANCELLED" if remaining is None or remaining > 0 else "DEADLINE_EXCEEDED"
+
+    async def _refuse(self, error: Exception) -> None:
+        refusal = to_refusal(error, self._call.method)
+        self._call.code = refusal.code.name
+        await answer(self._context, refusal, self._call.request_id)
 
 
 def code_name(context: Context) -> str:
-    """How a call ended, for the log."""
-    if context.cancelled():
-        return "CANCELLED"
+    """The code that a handler itself ended a call with."""
     code = context.code()
     return code.name if isinstance(code, StatusCode) else "OK"
+
+
+async def unknown(requests: AsyncIterator[Any], context: Context) -> AsyncIterator[Any]:
+    """What a method that is not there answers; grpc.aio's own answer carries no reason."""
+    raise Refusal(
+        StatusCode.UNIMPLEMENTED, "UNKNOWN_METHOD", "this server has no such method; its version may be older"
+    )
+    yield  # makes it a stream

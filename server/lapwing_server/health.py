@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Iterable
 
-import grpc
+from grpc import StatusCode
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from lapwing_server.context import Context
+from lapwing_server.refusal import Refusal
 
 
 class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
@@ -43,7 +44,9 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
     ) -> health_pb2.HealthCheckResponse:
         """The status of a service now."""
         if request.service not in self._status:
-            await context.abort(grpc.StatusCode.NOT_FOUND, "unknown service")
+            raise Refusal(
+                StatusCode.NOT_FOUND, "UNKNOWN_SERVICE", "service: there is no such service here", field="service"
+            )
         return health_pb2.HealthCheckResponse(status=self._status[request.service])
 
     async def Watch(  # noqa: N802

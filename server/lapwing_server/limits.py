@@ -3,31 +3,77 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 
-@dataclass(frozen=True)
-class Limits:
-    """Upper bounds of what one request may ask for."""
+def no_truth(value: Any) -> Any:
+    """The value; true and false, which Python counts as 1 and 0, are no numbers here."""
+    if isinstance(value, bool):
+        raise ValueError("should be a number, not true or false")
+    return value
 
-    request_bytes: int = 8 * 2**20
+
+Count = Annotated[int, BeforeValidator(no_truth), Field(ge=1, le=2**31 - 1)]
+Size = Annotated[int, BeforeValidator(no_truth), Field(ge=1, le=2**62)]
+Seconds = Annotated[float, BeforeValidator(no_truth), Field(gt=0, le=1e9, allow_inf_nan=False)]
+
+
+class Limits(BaseModel):
+    """Upper bounds of what clients may ask for, and of what the server computes at once."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    request_bytes: Count = 8 * 2**20
     """Bytes of one message. A finite bound also bounds what a compressed message may unpack to."""
 
-    batch_items: int = 64
-    new_tokens: int = 1024
-    generate_streams: int = 4
-    """At the same time. They share one model, token by token, and each holds a cache of keys and values."""
+    batch_items: Count = 64
+    """Items of one ScoreBatch."""
 
-    stream_seconds: float = 600.0
+    new_tokens: Count = 1024
+    """Tokens written by one Generate."""
+
+    generate_streams: Count = 8
+    """Generate streams at the same time. They share one model, and each holds a cache of keys and values."""
+
+    streams_per_client: Count = 8
+    """Streams of one client (of one token or certificate, else of one address) at the same time."""
+
+    stream_seconds: Seconds = 600.0
     """Wall clock of one stream."""
 
-    heatmap_pixels: int = 4_000_000
+    stop_strings: Count = 16
+    """Stop strings of one Generate."""
 
-    page_size: int = 100
+    stop_string_characters: Count = 256
+    """Characters of one stop string."""
 
-    messages: int = 1000
+    attention_streams: Count = 16
+    """ScoreAttention streams at the same time."""
+
+    attention_bytes: Size = 512 * 2**20
+    """Bytes of sums that one ScoreAttention stream may make the server hold."""
+
+    queue_items: Count = 512
+    """Items that wait for their turn; one more is refused at once."""
+
+    batch_tokens: Count = 8192
+    """Tokens of one shared forward, padding counted; a single longer item is taken alone."""
+
+    batch_forward_items: Count = 64
+    """Items of one shared forward."""
+
+    heatmap_pixels: Count = 4_000_000
+    """Pixels of one picture."""
+
+    page_size: Count = 100
+    """Probes on one page of a list."""
+
+    messages: Count = 1000
     """Turns of one prompt."""
 
-    characters_per_token: int = 64
+    characters_per_token: Count = 64
     """What has more characters for each token that the model takes is refused before it is tokenised."""
 
     def room(self, tokens: int) -> Room:

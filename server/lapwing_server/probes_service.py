@@ -2,33 +2,37 @@
 
 from __future__ import annotations
 
+import errno
 import re
 
 from grpc import StatusCode
 
 from lapwing.v1 import probes_pb2, probes_pb2_grpc
-from lapwing_detector.head_map import STATISTICS, figure_bytes
+from lapwing_detector.errors import DetectorError, RegistryError, UnknownProbe
+from lapwing_detector.head_map import STATISTICS, escaped, figure_bytes
 from lapwing_detector.pictures import draw
 from lapwing_detector.probe import Probe
 from lapwing_server import answers
 from lapwing_server.context import Context
-from lapwing_server.detector_service import unimplemented
 from lapwing_server.readiness import Readiness
-from lapwing_server.refusal import Refusal, invalid
-from lapwing_server.shelf import Shelf, Shelved
+from lapwing_server.refusal import Refusal, code_and_reason, invalid
+from lapwing_server.shelf import LONGEST_REASON, Shelf, Shelved
+from lapwing_server.swapping import Swapper
 from lapwing_server.worker import Worker
 
 DEFAULT_PAGE = 50
 PAGE_TOKEN = re.compile(r"after:(?P<name>[^\x00-\x1f]{1,255})")
+READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
 FORMATS = {probes_pb2.IMAGE_FORMAT_PNG: "png", probes_pb2.IMAGE_FORMAT_SVG: "svg"}
 
 
 class ProbesService(probes_pb2_grpc.ProbesServicer):
     """Shows the probes of the shelf; pictures are drawn in a worker of their own, so that no token waits for one."""
 
-    def __init__(self, readiness: Readiness, artist: Worker) -> None:
+    def __init__(self, readiness: Readiness, artist: Worker, swapper: Swapper) -> None:
         self._readiness = readiness
         self._artist = artist
+        self._swapper = swapper
 
     async def ListProbes(  # noqa: N802
         self, request: probes_pb2.ListProbesRequest, context: Context
@@ -40,7 +44,7 @@ class ProbesService(probes_pb2_grpc.ProbesServicer):
         rest = [entry for entry in shelf.entries if entry.name > after]
         page = rest[:size]
         return probes_pb2.ListProbesResponse(
-            probes=[answers.probe_message(entry, shelf.active) for entry in page],
+            probes=[probe_in(shelf, entry) for entry in page],
             next_page_token=f"after:{page[-1].name}" if len(rest) > size else "",
             total_size=len(shelf.entries),
         )
@@ -50,7 +54,7 @@ class ProbesService(probes_pb2_grpc.ProbesServicer):
     ) -> probes_pb2.GetProbeResponse:
         """One probe."""
         shelf = self._readiness.loaded.shelf
-        return probes_pb2.GetProbeResponse(probe=answers.probe_message(find(shelf, request.name, "name"), shelf.active))
+        return probes_pb2.GetProbeResponse(probe=probe_in(shelf, find(shelf, request.name, "name")))
 
     async def GetHeatmap(  # noqa: N802
         self, request: probes_pb2.GetHeatmapRequest, context: Context
@@ -79,14 +83,54 @@ class ProbesService(probes_pb2_grpc.ProbesServicer):
     async def ActivateProbe(  # noqa: N802
         self, request: probes_pb2.ActivateProbeRequest, context: Context
     ) -> probes_pb2.ActivateProbeResponse:
-        """Not there yet."""
-        raise unimplemented("ActivateProbe", "restart the server with: lapwing serve --probes DIR --probe NAME")
+        """Another active probe; a registry keeps it."""
+        if not request.name:
+            raise invalid("name", "is empty; give the name of a probe, such as ListProbes shows")
+        try:
+            done = await self._swapper.activate(request.name, request.revision or None)
+        except (DetectorError, OSError) as error:
+            raise not_activated(error, request.name) from error
+        return probes_pb2.ActivateProbeResponse(
+            active=probe_in(done.shelf, find(done.shelf, "", "name")),
+            previous_name=done.before.name,
+            previous_revision=done.before.revision,
+        )
 
     async def ReloadProbes(  # noqa: N802
         self, request: probes_pb2.ReloadProbesRequest, context: Context
     ) -> probes_pb2.ReloadProbesResponse:
-        """Not there yet."""
-        raise unimplemented("ReloadProbes", "restart the server")
+        """The probes as their directory has them now."""
+        try:
+            shelf = await self._swapper.reload()
+        except RegistryError as error:
+            raise failed(error) from error
+        return probes_pb2.ReloadProbesResponse(probes=[probe_in(shelf, entry) for entry in shelf.entries])
+
+
+def probe_in(shelf: Shelf, entry: Shelved) -> probes_pb2.Probe:
+    """The message of one entry of the shelf."""
+    return answers.probe_message(entry, shelf.active, shelf.shadows)
+
+
+def failed(error: DetectorError) -> Refusal:
+    """The refusal of a change that a registry or probe does not allow; its errors are written for this."""
+    code, reason = code_and_reason(error)
+    return Refusal(code, reason, escaped(str(error), LONGEST_REASON))
+
+
+def not_activated(error: Exception, name: str) -> Exception:
+    """What a client is told when a probe could not be activated; what nobody foresaw stays what it is."""
+    if isinstance(error, UnknownProbe):
+        what, reason = ("probe", "UNKNOWN_PROBE") if error.field == "name" else ("revision", "UNKNOWN_REVISION")
+        message = f"{error.field}: no such {what}; known are {', '.join(error.known)}"
+        return Refusal(StatusCode.NOT_FOUND, reason, message, field=error.field)
+    if isinstance(error, OSError) and error.errno in READ_ONLY:
+        message = (
+            "this server may not write the registry; activate the probe where one may, with: "
+            f"lapwing probes activate {name[:63]}, and then call ReloadProbes"
+        )
+        return Refusal(StatusCode.FAILED_PRECONDITION, "REGISTRY_READ_ONLY", message)
+    return failed(error) if isinstance(error, DetectorError) else error
 
 
 def picture(probe: Probe, feature: str, statistic: str, format: str, most: int) -> bytes:
@@ -112,9 +156,7 @@ def find(shelf: Shelf, name: str, field: str) -> Shelved:
     entry = shelf.find(name)
     if entry is None:
         known = ", ".join(shelf.names[:20])
-        raise Refusal(
-            StatusCode.NOT_FOUND, "UNKNOWN_PROBE", f"{field}: no probe {name[:63]!r}; known are {known}", field=field
-        )
+        raise Refusal(StatusCode.NOT_FOUND, "UNKNOWN_PROBE", f"{field}: no such probe; known are {known}", field=field)
     return entry
 
 
@@ -140,7 +182,7 @@ def read_map(request: probes_pb2.GetHeatmapRequest, probe: Probe) -> tuple[str, 
     feature = request.feature or probe.features[0]
     if feature not in probe.mapped_features:
         known = ", ".join(probe.mapped_features)
-        raise invalid("feature", f"{feature[:63]!r} is not in probe {probe.name}; known are {known}", "UNKNOWN_FEATURE")
+        raise invalid("feature", f"is not in probe {probe.name}; known are {known}", "UNKNOWN_FEATURE")
     known_statistics = answers.statistics_of(probe, feature)
     names = {number: name.removeprefix("STATISTIC_") for name, number in probes_pb2.Statistic.items()}
     name = names.get(request.statistic, "")

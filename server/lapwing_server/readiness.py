@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from grpc import StatusCode
@@ -10,6 +10,7 @@ from grpc import StatusCode
 from lapwing_server.engine import Loaded
 from lapwing_server.limits import Limits
 from lapwing_server.refusal import Refusal
+from lapwing_server.shelf import Shelf
 
 
 class Phase(StrEnum):
@@ -35,6 +36,10 @@ class Readiness:
     def succeed(self, loaded: Loaded) -> None:
         """Model and probe are there and warm."""
         self._loaded, self.phase, self.message = loaded, Phase.SERVING, ""
+
+    def swap(self, shelf: Shelf) -> None:
+        """Other probes from now on; whoever has what was loaded before keeps it until they are done."""
+        self._loaded = replace(self.loaded, shelf=shelf)
 
     def fail(self, message: str) -> None:
         """Model or probe could not be loaded."""

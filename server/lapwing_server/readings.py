@@ -6,26 +6,20 @@ import hashlib
 import json
 import math
 from collections.abc import Sequence
-from typing import TypedDict
+
+from grpc import StatusCode
 
 from lapwing.v1 import detection_pb2, detector_pb2
 from lapwing_detector.detection import DEFAULT_FALSE_POSITIVE_RATE
+from lapwing_detector.options import GenerationOptions
+from lapwing_detector.probe import Probe
 from lapwing_server.engine import Prompt, Response
 from lapwing_server.limits import Limits, Room
-from lapwing_server.refusal import invalid
+from lapwing_server.refusal import Refusal, invalid
+from lapwing_server.shelf import Shelf
 
 HOTTEST = 100.0
 """Largest temperature; far above it every token is as likely as any other."""
-
-
-class Sampling(TypedDict):
-    """How to generate, in the words of the detector."""
-
-    max_new_tokens: int
-    temperature: float
-    top_p: float
-    seed: int | None
-    false_positive_rate: float
 
 
 def read_prompt(prompt: detection_pb2.Prompt, room: Room, path: str = "prompt") -> Prompt:
@@ -75,33 +69,94 @@ def read_messages(prompt: detection_pb2.Prompt, room: Room, path: str) -> list[d
     return [{"role": message.role, "content": message.content} for message in prompt.messages]
 
 
-def read_sampling(request: detector_pb2.GenerateRequest, limits: Limits) -> Sampling:
+def read_options(request: detector_pb2.GenerateRequest, limits: Limits) -> GenerationOptions:
     """How to generate.
 
     Raises:
-        Refusal: a number is out of its range or not a number.
+        Refusal: a number is out of its range or not a number, or there are too many or too long stop strings.
     """
     new_tokens = request.max_new_tokens if request.HasField("max_new_tokens") else min(64, limits.new_tokens)
-    top_p = request.top_p if request.HasField("top_p") else 1.0
     if not 1 <= new_tokens <= limits.new_tokens:
         raise invalid("max_new_tokens", f"is {new_tokens}; give 1 to {limits.new_tokens}")
     if not 0.0 <= request.temperature <= HOTTEST:  # also refuses NaN
         raise invalid("temperature", f"is {request.temperature}; give 0 (the likeliest token) to {HOTTEST:g}")
-    if not 0.0 < top_p <= 1.0:
-        raise invalid("top_p", f"is {top_p}; give more than 0 and at most 1")
     if request.seed < 0:
         raise invalid("seed", f"is {request.seed}; give 0 or more")
-    return Sampling(
+    return GenerationOptions(
         max_new_tokens=new_tokens,
         temperature=request.temperature,
-        top_p=top_p,
+        top_p=read_share(request, "top_p"),
         seed=request.seed if request.HasField("seed") else None,
         false_positive_rate=read_rate(request),
+        stop_strings=read_stop_strings(request.stop_strings, limits),
+        stop_when_probability_above=read_stop(request),
+        minimum_tokens=read_count(request, "minimum_tokens"),
+        score_every=read_count(request, "score_every"),
+        contributions=request.contributions,
     )
 
 
+def read_share(request: detector_pb2.GenerateRequest, field: str) -> float:
+    """A share of probability, 1 when it is not set; refuses what is not in (0, 1]."""
+    share: float = getattr(request, field) if request.HasField(field) else 1.0
+    if not 0.0 < share <= 1.0:
+        raise invalid(field, f"is {share}; give more than 0 and at most 1")
+    return share
+
+
+def read_stop(request: detector_pb2.GenerateRequest) -> float | None:
+    """The probability above which the response ends; None when it is not set. Refuses what is not in [0, 1)."""
+    field = "stop_when_probability_above"
+    if not request.HasField(field):
+        return None
+    if not 0.0 <= request.stop_when_probability_above < 1.0:
+        raise invalid(field, f"is {request.stop_when_probability_above}; give 0 or more and less than 1")
+    return request.stop_when_probability_above
+
+
+def read_count(request: detector_pb2.GenerateRequest, field: str) -> int:
+    """A number of tokens, 1 when it is not set; refuses less."""
+    count: int = getattr(request, field) if request.HasField(field) else 1
+    if count < 1:
+        raise invalid(field, f"is {count}; give 1 or more")
+    return count
+
+
+def read_stop_strings(strings: Sequence[str], limits: Limits) -> tuple[str, ...]:
+    """What ends a response; refuses too many, an empty one and one that is too long."""
+    if len(strings) > limits.stop_strings:
+        raise invalid("stop_strings", f"has {len(strings)} strings, the server takes {limits.stop_strings}")
+    for i, one in enumerate(strings):
+        if not 1 <= len(one) <= limits.stop_string_characters:
+            most = limits.stop_string_characters
+            raise invalid(f"stop_strings[{i}]", f"has {len(one)} characters; give 1 to {most}")
+    return tuple(strings)
+
+
+def read_probe(name: str, shelf: Shelf) -> Probe:
+    """The probe that scores: the one of this name, or the active one without a name.
+
+    Raises:
+        Refusal: there is none of this name, or it was rejected.
+    """
+    if not name:
+        return shelf.active
+    entry = shelf.find(name)
+    if entry is None:
+        known = ", ".join(shelf.names)[:200]
+        message = f"probe: no such probe; known are {known}"
+        raise Refusal(StatusCode.NOT_FOUND, "UNKNOWN_PROBE", message, field="probe")
+    if entry.probe is None:
+        message = f"probe {entry.name} was rejected: {entry.reason}"
+        raise Refusal(StatusCode.FAILED_PRECONDITION, "PROBE_REJECTED", message, field="probe")
+    return entry.probe
+
+
 def read_rate(
-    request: detector_pb2.ScoreRequest | detector_pb2.ScoreBatchRequest | detector_pb2.GenerateRequest,
+    request: detector_pb2.ScoreRequest
+    | detector_pb2.ScoreBatchRequest
+    | detector_pb2.GenerateRequest
+    | detector_pb2.AttentionHeader,
 ) -> float:
     """The operating point asked for.
 

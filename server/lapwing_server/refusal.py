@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Final
 
@@ -10,12 +11,15 @@ from google.rpc import error_details_pb2, status_pb2
 from grpc import StatusCode
 
 from lapwing_detector import errors
-from lapwing_server.context import Context
+from lapwing_server.context import REQUEST_ID, Context
 
 DOMAIN: Final = "lapwing"
 
 LONGEST_MESSAGE: Final = 1000
 """Bytes of a message, which travels twice. Details over 16 KiB make gRPC replace the status; ours stay under 4."""
+
+PUSHBACK: Final = "grpc-retry-pushback-ms"
+"""The trailer that a client's retries obey; -1 stops them."""
 
 LONGEST_FIELD: Final = 200
 """Bytes of a field path."""
@@ -33,6 +37,7 @@ class Refusal(Exception):
         field: str = "",
         error_id: str = "",
         retry_after: float | None = None,
+        never_retry: bool = False,
     ) -> None:
         super().__init__(message)
         self.code = code
@@ -45,27 +50,39 @@ class Refusal(Exception):
         """What to look for in the server's log; empty unless something was logged."""
         self.retry_after = retry_after
         """Seconds after which trying again makes sense; None if it makes none or nobody knows."""
+        self.never_retry = never_retry
+        """Whether the same request can never succeed, though clients try its code again: a size, a quota."""
 
-    def status(self) -> status_pb2.Status:
-        """The same as a google.rpc.Status."""
+    def status(self, request_id: str = "") -> status_pb2.Status:
+        """The same as a google.rpc.Status.
+
+        Args:
+            request_id: name of the refused call; empty for a refused part of one.
+        """
         info = error_details_pb2.ErrorInfo(reason=self.reason, domain=DOMAIN)
-        if self.error_id:
-            info.metadata["error_id"] = self.error_id
+        for name, value in (("error_id", self.error_id), ("request_id", request_id)):
+            if value:
+                info.metadata[name] = value
         details: list[any_pb2.Any] = [packed(info)]
         if self.field:
             violation = error_details_pb2.BadRequest.FieldViolation(field=self.field, description=self.message)
             details.append(packed(error_details_pb2.BadRequest(field_violations=[violation])))
         if self.retry_after is not None:
             delay = duration_pb2.Duration()
-            delay.FromNanoseconds(int(self.retry_after * 1e9))
+            delay.FromNanoseconds(round(self.retry_after * 1e9))
             details.append(packed(error_details_pb2.RetryInfo(retry_delay=delay)))
         return status_pb2.Status(code=self.code.value[0], message=self.message, details=details)
 
-    def trailers(self) -> tuple[tuple[str, str | bytes], ...]:
-        """The metadata that carry the status."""
-        trailers: list[tuple[str, str | bytes]] = [("grpc-status-details-bin", self.status().SerializeToString())]
-        if self.retry_after is not None:
-            trailers.append(("grpc-retry-pushback-ms", str(int(self.retry_after * 1000))))
+    def trailers(self, request_id: str = "") -> tuple[tuple[str, str | bytes], ...]:
+        """The metadata that carry the status of a call of this name."""
+        details = self.status(request_id).SerializeToString()
+        trailers: list[tuple[str, str | bytes]] = [("grpc-status-details-bin", details)]
+        if request_id:
+            trailers.append((REQUEST_ID, request_id))
+        if self.never_retry:
+            trailers.append((PUSHBACK, "-1"))
+        elif self.retry_after is not None:
+            trailers.append((PUSHBACK, str(math.ceil(round(self.retry_after * 1000, 6)))))  # too early is refused again
         return tuple(trailers)
 
     def under(self, prefix: str) -> Refusal:
@@ -78,6 +95,7 @@ class Refusal(Exception):
             field=field,
             error_id=self.error_id,
             retry_after=self.retry_after,
+            never_retry=self.never_retry,
         )
 
 
@@ -111,6 +129,8 @@ TRANSLATION: Final[dict[type[errors.DetectorError], tuple[StatusCode, str]]] = {
     errors.CaptureError: (StatusCode.INTERNAL, "CAPTURE_FAILED"),
     errors.ProbeMismatch: (StatusCode.FAILED_PRECONDITION, "PROBE_MISMATCH"),
     errors.ProbeCorrupt: (StatusCode.FAILED_PRECONDITION, "PROBE_CORRUPT"),
+    errors.RegistryError: (StatusCode.FAILED_PRECONDITION, "REGISTRY_FAILED"),
+    errors.UnknownProbe: (StatusCode.NOT_FOUND, "UNKNOWN_PROBE"),
 }
 """Every error of the detector: its code and reason. Only INVALID_ARGUMENT lets the error speak for itself."""
 
@@ -136,7 +156,9 @@ def refusal_of(error: errors.DetectorError, error_id: str) -> Refusal:
             code, reason, f"scoring failed, error {error_id}; the server's log has the rest", error_id=error_id
         )
     if isinstance(error, errors.InvalidInput):
-        return invalid(request_field(error.field), error.reason, reason)
+        # What comes from another library, such as a chat template, may quote the request.
+        refused = f"is not accepted by the model's tokenizer or chat template ({type(error.__cause__).__name__})"
+        return invalid(request_field(error.field), refused if error.__cause__ else error.reason, reason)
     return Refusal(code, reason, str(error), field="response")
 
 
@@ -146,6 +168,6 @@ def request_field(argument: str) -> str:
     return FIELDS.get(name, name) + argument[len(name) :]
 
 
-async def answer(context: Context, refusal: Refusal) -> None:
-    """Ends the call with the refusal."""
-    await context.abort(refusal.code, refusal.message, refusal.trailers())
+async def answer(context: Context, refusal: Refusal, request_id: str = "") -> None:
+    """Ends the call of this name with the refusal."""
+    await context.abort(refusal.code, refusal.message, refusal.trailers(request_id))

@@ -6,24 +6,33 @@ import asyncio
 import logging
 import signal
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import partial
 
 import grpc
 from grpc_health.v1 import health, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
+from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
 from lapwing.v1 import detector_pb2, detector_pb2_grpc, probes_pb2, probes_pb2_grpc
 from lapwing_detector.errors import DetectorError
 from lapwing_detector.head_map import escaped
+from lapwing_server import logs
+from lapwing_server.attention_stream import AttentionReader
 from lapwing_server.detector_service import DetectorService
 from lapwing_server.engine import Loaded
 from lapwing_server.guard import Guard, report
 from lapwing_server.health import Health
-from lapwing_server.limits import Limits
+from lapwing_server.metrics import Metrics
+from lapwing_server.metrics_server import MetricsServer
 from lapwing_server.probes_service import ProbesService
 from lapwing_server.readiness import Readiness
+from lapwing_server.registrar import Registrar
+from lapwing_server.scheduler import Scheduler
+from lapwing_server.security import authenticator, credentials
+from lapwing_server.security.scopes import require_listed
+from lapwing_server.settings import Settings as Settings
+from lapwing_server.settings import bracketed
 from lapwing_server.shelf import LONGEST_REASON
+from lapwing_server.swapping import Swapper
 from lapwing_server.worker import Worker
 
 log = logging.getLogger("lapwing.server")
@@ -37,74 +46,41 @@ FOREIGN_GRACE = 1.0
 """Seconds that streams which are not ours have at the end: a client of the reflection may keep one open for ever."""
 
 
-@dataclass(frozen=True)
-class Settings:
-    """How to serve."""
-
-    host: str = "127.0.0.1"
-    port: int = 50051
-    """0 takes a free one."""
-
-    limits: Limits = field(default_factory=Limits)
-    grace: float = 30.0
-    """Seconds that calls in flight have to finish at the end."""
-
-    keepalive: float = 30.0
-    """Seconds of silence after which a client is asked whether it is still there."""
-
-    keepalive_timeout: float = 10.0
-    """Seconds that it has to answer."""
-
-    @property
-    def address(self) -> str:
-        """The host as it stands before a port."""
-        return f"[{self.host}]" if ":" in self.host else self.host
-
-    @property
-    def options(self) -> list[tuple[str, int]]:
-        """The same for gRPC."""
-        return [
-            ("grpc.so_reuseport", 0),  # a second server on a port must fail, not take half of the calls
-            ("grpc.max_receive_message_length", self.limits.request_bytes),
-            ("grpc.max_send_message_length", -1),
-            ("grpc.keepalive_time_ms", int(self.keepalive * 1000)),
-            ("grpc.keepalive_timeout_ms", int(self.keepalive_timeout * 1000)),
-            ("grpc.http2.ping_timeout_ms", int(self.keepalive_timeout * 1000)),  # of a ping in flight; else a minute
-            ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
-        ]
-
-
 class Server:
     """One server. Answers health checks and GetServerInfo from `start` on, and scores as soon as loading is done."""
 
     def __init__(self, load: Callable[[], Loaded], settings: Settings | None = None) -> None:
         self.settings = settings or Settings()
+        self._credentials = credentials(self.settings)
+        self.metrics = Metrics()
+        self.authenticator = authenticator(self.settings, self.metrics.shed)
+        self.guard = Guard(self.metrics, self.authenticator.admit)
         self.readiness = Readiness(limits=self.settings.limits)
         self.worker = Worker("lapwing-worker")
-        self.guard = Guard()
+        self.scheduler = Scheduler(self.worker, self.settings.limits, self.metrics)
         self._artist = Worker("lapwing-artist")
+        self._reader = Worker("lapwing-reader")
+        self._swapper = Swapper(self.readiness, self.metrics.probes)
         self._load = load
         self._health = Health(SERVICES)
         self._loading: asyncio.Task[None] | None = None
+        self._page: MetricsServer | None = None
+        self.metrics_port: int | None = None
+        """Where the metrics are; None without them."""
         self._grpc = grpc.aio.server(interceptors=[self.guard], options=self.settings.options)
-        detector_pb2_grpc.add_DetectorServicer_to_server(DetectorService(self.readiness, self.worker), self._grpc)  # type: ignore[no-untyped-call]
-        probes_pb2_grpc.add_ProbesServicer_to_server(ProbesService(self.readiness, self._artist), self._grpc)  # type: ignore[no-untyped-call]
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
-        reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), self._grpc)
+        require_listed(self._register())
 
     async def start(self) -> int:
         """Listens, begins to load, and returns the port.
 
         Raises:
-            OSError: the port can't be listened on.
+            OSError: a port can't be listened on.
         """
-        try:
-            port = self._grpc.add_insecure_port(f"{self.settings.address}:{self.settings.port}")
-        except RuntimeError as error:
-            raise OSError(
-                f"port {self.settings.port} of host {self.settings.host} can't be listened on: perhaps another server "
-                "has it, or the host is not of this machine; give another --port (0 for a free one) or --host"
-            ) from error
+        port = self._bind()
+        if self.settings.metrics_port is not None:
+            self._page = MetricsServer(self.metrics.registry, self.settings.metrics_port, self.settings.metrics_host)
+            self.metrics_port = self._page.start()
+            log.info("metrics on http://%s:%d/metrics", bracketed(self.settings.metrics_host), self.metrics_port)
         await self._grpc.start()
         self._loading = asyncio.create_task(self._prepare())
         return port
@@ -129,6 +105,37 @@ class Server:
         idle.cancel()
         self.worker.close()
         self._artist.close()
+        self._reader.close()
+        await self._swapper.close()
+        if self._page is not None:
+            await asyncio.to_thread(self._page.stop)  # it waits for whoever is reading
+
+    def _register(self) -> frozenset[str]:
+        registrar = Registrar(self._grpc)
+        attention = AttentionReader(self.readiness, self._reader, self.metrics)
+        detector = DetectorService(self.readiness, self.scheduler, attention)
+        detector_pb2_grpc.add_DetectorServicer_to_server(detector, registrar)  # type: ignore[no-untyped-call]
+        probes_pb2_grpc.add_ProbesServicer_to_server(
+            ProbesService(self.readiness, self._artist, self._swapper), registrar
+        )  # type: ignore[no-untyped-call]
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, registrar)
+        if self.settings.reflection:
+            mirror = reflection.aio.ReflectionServicer((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME))
+            reflection_pb2_grpc.add_ServerReflectionServicer_to_server(mirror, registrar)
+        return registrar.methods
+
+    def _bind(self) -> int:
+        settings = self.settings
+        address = f"{settings.address}:{settings.port}"
+        try:
+            if self._credentials is not None:
+                return self._grpc.add_secure_port(address, self._credentials)
+            return self._grpc.add_insecure_port(address)
+        except RuntimeError as error:
+            raise OSError(
+                f"port {settings.port} of host {settings.host} can't be listened on: perhaps another server "
+                "has it, or the host is not of this machine; give another --port (0 for a free one) or --host"
+            ) from error
 
     async def _prepare(self) -> None:
         try:
@@ -141,9 +148,11 @@ class Server:
             log.error("not serving: %s", error)
             self.readiness.fail(f"loading failed with {type(error).__name__}, error {error_id}; the log has the rest")
         else:
+            self.scheduler.begin(loaded.engine)
             self.readiness.succeed(loaded)
+            self.metrics.probes(loaded.shelf)
             await self._health.set_serving(True)
-            log.info("serving %s with probe %s", loaded.engine.identity.name, loaded.engine.probe.name)
+            log.info("serving %s with probe %s", loaded.engine.identity.name, loaded.shelf.active.name)
 
 
 async def serve(load: Callable[[], Loaded], settings: Settings, announce: Callable[[str], None]) -> None:
@@ -155,8 +164,10 @@ async def serve(load: Callable[[], Loaded], settings: Settings, announce: Callab
         announce: told "HOST:PORT" as soon as the server listens.
 
     Raises:
-        OSError: the port can't be listened on, or what `announce` raises.
+        UnusableFile: a certificate, key or file of tokens can't be used.
+        OSError: a port can't be listened on, or what `announce` raises.
     """
+    logs.catch_strays()
     server = Server(load, settings)
     told_to_stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):

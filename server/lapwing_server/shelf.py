@@ -1,48 +1,70 @@
-"""The probes of a server: which it found, which were sound, which one scores."""
+"""The probes of a server, as a value: which were sound, which one scores, and what was wrong with the others."""
 
 from __future__ import annotations
 
-import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lapwing_detector import embedded
-from lapwing_detector.errors import DetectorError, ProbeCorrupt
-from lapwing_detector.head_map import escaped
-from lapwing_detector.probe import NAME, Probe
-
-log = logging.getLogger("lapwing.server")
-
-MANIFEST = "manifest.json"
+from lapwing_detector.probe import Probe
 
 LONGEST_REASON = 1000
 """Characters of a reason; paths in it may have any name, on the wire there is only UTF-8."""
 
+MOST_REJECTED = 20
+"""Rejected revisions that are remembered of one name."""
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """A revision that failed its checks."""
+
+    revision: str
+    """Empty where nobody knows it, since it could not be read."""
+
+    reason: str
+
 
 @dataclass(frozen=True)
 class Shelved:
-    """One probe directory and what came of it."""
+    """One name, and what came of loading it."""
 
     name: str
     probe: Probe | None
-    """None when it was rejected."""
+    """None when it was rejected, and nothing was loaded under this name before."""
 
-    reason: str
-    """Why it was rejected; empty otherwise."""
+    reason: str = ""
+    """Why it was rejected; empty where there is a probe."""
+
+    revisions: tuple[str, ...] = ()
+    """That there are of it, newest first."""
+
+    rejected: tuple[Rejected, ...] = ()
+    """What could not be loaded; with a probe, what should have taken its place."""
+
+    def without(self, rejected: Rejected) -> Shelved:
+        """The same, and one more revision that was rejected."""
+        others = tuple(one for one in self.rejected if one.revision != rejected.revision)
+        return replace(self, rejected=(rejected, *others)[:MOST_REJECTED])
 
 
 @dataclass(frozen=True)
 class Shelf:
-    """Probes by name."""
+    """Probes by name. A change makes another shelf; a request keeps the one that it began with."""
 
     entries: tuple[Shelved, ...]
     """Ordered by name, no name twice."""
 
     active: Probe
-    """The one that scores."""
+    """The one that scores; it stands among the entries."""
+
+    shadows: tuple[Probe, ...] = ()
+    """Score beside it, for the metrics."""
+
+    directory: Path | None = None
+    """Where they were loaded from; None for a shelf that was made in memory."""
 
     def find(self, name: str) -> Shelved | None:
-        """The probe of this name; the active one for an empty name."""
+        """The entry of this name; that of the active probe for an empty name."""
         wanted = name or self.active.name
         return next((entry for entry in self.entries if entry.name == wanted), None)
 
@@ -51,61 +73,25 @@ class Shelf:
         """All names, in order."""
         return [entry.name for entry in self.entries]
 
+    def with_entry(self, entry: Shelved) -> Shelf:
+        """The same with this entry in the place of that of its name."""
+        others = (one for one in self.entries if one.name != entry.name)
+        return replace(self, entries=ordered((*others, entry)))
 
-def shelve(directory: Path | None = None, active: str | None = None) -> Shelf:
-    """Loads every probe of a directory; a corrupt one is skipped, and its reason kept.
+    def with_active(self, probe: Probe, revisions: tuple[str, ...]) -> Shelf:
+        """The same with a probe that scores from now on.
 
-    Args:
-        directory: a probe directory or a directory of probe directories; the embedded probe without one.
-        active: name of the probe that scores; the first sound one without a name.
-
-    Raises:
-        ProbeCorrupt: there is no sound probe, or none of that name.
-    """
-    entries: dict[str, Shelved] = {}
-    for path in probe_directories(directory or embedded.probe_path()):
-        entry = load(path)
-        if entry.name in entries:
-            entry = Shelved(path.name, None, f"a probe of the name {entry.name} was loaded before; rename one of them")
-        entries.setdefault(entry.name, entry)
-    sound = [entry.probe for _, entry in sorted(entries.items()) if entry.probe is not None]
-    chosen = [probe for probe in sound if active in (None, probe.name)]
-    if not chosen:
-        wanted = "sound probe" if active is None else f"sound probe named {active!r}"
-        reasons = "; ".join(f"{entry.name}: {entry.reason}" for entry in entries.values() if entry.reason)
-        raise ProbeCorrupt(
-            f"{directory or embedded.probe_path()} holds no {wanted}, only {[probe.name for probe in sound]}"
-            + (f" ({reasons})" if reasons else "")
-            + "; give --probes a directory that lapwing train wrote"
-        )
-    return Shelf(tuple(entry for _, entry in sorted(entries.items())), chosen[0])
+        Args:
+            probe: takes the place of its name.
+            revisions: of its name, newest first.
+        """
+        before = self.find(probe.name)
+        rejected = tuple(one for one in (before.rejected if before else ()) if one.revision != probe.revision)
+        changed = self.with_entry(Shelved(probe.name, probe, "", revisions, rejected))
+        others = tuple(one for one in self.shadows if one.name != probe.name or one.revision != probe.revision)
+        return replace(changed, active=probe, shadows=others)
 
 
-def probe_directories(directory: Path) -> list[Path]:
-    """The directory itself when it is a probe, whatever its name; else the folders in it that may hold one, by name.
-
-    They are named as probes are, so that hidden and half-written ones are left alone, and do not lead out of it.
-    """
-    if (directory / MANIFEST).is_file():
-        return [directory]
-    if not directory.is_dir():
-        return []
-    root = directory.resolve()
-    return [
-        path
-        for path in sorted(directory.iterdir())
-        if NAME.fullmatch(path.name) and path.is_dir() and path.resolve().is_relative_to(root)
-    ]
-
-
-def load(path: Path) -> Shelved:
-    """One probe directory."""
-    try:
-        probe = Probe.from_pretrained(path)
-        return Shelved(probe.name, probe, "")
-    except DetectorError as error:
-        reason = escaped(str(error), LONGEST_REASON)
-    except OSError as error:
-        reason = f"it can't be read: {type(error).__name__}"
-    log.error("probe %s rejected: %s", escaped(path.name), reason)
-    return Shelved(escaped(path.name), None, reason)
+def ordered(entries: tuple[Shelved, ...]) -> tuple[Shelved, ...]:
+    """By name."""
+    return tuple(sorted(entries, key=lambda entry: entry.name))

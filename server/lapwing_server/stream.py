@@ -1,45 +1,96 @@
-"""A generation that the worker takes one token further at a time."""
+"""One generation on its way from the worker to a client: what was asked, and the events that nobody read so far."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Generator, Iterator
-from typing import Generic, TypeVar
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from typing import TYPE_CHECKING, Final
 
-from lapwing_server.worker import Worker
+from lapwing_detector.options import GenerationOptions
+from lapwing_detector.probe import Probe
+from lapwing_server.engine import Prompt
 
-Event = TypeVar("Event")
+if TYPE_CHECKING:
+    from lapwing_detector import GeneratedToken, Generation
+
+    Event = GeneratedToken | Generation
+
+ROOM: Final = 64
+"""Events that are kept for a client that does not read; then its stream pauses, until half of them are read."""
 
 
-class Stream(Generic[Event]):
-    """The events of an iterator whose every step runs in a worker.
+class Stream:
+    """The events of one generation, to be iterated once on the event loop, while the worker writes them."""
 
-    Each step queues anew, so that other work comes in between. After `close` no step begins.
-    """
-
-    def __init__(self, worker: Worker, start: Callable[[], Iterator[Event]]) -> None:
-        self._worker = worker
-        self._start = start
-        self._events: Iterator[Event] | None = None
-        self._stopped = False
+    def __init__(
+        self,
+        prompt: Prompt,
+        probe: Probe,
+        options: GenerationOptions,
+        *,
+        begun: float,
+        deadline: float | None,
+        wake: Callable[[], None],
+        shadows: tuple[Probe, ...] = (),
+        role: str = "active",
+    ) -> None:
+        self.prompt = prompt
+        self.probe = probe
+        self.options = options
+        self.begun = begun
+        self.deadline = deadline
+        """Both by the scheduler's clock."""
+        self.shadows = shadows
+        self.role = role
+        self.seconds: dict[str, float] = {}
+        """By stage, as far as the detector does not know them."""
+        self.stopped = False
+        """Nobody reads any more, so that no further token is to be written."""
+        self.paused = False
+        self.outbox: deque[Event | Exception | None] = deque()
+        """What was not read so far; None at the end."""
+        self._news = asyncio.Event()
+        self._wake = wake
 
     async def __aiter__(self) -> AsyncIterator[Event]:
-        while (event := await self._worker.run(self._advance)) is not None:
-            yield event
+        """Every event.
+
+        Raises:
+            Exception: what ended the generation.
+        """
+        while True:
+            while self.outbox:
+                event = self.outbox.popleft()
+                if self.paused and self.drained:
+                    self._wake()
+                if event is None:
+                    self.stopped = True
+                    return
+                if isinstance(event, Exception):
+                    self.stopped = True
+                    raise event
+                yield event
+            self._news.clear()
+            if not self.outbox:
+                await self._news.wait()
 
     def close(self) -> None:
-        """Begins no further step, and closes the iterator after the one that runs; as often as one likes."""
-        if not self._stopped:
-            self._stopped = True
-            self._worker.post(self._close)
+        """No further token is begun; as often as one likes."""
+        if not self.stopped:
+            self.stopped = True
+            self._wake()
 
-    def _advance(self) -> Event | None:
-        if self._stopped:
-            return None
-        if self._events is None:
-            self._events = self._start()
-        return next(self._events, None)
+    def announce(self) -> None:
+        """Somebody put events into the outbox; called on the event loop."""
+        self._news.set()
 
-    def _close(self) -> None:
-        if isinstance(self._events, Generator):
-            self._events.close()
-        self._events = None
+    @property
+    def full(self) -> bool:
+        """Whether its client is far behind."""
+        return len(self.outbox) >= ROOM
+
+    @property
+    def drained(self) -> bool:
+        """Whether its client has caught up enough for more."""
+        return len(self.outbox) <= ROOM // 2

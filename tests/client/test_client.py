@@ -269,11 +269,11 @@ def test_names_are_text(client: Client) -> None:
 
 
 def test_what_is_not_known_is_told_apart(client: Client) -> None:
-    with pytest.raises(NotFound, match="no probe 'nope'; known are broken-probe, fake-probe"):
+    with pytest.raises(NotFound, match="no such probe; known are broken-probe, fake-probe"):
         client.probe("nope")
     with pytest.raises(NotFound):
         client.heatmap(probe="nope")
-    with pytest.raises(InvalidRequest, match="feature: 'nope' is not in probe fake-probe; known are") as caught:
+    with pytest.raises(InvalidRequest, match="feature: is not in probe fake-probe; known are") as caught:
         client.heatmap(feature="nope")
     assert caught.value.field == "feature"
     with pytest.raises(InvalidRequest, match="statistic: is 'nope'; known are P_VALUE, Q_VALUE"):

@@ -13,15 +13,18 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from lapwing_detector.answer_text import TextStream
 from lapwing_detector.calibration import Calibration, StageCalibration
 from lapwing_detector.capture import capture_attention
+from lapwing_detector.choosing import Chooser, choose
 from lapwing_detector.detection import Detection, Reason, State
 from lapwing_detector.detector import Detector
 from lapwing_detector.embedded import model_path
 from lapwing_detector.errors import InvalidInput, ProbeMismatch, TooLong, UnsupportedModel
-from lapwing_detector.generation import GeneratedToken, Generation, Sampling, TextStream
+from lapwing_detector.generation import GeneratedToken, Generation
 from lapwing_detector.identity import identity_of
 from lapwing_detector.language_model import LanguageModel
+from lapwing_detector.options import GenerationOptions
 from tests.detector.probes import random_probe
 from tests.detector.tiny_models import LONG, long_model, token_ids
 
@@ -355,13 +358,11 @@ def test_models_that_are_none_or_bring_code_are_refused(tmp_path):
 
 
 def test_sampling_takes_only_the_likeliest_tokens_under_top_p():
-    from lapwing_detector.generation import Chooser
-
-    chooser = Chooser(Sampling(1, 1.0, 0.5, 0))
     logits = torch.tensor([[0.6, 0.3, 0.1]]).log()
-    assert {chooser.choose(logits)[0] for _ in range(50)} == {0}
-    chooser = Chooser(Sampling(1, 1.0, 1.0, 0))
-    drawn = np.bincount([chooser.choose(logits)[0] for _ in range(400)], minlength=3) / 400
+    chooser = Chooser(GenerationOptions(temperature=1.0, top_p=0.5, seed=0))
+    assert {choose([chooser], logits)[0][0] for _ in range(50)} == {0}
+    chooser = Chooser(GenerationOptions(temperature=1.0, seed=0))
+    drawn = np.bincount([choose([chooser], logits)[0][0] for _ in range(400)], minlength=3) / 400
     assert drawn == pytest.approx([0.6, 0.3, 0.1], abs=0.1)  # four standard errors
 
 

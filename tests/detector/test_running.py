@@ -14,6 +14,7 @@ from lapwing_detector.detector import Detector
 from lapwing_detector.errors import CaptureError
 from lapwing_detector.language_model import LanguageModel
 from lapwing_detector.running import RunningLogits
+from lapwing_detector.sequences import Sequences
 from tests.detector.captures import STEP_BY_STEP, padded
 from tests.detector.probes import random_probe
 from tests.detector.running_sums import HEADS, LAYERS, SAME_SUMS, a_probe, require_same, said
@@ -182,10 +183,10 @@ def test_the_last_running_logit_is_that_of_the_detection_which_is_made_once(monk
     loaded = LanguageModel.load()
     detector = Detector(loaded, random_probe(layers=6, heads=8, k=10, identity=loaded.identity))
     calls: list[int] = []
-    real = Captured.summaries
-    monkeypatch.setattr(Captured, "summaries", lambda captured: calls.append(1) or real(captured))
+    real = Sequences.summary
+    monkeypatch.setattr(Sequences, "summary", lambda sums, row: calls.append(row) or real(sums, row))
     *tokens, generation = detector.generate("Question: which time zone is the city of Paris in? Answer:")
     assert tokens[-1].logit == generation.detection.logit
     assert tokens[-1].probability == generation.detection.probability
-    assert len(calls) == 1
+    assert calls == [0]
     assert tokens[-2].logit != pytest.approx(generation.detection.logit, abs=STEP_BY_STEP)  # one token earlier

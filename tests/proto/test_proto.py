@@ -124,7 +124,7 @@ def test_only_two_rpcs_stream() -> None:
         for method in service.methods
         if method.client_streaming or method.server_streaming
     }
-    assert streams == {"Generate": (False, True), "ScoreAttention": (True, False)}
+    assert streams == {"Generate": (False, True), "ScoreAttention": (True, True)}
 
 
 def test_the_attention_of_a_large_model_fits_into_slices() -> None:

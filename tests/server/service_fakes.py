@@ -1,71 +1,28 @@
-"""A tiny engine, and a real server around it in a thread of its own."""
+"""A real server around a tiny engine, in a thread of its own, and what tests ask of its clients' errors."""
 
 from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Coroutine, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
 from typing import Any
 
 import grpc
-import numpy as np
+from engine_fakes import ATTENTION_SCORE as ATTENTION_SCORE
+from engine_fakes import CONTEXT as CONTEXT
+from engine_fakes import LAPLACIAN as LAPLACIAN
+from engine_fakes import VOCABULARY as VOCABULARY
+from engine_fakes import FakeEngine, a_probe
+from engine_fakes import an_identity as an_identity
 from google.rpc import error_details_pb2, status_pb2
 
-from lapwing_detector.calibration import Calibration
-from lapwing_detector.detection import Detection, HeadContribution, Reason, State
-from lapwing_detector.errors import DetectorError, InvalidInput, TooLong
-from lapwing_detector.identity import ModelIdentity
-from lapwing_detector.probe import Probe, Threshold
 from lapwing_server.engine import Loaded
 from lapwing_server.server import Server, Settings
 from lapwing_server.shelf import Shelf, Shelved
 
-VOCABULARY = 256
-CONTEXT = 400
 WAIT = 20.0
 """Seconds after which a test gives up waiting; none of them is measured."""
-
-LAPLACIAN, ATTENTION_SCORE = "laplacian_eigenvalues.v1", "attention_score.v1"
-
-
-def an_identity(name: str = "fake-model") -> ModelIdentity:
-    digest = "ab" * 32
-    return ModelIdentity(name, "", digest, digest, digest, "float32", "none", digest, digest, 2, 3, (0.5, 0.25))
-
-
-def a_probe(name: str = "fake-probe", layers: int = 2, heads: int = 3, **changes: Any) -> Probe:
-    """A probe whose every number is different."""
-    generator = np.random.default_rng(7)
-    selected = np.ones((layers, heads), bool)
-    selected[0, 0] = False
-    weights = generator.normal(size=(layers, heads, 3)).astype(np.float32) * selected[..., None]
-    values = {
-        f"{feature}/{statistic}": generator.uniform(size=(layers, heads)).astype(np.float32)
-        for feature in (LAPLACIAN, ATTENTION_SCORE)
-        for statistic in ("P_VALUE", "Q_VALUE", "AUROC", "HEAD_PROBE")
-    }
-    fields: dict[str, Any] = {
-        "name": name,
-        "features": (LAPLACIAN,),
-        "k": 3,
-        "layers": tuple(range(1, layers + 1)),
-        "weights": weights,
-        "bias": -0.25,
-        "selected": selected,
-        "calibration": Calibration(1.5, 0.1),
-        "thresholds": (Threshold(0.01, 2.0, None, 0), Threshold(0.05, 0.5, 0.04, 100), Threshold(0.1, 0.0, 0.09, 100)),
-        "identity": an_identity(),
-        "statistics": values,
-        "metrics": {
-            "auroc": 0.75,
-            "interval": [0.7, 0.8],
-            "spread": float("nan"),
-            "examples": {"missed": [{"prompt": "a secret"}]},
-        },
-        "training": {"items": 100},
-    }
-    return Probe(**fields | changes)
 
 
 def a_shelf(*names: str, rejected: tuple[str, ...] = ()) -> Shelf:
@@ -74,128 +31,6 @@ def a_shelf(*names: str, rejected: tuple[str, ...] = ()) -> Shelf:
     active = entries[0].probe
     assert active is not None
     return Shelf(tuple(sorted(entries, key=lambda entry: entry.name)), active)
-
-
-@dataclass(frozen=True)
-class FakeToken:
-    index: int
-    token_id: int
-    text: str
-    log_probability: float
-    probability: float | None
-    logit: float | None
-
-
-@dataclass(frozen=True)
-class FakeGeneration:
-    text: str
-    prompt_ids: tuple[int, ...]
-    token_ids: tuple[int, ...]
-    finish_reason: str
-    detection: Detection
-
-
-@dataclass
-class FakeEngine:
-    """One token for each byte; the logit is made of the ids, so that a mix-up shows."""
-
-    probe: Probe = field(default_factory=a_probe)
-    identity: ModelIdentity = field(default_factory=an_identity)
-    max_tokens: int = CONTEXT
-    before: Callable[[], None] = lambda: None
-    """Called by the worker before each forward: a gate to hold it, or something to raise."""
-
-    forwards: int = 0
-    steps: int = 0
-    closed: int = 0
-    threads: set[str] = field(default_factory=set)
-    calls: list[str] = field(default_factory=list)
-
-    def score(self, prompt: Any, response: Any, *, false_positive_rate: float) -> Detection:
-        self._forward("score")
-        return self._detect(self._ids(prompt, "prompt"), self._ids(response, "response"), false_positive_rate)
-
-    def score_batch(self, items: Any, *, false_positive_rate: float) -> list[Detection | DetectorError]:
-        self._forward("score_batch")
-        results: list[Detection | DetectorError] = []
-        for prompt, response in items:
-            try:
-                ids = self._ids(prompt, "prompt"), self._ids(response, "response")
-                results.append(self._detect(*ids, false_positive_rate))
-            except DetectorError as error:
-                results.append(error)
-        return results
-
-    def generate(
-        self,
-        prompt: Any,
-        *,
-        max_new_tokens: int,
-        temperature: float,
-        top_p: float,
-        seed: Any,
-        false_positive_rate: float,
-    ) -> Iterator[FakeToken | FakeGeneration]:
-        prompt_ids = self._ids(prompt, "prompt")
-        return self._write(prompt_ids, max_new_tokens, false_positive_rate)
-
-    def _write(self, prompt_ids: tuple[int, ...], count: int, rate: float) -> Iterator[FakeToken | FakeGeneration]:
-        ids: tuple[int, ...] = ()
-        try:
-            for index in range(count):
-                self._forward("step")
-                self.steps += 1
-                ids += (65 + index % 26,)
-                now = self._detect(prompt_ids, ids, rate)
-                yield FakeToken(index, ids[-1], chr(ids[-1]), -0.5, now.probability, now.logit)
-            text = "".join(map(chr, ids))
-            yield FakeGeneration(text, prompt_ids, ids, "length", self._detect(prompt_ids, ids, rate))
-        finally:
-            self.closed += 1
-
-    def _forward(self, what: str) -> None:
-        self.threads.add(threading.current_thread().name)
-        self.before()
-        self.forwards += 1
-        self.calls.append(what)
-
-    def _ids(self, content: Any, field: str) -> tuple[int, ...]:
-        if isinstance(content, str):
-            return tuple(content.encode())
-        if isinstance(content[0], dict):
-            return tuple("".join(f"<{turn['role']}>{turn['content']}" for turn in content).encode())
-        for i, number in enumerate(content):
-            if not 0 <= number < VOCABULARY:
-                raise InvalidInput(f"{field}_ids[{i}]", f"is {number}; the vocabulary has {VOCABULARY} tokens")
-        return tuple(content)
-
-    def _detect(self, prompt: tuple[int, ...], response: tuple[int, ...], rate: float) -> Detection:
-        ids = prompt + response
-        if len(ids) > self.max_tokens:
-            raise TooLong("response", f"prompt and response have {len(ids)} tokens, the model takes {self.max_tokens}")
-        short = len(ids) < self.probe.needed_tokens
-        shares = np.array([] if short else [(number - 97) / 64 for number in ids], np.float32) / max(1, len(ids))
-        logit = None if short else float(shares.sum()) + self.probe.bias
-        threshold = self.probe.threshold(rate)
-        return Detection(
-            state=State.UNSCORED if logit is None else State.SCORED,
-            reason=Reason.TOO_SHORT if short else None,
-            message=f"{len(ids)} tokens, {self.probe.needed_tokens} needed" if short else "",
-            probability=None if logit is None else self.probe.calibration.probability(logit),
-            logit=logit,
-            bias=self.probe.bias,
-            flagged=None if logit is None or threshold is None else logit > threshold.logit,
-            false_positive_rate=rate,
-            flagged_at=() if logit is None else self.probe.flagged_at(logit),
-            probe_name=self.probe.name,
-            probe_revision=self.probe.revision,
-            prompt_tokens=len(prompt),
-            response_tokens=len(response),
-            token_ids=ids,
-            token_contributions=shares,
-            head_contributions=(HeadContribution(2, 1, 0.5), HeadContribution(1, 2, -0.25)) if not short else (),
-            seconds={"tokenise": 0.0, "forward": 0.0, "probe": 0.0},
-        )
 
 
 @dataclass(frozen=True)
@@ -293,10 +128,14 @@ class Running:
         return asyncio.run_coroutine_threadsafe(coroutine, self.loop)
 
     def settle(self) -> None:
-        """Waits until the worker has done all that is in its queue, and no call is in flight."""
-        self.call(self.server.worker.run(lambda: None))
+        """Waits until no call is in flight, and the worker has nothing left to do."""
         self.call(asyncio.wait_for(self.server.guard.idle(), WAIT))
+        wait_until(lambda: self.server.scheduler.idle)
         self.call(self.server.worker.run(lambda: None))
+
+    def queued(self, items: int) -> None:
+        """Waits until so many items wait for their turn."""
+        wait_until(lambda: self.server.scheduler.waiting == items)
 
     def close(self) -> None:
         if not self._stopped:

@@ -5,22 +5,27 @@ from __future__ import annotations
 import asyncio
 import collections
 import inspect
+import json
 import logging
 import random
+import re
 import threading
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import grpc
 import pytest
-from google.rpc import error_details_pb2
+from google.rpc import error_details_pb2, status_pb2
+from grpc_health.v1 import health_pb2
 from service_fakes import WAIT, FakeEngine, Running, told
 
 from lapwing.v1 import detector_pb2, detector_pb2_grpc, probes_pb2
 from lapwing_detector import errors
 from lapwing_server.detector_service import DetectorService
 from lapwing_server.health import Health
+from lapwing_server.limits import Limits
 from lapwing_server.probes_service import ProbesService
 from lapwing_server.refusal import TRANSLATION, Refusal, invalid, refusal_of, request_field
 
@@ -82,7 +87,7 @@ def bare_server() -> Iterator[grpc.Channel]:
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Running]:
-    with Running() as running:
+    with Running(reflection=True) as running:
         yield running
 
 
@@ -132,9 +137,9 @@ def test_an_exception_becomes_an_id_that_the_log_knows(caplog: pytest.LogCapture
     assert error_id in error.details()
     assert SECRET not in str(error) + str(error.trailing_metadata())
     [entry] = [record for record in caplog.records if error_id in record.getMessage()]
-    assert "RuntimeError" in entry.getMessage()
-    assert "in fail" in entry.getMessage(), "the way through the code is logged"
-    assert SECRET not in caplog.text, "the text of an error may quote a prompt"
+    assert vars(entry)["error"] == "RuntimeError"
+    assert vars(entry)["at"][-1].endswith(" fail"), "the way through the code is logged"
+    assert all(SECRET not in str(vars(record)) for record in caplog.records), "an error's text may quote a prompt"
 
 
 def test_the_text_of_an_exception_is_logged_when_asked_for(caplog: pytest.LogCaptureFixture) -> None:
@@ -171,8 +176,81 @@ def test_an_exception_in_a_stream_becomes_an_id() -> None:
     assert SECRET not in str(caught.value)
 
 
-def test_an_unknown_method_is_unimplemented(channel: grpc.Channel) -> None:
-    assert send_raw(channel, "/lapwing.v1.Detector/Nope", b"").code() is grpc.StatusCode.UNIMPLEMENTED
+@pytest.mark.parametrize("requests", [False, True])
+@pytest.mark.parametrize("responses", [False, True])
+@pytest.mark.parametrize("path", ["/lapwing.v1.Detector/Nope", "/no.Service/Nope", "nope"])
+def test_an_unknown_method_says_so(channel: grpc.Channel, path: str, requests: bool, responses: bool) -> None:
+    error = send_raw(channel, path, GARBAGE, requests, responses)
+    assert (told(error).code, told(error).reason) == (grpc.StatusCode.UNIMPLEMENTED, "UNKNOWN_METHOD")
+    assert "nope" not in error.details().lower()
+
+
+def test_control_an_unknown_method_without_the_guard_has_no_details() -> None:
+    with bare_server() as channel:
+        error = send_raw(channel, "/lapwing.v1.Detector/Nope", b"")
+    assert error.code() is grpc.StatusCode.UNIMPLEMENTED
+    assert error.trailing_metadata() in (None, ())
+
+
+def test_an_unknown_service_of_the_health_is_not_found(channel: grpc.Channel) -> None:
+    error = send_raw(
+        channel, "/grpc.health.v1.Health/Check", health_pb2.HealthCheckRequest(service="nope").SerializeToString()
+    )
+    assert (told(error).code, told(error).reason, told(error).field) == (
+        grpc.StatusCode.NOT_FOUND,
+        "UNKNOWN_SERVICE",
+        "service",
+    )
+
+
+def test_a_message_that_is_too_large_is_refused_by_grpc_itself_in_words_without_the_message() -> None:
+    """It carries no details: gRPC ends the call before a handler sees it."""
+    request = detector_pb2.ScoreRequest(prompt={"text": SECRET * 100}, response={"text": "x"}).SerializeToString()
+    limits = Limits(request_bytes=1000)
+    with Running(limits=limits) as server, grpc.insecure_channel(server.target) as channel:
+        error = send_raw(channel, "/lapwing.v1.Detector/Score", request)
+        assert send_raw(channel, "/lapwing.v1.Detector/Score", GARBAGE).code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert f"larger than max ({len(request)} vs. 1000)" in error.details()
+    assert SECRET not in error.details()
+
+
+def test_a_large_message_that_is_compressed_is_refused_too() -> None:
+    request = detector_pb2.ScoreRequest(prompt={"text": "x" * 100_000}, response={"text": "x"})
+    gzip = grpc.Compression.Gzip
+    with Running(limits=Limits(request_bytes=1000)) as server:
+        channel = grpc.insecure_channel(server.target, compression=gzip)
+        with channel, pytest.raises(grpc.RpcError) as caught:
+            detector_pb2_grpc.DetectorStub(channel).Score(request, timeout=WAIT)
+    assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert len(zlib.compress(request.SerializeToString())) < 1000, "control: on the wire it was small"
+
+
+NAMES = {"given": "trace-7.a/b", "long": "x" * 65, "odd": "two words", "empty": ""}
+
+
+@pytest.mark.parametrize("path", ["/lapwing.v1.Detector/GetServerInfo", "/lapwing.v1.Detector/Score", "/no/such"])
+@pytest.mark.parametrize("name", [*NAMES, "none"])
+def test_every_call_has_a_name(channel: grpc.Channel, path: str, name: str) -> None:
+    metadata = (("x-request-id", NAMES[name]),) if name in NAMES else ()
+    try:
+        _, call = channel.unary_unary(path).with_call(b"", timeout=WAIT, metadata=metadata)
+    except grpc.RpcError as error:
+        call = error  # type: ignore[assignment]  # it is a call, too
+        info = error_details_pb2.ErrorInfo()
+        status = status_pb2.Status.FromString(dict(call.trailing_metadata())["grpc-status-details-bin"])
+        assert status.details[0].Unpack(info)
+        assert info.metadata["request_id"] == dict(call.trailing_metadata())["x-request-id"]
+    found = dict(call.trailing_metadata())["x-request-id"]
+    assert (found == NAMES.get(name)) == (name == "given")
+    assert name == "given" or re.fullmatch("[0-9a-f]{16}", found)
+
+
+def test_two_calls_have_two_names(channel: grpc.Channel) -> None:
+    calls = [
+        channel.unary_unary("/lapwing.v1.Detector/GetServerInfo").with_call(b"", timeout=WAIT)[1] for _ in range(20)
+    ]
+    assert len({dict(call.trailing_metadata())["x-request-id"] for call in calls}) == 20
 
 
 def test_no_handler_is_a_plain_function() -> None:
@@ -209,6 +287,7 @@ MADE: dict[type[errors.DetectorError], errors.DetectorError] = {
     errors.InvalidInput: errors.InvalidInput("prompt_ids[3]", "is 9"),
     errors.TooLong: errors.TooLong("response", "has 9 tokens"),
     errors.TooShort: errors.TooShort(2, 10),
+    errors.UnknownProbe: errors.UnknownProbe("name", SECRET),
 }
 
 
@@ -278,9 +357,49 @@ def test_trying_again_later_is_said_in_both_languages() -> None:
     refusal = Refusal(grpc.StatusCode.RESOURCE_EXHAUSTED, "TOO_MANY_STREAMS", "x", retry_after=1.5)
     trailers = dict(refusal.trailers())
     assert trailers["grpc-retry-pushback-ms"] == "1500"
+    assert "x-request-id" not in trailers
     retry = error_details_pb2.RetryInfo()
     assert refusal.status().details[1].Unpack(retry)
     assert retry.retry_delay.ToNanoseconds() == 1_500_000_000
+
+
+@pytest.mark.parametrize("never", [False, True])
+def test_what_never_succeeds_stops_a_clients_retries(never: bool) -> None:
+    """The retries of gRPC's service config obey the trailer: the handler is called once, or as often as they go."""
+    calls = 0
+
+    def refuse() -> None:
+        nonlocal calls
+        calls += 1
+        raise Refusal(grpc.StatusCode.RESOURCE_EXHAUSTED, "QUOTA", "used up", never_retry=never)
+
+    policy = {
+        "maxAttempts": 3,
+        "initialBackoff": "0.01s",
+        "maxBackoff": "0.01s",
+        "backoffMultiplier": 1,
+        "retryableStatusCodes": ["RESOURCE_EXHAUSTED"],
+    }
+    config = json.dumps({"methodConfig": [{"name": [{}], "retryPolicy": policy}]})
+    options = [("grpc.service_config", config)]
+    with Running() as server, grpc.insecure_channel(server.target, options=options) as channel:
+        server.server.guard.admit = lambda method, context: refuse()  # type: ignore[assignment, func-returns-value]
+        error = send_raw(channel, "/lapwing.v1.Detector/Score", good_score())
+    assert told(error).reason == "QUOTA"
+    assert calls == (1 if never else 3)
+    assert Refusal(grpc.StatusCode.RESOURCE_EXHAUSTED, "QUOTA", "x", never_retry=True).under("items[1]").never_retry
+
+
+def test_the_words_of_a_chat_template_stay_here() -> None:
+    """They are another library's, and may quote a message."""
+    quoting = errors.InvalidInput("messages", f"the template says: unknown role {SECRET}")
+    quoting.__cause__ = ValueError(SECRET)
+    refusal = refusal_of(quoting, "")
+    assert (refusal.reason, refusal.field) == ("INVALID_INPUT", "prompt.messages")
+    assert "chat template (ValueError)" in refusal.message
+    assert SECRET not in refusal.message
+    quoting.__cause__ = None
+    assert SECRET in refusal_of(quoting, "").message, "control: our own words are passed on"
 
 
 VALID = {

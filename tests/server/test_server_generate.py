@@ -179,7 +179,7 @@ def test_work_that_was_cancelled_in_the_queue_is_never_done() -> None:
         first, second = stub.Score.future(message), None
         assert engine.before.gate.reached.wait(WAIT)
         second = stub.Score.future(message)
-        wait_until(lambda: server.server.worker.waiting == 1)
+        server.queued(1)
         second.cancel()
         wait_until(lambda: server.server.guard.in_flight == 1)
         engine.before.gate.open()
@@ -195,7 +195,7 @@ def test_scores_come_between_the_tokens() -> None:
         call = stub.Generate(request(max_new_tokens=20))
         assert engine.before.gate.reached.wait(WAIT)
         score = stub.Score.future(message)
-        wait_until(lambda: server.server.worker.waiting == 1)
+        server.queued(1)
         engine.before.gate.open()
         assert score.result(WAIT)
         assert len(list(call)) == 21
@@ -208,7 +208,7 @@ def test_two_streams_take_turns() -> None:
         first = stub.Generate(request(max_new_tokens=10))
         assert engine.before.gate.reached.wait(WAIT)
         second = stub.Generate(request(max_new_tokens=10))
-        wait_until(lambda: server.server.worker.waiting == 1)
+        wait_until(lambda: server.server.scheduler.in_flight == 2)
         engine.before.gate.open()
         texts = [list(call)[-1].generation.text for call in (first, second)]
     assert texts == ["ABCDEFGHIJ"] * 2

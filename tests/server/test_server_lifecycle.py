@@ -157,23 +157,24 @@ def test_loading_loads_the_probe_makes_the_engine_and_warms_it_up(tmp_path: Path
 
     def make(model: str | None, probe: Any) -> FakeEngine:
         made.extend([model, probe.name])
-        return FakeEngine(probe=probe)
+        return FakeEngine()
 
     loaded = loader("some-model", tmp_path, None, make)()
     assert made == ["some-model", "alpha"]
     assert loaded.shelf.active.name == "alpha"
-    assert loaded.engine.forwards == 1, "the first client does not pay for the first forward"  # type: ignore[attr-defined]
+    assert loaded.engine.calls == ["score", "step", "step", "step"], "the first client does not pay for the first forward"  # type: ignore[attr-defined]
 
 
 def test_a_model_whose_attention_is_not_finite_never_serves() -> None:
     class Broken(FakeEngine):
-        def score(self, *args: Any, **kwargs: Any) -> Any:
-            found = super().score(*args, **kwargs)
-            return dataclasses.replace(found, state=State.UNSCORED, reason=Reason.NON_FINITE)
+        def score_ids(self, jobs: Any) -> Any:
+            broken = {"state": State.UNSCORED, "reason": Reason.NON_FINITE}
+            scored = super().score_ids(jobs)
+            return [dataclasses.replace(one, detection=dataclasses.replace(one.detection, **broken)) for one in scored]
 
     with pytest.raises(CaptureError, match="the attention of fake-model is not finite"):
-        warm_up(Broken())
-    warm_up(FakeEngine())
+        warm_up(Broken(), a_probe())
+    warm_up(FakeEngine(), a_probe())
 
 
 # Health.
@@ -217,15 +218,23 @@ def test_a_watcher_that_leaves_does_not_silence_the_others() -> None:
 
 
 def test_reflection_lists_the_services() -> None:
-    with Running() as server, grpc.insecure_channel(server.target) as channel:
+    with Running(reflection=True) as server, grpc.insecure_channel(server.target) as channel:
         stub = reflection_pb2_grpc.ServerReflectionStub(channel)
         [reply] = stub.ServerReflectionInfo(iter([reflection_pb2.ServerReflectionRequest(list_services="")]))
         names = {service.name for service in reply.list_services_response.service}
     assert {"lapwing.v1.Detector", "lapwing.v1.Probes", "grpc.health.v1.Health"} <= names
 
 
+def test_without_the_flag_there_is_no_reflection() -> None:
+    with Running() as server, grpc.insecure_channel(server.target) as channel:
+        stub = reflection_pb2_grpc.ServerReflectionStub(channel)
+        with pytest.raises(grpc.RpcError) as caught:
+            list(stub.ServerReflectionInfo(iter([reflection_pb2.ServerReflectionRequest(list_services="")])))
+    assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
+
+
 def test_an_open_reflection_stream_does_not_keep_the_server() -> None:
-    with Running(grace=60.0) as server, grpc.insecure_channel(server.target) as channel:
+    with Running(grace=60.0, reflection=True) as server, grpc.insecure_channel(server.target) as channel:
         never = threading.Event()
         stub = reflection_pb2_grpc.ServerReflectionStub(channel)
         stream = stub.ServerReflectionInfo(iter(lambda: never.wait(WAIT), True))

@@ -23,7 +23,8 @@ from lapwing_detector.errors import ProbeCorrupt
 from lapwing_server.answers import probe_message
 from lapwing_server.engine import loader
 from lapwing_server.limits import Limits
-from lapwing_server.shelf import Shelf, Shelved, shelve
+from lapwing_server.shelf import Shelf, Shelved
+from lapwing_server.shelving import shelve
 
 NAMES = [f"probe-{i:03d}" for i in range(7)]
 
@@ -32,7 +33,7 @@ NAMES = [f"probe-{i:03d}" for i in range(7)]
 def server() -> Iterator[Running]:
     shelf = a_shelf(*NAMES, rejected=("a-broken-one",))
     assert shelf.active is not None
-    with Running(FakeEngine(probe=shelf.active), shelf=shelf) as running:
+    with Running(shelf=shelf) as running:
         yield running
 
 
@@ -161,7 +162,7 @@ PICTURE = probes_pb2.GetHeatmapRequest(statistic="STATISTIC_P_VALUE", image_form
 def test_a_picture_of_a_large_model_has_fewer_pixels_than_the_limit() -> None:
     large = a_probe(layers=160, heads=128)
     shelf = Shelf((Shelved(large.name, large, ""),), large)
-    with Running(FakeEngine(probe=large), shelf=shelf) as server, grpc.insecure_channel(server.target) as channel:
+    with Running(shelf=shelf) as server, grpc.insecure_channel(server.target) as channel:
         shown = probes_pb2_grpc.ProbesStub(channel).GetHeatmap(PICTURE)
     width, height = struct.unpack(">II", shown.image[16:24])
     assert 500_000 < width * height < Limits().heatmap_pixels
@@ -308,7 +309,7 @@ def test_a_failure_in_a_folder_of_any_name_can_be_told(tmp_path: Path) -> None:
     path = Path(os.fsdecode(os.path.join(os.fsencode(tmp_path), b"p\xff")))
     path.mkdir()
     (path / "manifest.json").write_text("{}")
-    load = loader("m", path, None, lambda model, probe: FakeEngine(probe=probe))
+    load = loader("m", path, None, lambda model, probe: FakeEngine())
     with Running(load=load) as server, grpc.insecure_channel(server.target) as channel:
         info = detector_pb2_grpc.DetectorStub(channel).GetServerInfo(detector_pb2.GetServerInfoRequest())
     assert info.state == detector_pb2.SERVER_STATE_FAILED

@@ -69,7 +69,7 @@ def client(detector: Detector) -> Iterator[Client]:
 
 
 def test_warm_up_scores(detector: Detector) -> None:
-    warm_up(detector)
+    warm_up(detector, detector.probe)
 
 
 @pytest.mark.parametrize(("prompt", "response"), TEXTS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator
 from threading import current_thread
@@ -14,7 +15,6 @@ from google.rpc import error_details_pb2
 from service_fakes import CONTEXT, WAIT, FakeEngine, Gate, Running, a_probe, refused, wait_until
 
 from lapwing.v1 import detection_pb2, detector_pb2, detector_pb2_grpc, tensor_pb2
-from lapwing_server.detector_service import portions
 from lapwing_server.limits import Limits
 
 Prompt, Response = detection_pb2.Prompt, detection_pb2.Response
@@ -158,7 +158,7 @@ LONG = [
 def test_what_can_not_fit_is_refused_before_the_worker_sees_it(
     server: Running, stub: Any, message: detector_pb2.ScoreRequest, field: str, words: str
 ) -> None:
-    before = server.engine.forwards
+    before = server.engine.tokenised
     error = refused(stub.Score, message)
     assert (error.code, error.reason, error.field) == (grpc.StatusCode.INVALID_ARGUMENT, "TOO_LONG", field)
     assert words in error.message
@@ -167,25 +167,30 @@ def test_what_can_not_fit_is_refused_before_the_worker_sees_it(
     assert f"{field}: has {words}" in result.error.message
     if message.response.text == "world":
         assert refused(stub.Generate, detector_pb2.GenerateRequest(prompt=message.prompt)).field == field
-    assert server.engine.forwards == before
+    assert server.engine.tokenised == before
 
 
 def test_control_what_may_fit_is_left_to_the_tokenizer(server: Running, stub: Any) -> None:
-    before = server.engine.forwards
+    before = server.engine.tokenised
     for prompt in (Prompt(token_ids=[1] * CONTEXT), Prompt(text="x" * CHARACTERS)):
         error = refused(stub.Score, request(prompt))
         assert (error.reason, error.field) == ("TOO_LONG", "response"), "as the engine says it"
-    assert server.engine.forwards == before + 2
+    assert server.engine.tokenised == before + 2
 
 
-def test_the_event_loop_takes_no_fingerprint(stub: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_event_loop_takes_no_fingerprint(
+    stub: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     threads = []
     monkeypatch.setattr(
-        "lapwing_server.detector_service.fingerprint", lambda content: threads.append(current_thread().name)
+        "lapwing_server.forwards.fingerprint", lambda content: threads.append(current_thread().name) or "mark"
     )
     stub.Score(request())
-    list(stub.Generate(detector_pb2.GenerateRequest(prompt=Prompt(text="hello"), max_new_tokens=1)))
-    assert threads == ["lapwing-worker"] * 3
+    assert threads == [], "nor does anybody, unless the log wants it"
+    caplog.set_level(logging.DEBUG, "lapwing.server")
+    stub.Score(request())
+    assert threads == ["lapwing-worker"] * 2
+    assert "prompt mark response mark" in caplog.text
 
 
 def test_nine_megabytes_are_refused_unread(server: Running, stub: Any) -> None:
@@ -245,12 +250,12 @@ def test_a_large_batch_is_cut_and_other_work_comes_in_between() -> None:
         batch = stub.ScoreBatch.future(batch_of(*[9_000] * 3))
         assert gate.reached.wait(WAIT)
         score = stub.Score.future(request())
-        wait_until(lambda: server.server.worker.waiting == 1)
+        wait_until(lambda: server.server.scheduler.waiting == 3)
         gate.open()
         found = [result.detection.prompt_tokens for result in batch.result(WAIT).results]
         assert score.result(WAIT)
     assert found == [9_000] * 3
-    assert engine.calls == ["score_batch", "score", "score_batch", "score_batch"]
+    assert engine.batches == [[9_001], [9_001], [10], [9_001]], "the small one before the last of the batch"
 
 
 def test_a_batch_that_is_left_is_not_finished() -> None:
@@ -264,20 +269,6 @@ def test_a_batch_that_is_left_is_not_finished() -> None:
         gate.open()
         server.settle()
     assert engine.forwards == 1, "the portion that was being computed"
-
-
-@pytest.mark.parametrize(
-    ("sizes", "expected"),
-    [
-        ([10] * 64, [list(range(64))]),
-        ([8_000, 8_000, 8_000], [[0, 1], [2]]),
-        ([100_000, 10, 10], [[0], [1, 2]]),
-        ([10, 10, 8_000], [[0, 1], [2]]),
-        ([], []),
-    ],
-)
-def test_portions_count_the_padding(sizes: list[int], expected: list[list[int]]) -> None:
-    assert list(portions(dict(enumerate(sizes)))) == expected
 
 
 def test_a_batch_may_be_full(stub: Any) -> None:

@@ -12,6 +12,7 @@ from lapwing_training.significance import Floats
 
 POINTS = 200
 BARS = 20
+LENGTH_BARS = 50
 
 
 def roc(scores: Floats, labels: NDArray[Any]) -> dict[str, list[float]]:
@@ -41,6 +42,21 @@ def histogram(probabilities: Floats, labels: NDArray[Any]) -> dict[str, list[flo
         "hallucinated": np.histogram(probabilities[labels == 1], edges)[0].tolist(),
         "other": np.histogram(probabilities[labels == 0], edges)[0].tolist(),
     }
+
+
+def lengths(tokens: NDArray[np.int64]) -> dict[str, list[float]]:
+    """How many responses have how many tokens, in bars of about as many responses each, as JSON values.
+
+    Args:
+        tokens: (rows,) of each response.
+
+    Returns:
+        `edges`, whole numbers that ascend, and `counts` of what is at least the lower edge of a bar and below its upper
+        one; the last edge lies above the longest response.
+    """
+    quantiles = np.quantile(tokens, np.linspace(0.0, 1.0, LENGTH_BARS), method="nearest")
+    edges = np.unique([*quantiles, tokens.max() + 1])
+    return {"edges": edges.tolist(), "counts": np.histogram(tokens, edges)[0].tolist()}
 
 
 def thinned(count: int) -> NDArray[np.int64]:

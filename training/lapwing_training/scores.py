@@ -48,6 +48,8 @@ def judge_scores(sample: Sample, table: Table, scores: Scores, advance: Advance 
         "pr": diagrams.precision_recall(scores.logits, labels),
         "histogram": diagrams.histogram(scores.probabilities, labels),
     }
+    if table.response_tokens is not None:
+        result["lengths"] = diagrams.lengths(table.response_tokens)
     advance()
     comparison: dict[str, Any] = {}
     for name, values in scores.baselines.items():

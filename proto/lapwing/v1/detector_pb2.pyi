@@ -156,7 +156,7 @@ class GenerateResponse(_message.Message):
     def __init__(self, token: _Optional[_Union[GeneratedToken, _Mapping]] = ..., generation: _Optional[_Union[Generation, _Mapping]] = ...) -> None: ...
 
 class AttentionHeader(_message.Message):
-    __slots__ = ("model", "layers", "heads", "prompt_tokens", "response_tokens", "false_positive_rate", "probe", "attention_sinks")
+    __slots__ = ("model", "layers", "heads", "prompt_tokens", "response_tokens", "false_positive_rate", "probe", "attention_sinks", "weight_sample")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     LAYERS_FIELD_NUMBER: _ClassVar[int]
     HEADS_FIELD_NUMBER: _ClassVar[int]
@@ -165,6 +165,7 @@ class AttentionHeader(_message.Message):
     FALSE_POSITIVE_RATE_FIELD_NUMBER: _ClassVar[int]
     PROBE_FIELD_NUMBER: _ClassVar[int]
     ATTENTION_SINKS_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_SAMPLE_FIELD_NUMBER: _ClassVar[int]
     model: _model_pb2.ModelIdentity
     layers: _containers.RepeatedScalarFieldContainer[int]
     heads: int
@@ -173,7 +174,8 @@ class AttentionHeader(_message.Message):
     false_positive_rate: float
     probe: str
     attention_sinks: bool
-    def __init__(self, model: _Optional[_Union[_model_pb2.ModelIdentity, _Mapping]] = ..., layers: _Optional[_Iterable[int]] = ..., heads: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., response_tokens: _Optional[int] = ..., false_positive_rate: _Optional[float] = ..., probe: _Optional[str] = ..., attention_sinks: bool = ...) -> None: ...
+    weight_sample: _tensor_pb2.Tensor
+    def __init__(self, model: _Optional[_Union[_model_pb2.ModelIdentity, _Mapping]] = ..., layers: _Optional[_Iterable[int]] = ..., heads: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., response_tokens: _Optional[int] = ..., false_positive_rate: _Optional[float] = ..., probe: _Optional[str] = ..., attention_sinks: bool = ..., weight_sample: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ...) -> None: ...
 
 class AttentionSummarySlice(_message.Message):
     __slots__ = ("first_layer", "first_head", "first_token", "diagonal", "received")

@@ -1,0 +1,342 @@
+"""The client for programs that await: `Client`'s twin, method by method."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Iterable, Sequence
+from types import TracebackType
+from typing import Any, Literal, Self, TypeVar
+
+import grpc
+
+from lapwing_client import calls, many, plans, results
+from lapwing_client.attention_messages import header_request, known_of
+from lapwing_client.attention_stream import AsyncAttentionStream
+from lapwing_client.calls import Call, Stubs
+from lapwing_client.connection import CLOSED, Connection
+from lapwing_client.deadline import Deadline, Timeout
+from lapwing_client.errors import Cancelled, LapwingError
+from lapwing_client.many_tasks import score_by_tasks
+from lapwing_client.plans import Ask, Pause, Step
+from lapwing_client.requests import Prompt, Response
+from lapwing_client.retries import Beginning
+from lapwing_client.tls import TLS, Source
+
+Answer = TypeVar("Answer")
+Item = TypeVar("Item", bound=Sequence[Any])
+
+
+class AsyncClient:
+    """Talks to a Lapwing server; for one event loop, the one in which it is first used.
+
+    Every method has the arguments, answers and errors of the same one of `Client`, where they are explained.
+
+    Example:
+        async with AsyncClient("localhost:50051") as client:
+            async for event in client.generate("What is the capital of Australia?"):
+                print(event)
+    """
+
+    def __init__(
+        self,
+        target: str | Sequence[str] = "localhost:50051",
+        *,
+        token: str | None = None,
+        tls: bool | Source | TLS | None = None,
+        timeout: Timeout = 60.0,
+        retry: bool = True,
+    ) -> None:
+        self._connection = Connection(target, token, tls, timeout, retry)
+        self._closed = False
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._opened: tuple[grpc.aio.Channel, Stubs] | None = None
+
+    async def score(
+        self,
+        prompt: Prompt,
+        response: Response,
+        *,
+        false_positive_rate: float | None = None,
+        probe: str = "",
+        timeout: Timeout | None = None,
+    ) -> results.Detection:
+        """How likely the response to the prompt is made up."""
+        return await self._ask(
+            calls.score(prompt, response, false_positive_rate=false_positive_rate, probe=probe),
+            timeout,
+        )
+
+    async def score_batch(
+        self,
+        items: Sequence[tuple[Prompt, Response]],
+        *,
+        false_positive_rate: float | None = None,
+        probe: str = "",
+        timeout: Timeout | None = None,
+    ) -> list[results.Detection | LapwingError]:
+        """The same for several responses in one call; an item that is refused has its error in its place."""
+        return await self._ask(calls.score_batch(items, false_positive_rate=false_positive_rate, probe=probe), timeout)
+
+    def score_many(
+        self,
+        items: Iterable[Item] | AsyncIterable[Item],
+        *,
+        concurrency: int = 16,
+        progress: bool = True,
+        false_positive_rate: float | None = None,
+        probe: str = "",
+        timeout: Timeout | None = None,
+    ) -> AsyncGenerator[tuple[Item, results.Detection | LapwingError], None]:
+        """The same for as many responses as one likes, several at once, each in a call of its own.
+
+        The items may come from an asynchronous iterable, too.
+        """
+        options = {"false_positive_rate": false_positive_rate, "probe": probe}
+        return score_by_tasks(
+            items,
+            lambda item: many.outcome(item, options, self._connection.deadline(timeout)),
+            self._perform,
+            many.at_once(concurrency),
+            progress,
+        )
+
+    def generate(
+        self,
+        prompt: Prompt,
+        *,
+        max_new_tokens: int | None = None,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+        stop_strings: str | Sequence[str] = (),
+        stop_when_probability_above: float | None = None,
+        minimum_tokens: int | None = None,
+        score_every: int | None = None,
+        contributions: bool = False,
+        false_positive_rate: float | None = None,
+        probe: str = "",
+        timeout: Timeout | None = None,
+    ) -> AsyncGenerationStream:
+        """Lets the server's model write, token by token, and scores every token."""
+        call = calls.generate(
+            prompt,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+            stop_strings=stop_strings,
+            stop_when_probability_above=stop_when_probability_above,
+            minimum_tokens=minimum_tokens,
+            score_every=score_every,
+            contributions=contributions,
+            false_positive_rate=false_positive_rate,
+            probe=probe,
+        )
+        return AsyncGenerationStream(self, call, self._connection.deadline(timeout))
+
+    def attention_stream(
+        self,
+        *,
+        model: Any,
+        layers: Sequence[int],
+        heads: int,
+        prompt_tokens: int,
+        response_tokens: int | None = None,
+        attention_sinks: bool | None = None,
+        false_positive_rate: float | None = None,
+        probe: str = "",
+        timeout: Timeout | None = None,
+    ) -> AsyncAttentionStream:
+        """Scores a response by its attention, of a model that runs elsewhere; the stream's methods are awaited."""
+        header = header_request(
+            model,
+            layers,
+            heads,
+            prompt_tokens,
+            response_tokens=response_tokens,
+            attention_sinks=attention_sinks,
+            false_positive_rate=false_positive_rate,
+            probe=probe,
+        )
+        deadline = self._connection.deadline(timeout)
+        return AsyncAttentionStream(
+            header,
+            lambda: self._begin(calls.score_attention(), deadline),
+            lambda answer: self._read(answer, deadline),
+        )
+
+    async def score_attention(
+        self,
+        chunks: Iterable[Any],
+        *,
+        model: Any,
+        prompt_tokens: int,
+        layers: Sequence[int] | None = None,
+        heads: int | None = None,
+        response_tokens: int | None = None,
+        attention_sinks: bool | None = None,
+        false_positive_rate: float | None = None,
+        probe: str = "",
+        timeout: Timeout | None = None,
+    ) -> results.Detection:
+        """The same for attention that is all there."""
+        given = {
+            "layers": layers,
+            "heads": heads,
+            "response_tokens": response_tokens,
+            "attention_sinks": attention_sinks,
+        }
+        known = known_of(chunks, prompt_tokens, given)
+        options: dict[str, Any] = {"false_positive_rate": false_positive_rate, "probe": probe, "timeout": timeout}
+        async with self.attention_stream(model=model, prompt_tokens=prompt_tokens, **known, **options) as stream:
+            for chunk in chunks:
+                await stream.send(chunk)
+            return await stream.finish()
+
+    async def heatmap(
+        self,
+        statistic: str = "P_VALUE",
+        *,
+        probe: str = "",
+        feature: str = "",
+        image: Literal["png", "svg"] | None = None,
+        timeout: Timeout | None = None,
+    ) -> results.Heatmap:
+        """One number of every layer and head of a probe."""
+        return await self._ask(calls.heatmap(statistic, probe, feature, image), timeout)
+
+    async def probes(self, *, timeout: Timeout | None = None) -> list[results.Probe]:
+        """All probes of the server, by name; asks page by page, within the timeout for all."""
+        return await plans.follow_async(plans.every_probe(self._connection.deadline(timeout)), self._perform)
+
+    async def probe(self, name: str = "", *, timeout: Timeout | None = None) -> results.Probe:
+        """One probe; the active one without a name."""
+        return await self._ask(calls.probe(name), timeout)
+
+    async def activate_probe(
+        self, name: str, revision: str = "", *, timeout: Timeout | None = None
+    ) -> results.Activation:
+        """Makes another probe, or another revision, the one that scores; needs a token with the scope "admin"."""
+        return await self._ask(calls.activate_probe(name, revision), timeout)
+
+    async def reload_probes(self, *, timeout: Timeout | None = None) -> list[results.Probe]:
+        """Makes the server look for new probes and revisions; needs a token with the scope "admin"."""
+        return await self._ask(calls.reload_probes(), timeout)
+
+    async def server_info(self, *, timeout: Timeout | None = None) -> results.ServerInfo:
+        """What runs there; answers also while the model is loading."""
+        return await self._ask(calls.server_info(), timeout)
+
+    async def wait_until_ready(self, timeout: Timeout | None = None) -> results.ServerInfo:
+        """Waits until the server, or one of the replicas, is there and its model is loaded."""
+        plan = plans.until_ready(self._connection.target, self._connection.deadline(timeout))
+        return await plans.follow_async(plan, self._perform)
+
+    async def close(self) -> None:
+        """Ends every call and the connection."""
+        self._closed = True
+        if self._opened is not None:
+            await self._opened[0].close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    def __repr__(self) -> str:
+        return f"AsyncClient({self._connection})"
+
+    async def _ask(self, call: Call[Answer], timeout: Timeout | None) -> Answer:
+        found: Answer = await self._perform(Ask(call, self._connection.deadline(timeout)))
+        return found
+
+    async def _perform(self, step: Step) -> Any:
+        """Does one step of a plan."""
+        if isinstance(step, Pause):
+            return await asyncio.sleep(step.seconds)
+        call = self._begin(step.call, step.deadline, wait_for_ready=step.wait_for_server)
+        reply = await self._read(call, step.deadline)
+        self._connection.answered()
+        return step.call.read(reply)
+
+    def _begin(self, call: Call[Any], deadline: Deadline, **options: Any) -> Any:
+        """Begins a call of any kind with what every call carries."""
+        method = call.method(self._open())
+        return method(call.request, timeout=deadline.left, metadata=self._connection.metadata, **options)
+
+    async def _read(self, answer: Any, deadline: Deadline) -> Any:
+        """What a call answers, or the next thing that a stream says."""
+        try:
+            return await answer
+        except grpc.RpcError as error:
+            found = self._connection.error_of(error)
+            if self._connection.puzzling(found):
+                found = await asyncio.to_thread(self._connection.explained, found, deadline)
+            raise found from None
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise
+            raise Cancelled("the call was ended by this client", code="CANCELLED") from None
+
+    def _open(self) -> Stubs:
+        if self._closed:
+            raise Cancelled(CLOSED, code="CANCELLED")
+        loop = asyncio.get_running_loop()
+        if self._opened is None:
+            channel: grpc.aio.Channel = self._connection.channel(grpc.aio)
+            self._opened, self._loop = (channel, Stubs(channel)), loop
+        if loop is not self._loop:
+            raise RuntimeError("an AsyncClient belongs to the event loop in which it is first used; make another one")
+        return self._opened[1]
+
+
+class AsyncGenerationStream(AsyncIterator[results.GeneratedToken | results.Generation]):
+    """A response while it is written. A stream that is dropped is closed, because gRPC cancels a call that is."""
+
+    def __init__(
+        self, client: AsyncClient, call: Call[results.GeneratedToken | results.Generation], deadline: Deadline
+    ) -> None:
+        self._client = client
+        self._what = call
+        self._deadline = deadline
+        self._beginning = Beginning(client._connection.retry)
+        self._left = asyncio.Event()
+        self._call = client._begin(call, deadline)
+
+    async def __anext__(self) -> results.GeneratedToken | results.Generation:
+        while True:
+            try:
+                reply = await self._client._read(self._call.read(), self._deadline)
+            except LapwingError as error:
+                pause = self._beginning.pause_after(error)
+                if pause is None or await self._left_within(pause):
+                    raise
+                self._call = self._client._begin(self._what, self._deadline)
+            else:
+                if reply is grpc.aio.EOF:
+                    raise StopAsyncIteration
+                self._beginning.begun()
+                return self._what.read(reply)
+
+    async def close(self) -> None:
+        """Stops the model; as often as one likes."""
+        self._left.set()
+        self._call.cancel()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def _left_within(self, seconds: float) -> bool:
+        try:
+            return await asyncio.wait_for(self._left.wait(), seconds)
+        except TimeoutError:
+            return False

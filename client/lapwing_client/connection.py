@@ -1,0 +1,131 @@
+"""How a client reaches its server, and what it tells gRPC about that; the same for both clients. Makes no call."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from lapwing_client import requests
+from lapwing_client.addresses import Target
+from lapwing_client.deadline import Deadline, Timeout
+from lapwing_client.errors import LapwingError, Unavailable, error_of_call
+from lapwing_client.retries import service_config
+from lapwing_client.tls import TLS, Source, explain, speaks_of_tls
+
+LARGEST_REPLY = 64 * 2**20
+"""Bytes; gRPC's default of 4 MiB is less than a batch of long texts answers with."""
+
+PING, PING_TIMEOUT = 30.0, 10.0
+"""Seconds of silence in a call after which the server is asked whether it is there, and that it has to answer. A
+server that allows fewer pings (gRPC's own default is one in five minutes) makes gRPC ask less often."""
+
+FIRST_RECONNECT, LONGEST_RECONNECT = 0.25, 5.0
+"""Seconds between attempts to connect: a replica that comes back after a restart is found soon."""
+
+CLOSED = "the client is closed; make another one"
+
+LOOK_SECONDS = 2.0
+"""What finding out about a failed connection may take at each address."""
+
+
+class Connection:
+    """Address, encryption, token and patience of a client; see `Client` for the arguments."""
+
+    def __init__(
+        self,
+        target: str | Sequence[str],
+        token: str | None,
+        tls: bool | Source | TLS | None,
+        timeout: Timeout,
+        retry: bool,
+    ) -> None:
+        self.target = target if isinstance(target, str) else ",".join(target)
+        self.timeout = timeout if isinstance(timeout, Deadline) else Deadline(timeout).seconds
+        self.retry = retry
+        self.where = Target.of(target)
+        self.tls = TLS.of(tls)
+        self.metadata = headers(token, self.tls is not None, self.where, self.target)
+        self._name = name_to_check(self.where, self.tls) if self.tls else ""
+        self._answered = False
+
+    def __repr__(self) -> str:
+        return f"{self.target!r}, {'unencrypted' if self.tls is None else 'TLS'}"
+
+    def channel(self, library: Any) -> Any:
+        """A channel of `grpc` or of `grpc.aio`."""
+        options = channel_options(self.retry, self.where.several, self._name)
+        if self.tls is None:
+            return library.insecure_channel(self.where.uri, options=options)
+        return library.secure_channel(self.where.uri, self.tls.credentials(), options=options)
+
+    def deadline(self, timeout: Timeout | None) -> Deadline:
+        """The deadline of one call."""
+        return Deadline.of(self.timeout if timeout is None else timeout)
+
+    def answered(self) -> None:
+        """Somebody did."""
+        self._answered = True
+
+    def error_of(self, error: Any) -> LapwingError:
+        """The error for a `grpc.RpcError`."""
+        found = error_of_call(error, self.target)
+        if found.reason:
+            self.answered()
+        return found
+
+    def puzzling(self, error: LapwingError) -> bool:
+        """Whether `explained` should look for what was wrong: it was TLS, or no connection was made yet."""
+        unsaid = isinstance(error, Unavailable) and not error.reason
+        return unsaid and (not self._answered or speaks_of_tls(error.message))
+
+    def explained(self, error: LapwingError, deadline: Deadline) -> LapwingError:
+        """The error, or TLS's part in it. Connects and blocks; the deadline bounds it."""
+        seconds = max(0.1, min(LOOK_SECONDS, deadline.left))
+        return explain(self.where.places, self.tls, self._name, seconds, error.message) or error
+
+
+def headers(token: str | None, encrypted: bool, where: Target, target: str) -> tuple[tuple[str, str], ...]:
+    """What is sent with every call.
+
+    Raises:
+        InvalidRequest: the token would leave this machine in the clear, or no header can hold it.
+    """
+    if token is None:
+        return ()
+    if not encrypted and not where.local:
+        message = f"is {target!r}; a token goes only to this machine or over an encrypted connection: give tls="
+        raise requests.unusable("target", message)
+    if not (token.isascii() and token.isprintable() and token.strip() == token != ""):
+        raise requests.unusable("token", "has characters that no header can hold; give printable ASCII")
+    return (("authorization", f"Bearer {token}"),)
+
+
+def name_to_check(where: Target, tls: TLS) -> str:
+    """The name that the certificate must have; empty for the host of the address.
+
+    Raises:
+        InvalidRequest: several replicas have no name in common.
+    """
+    if tls.server_name or not where.several:
+        return tls.server_name
+    hosts = {host for host, _ in where.places}
+    if len(hosts) > 1:
+        raise requests.unusable("tls", "needs the name that all replicas have in their certificate: TLS(server_name=)")
+    return "".join(hosts)
+
+
+def channel_options(retry: bool, several: bool = False, name: str = "") -> list[tuple[str, Any]]:
+    """What gRPC is told about the connection."""
+    options: list[tuple[str, Any]] = [
+        ("grpc.max_receive_message_length", LARGEST_REPLY),
+        ("grpc.enable_retries", int(retry)),
+        ("grpc.keepalive_time_ms", int(PING * 1000)),
+        ("grpc.keepalive_timeout_ms", int(PING_TIMEOUT * 1000)),
+        ("grpc.http2.max_pings_without_data", 0),
+        ("grpc.initial_reconnect_backoff_ms", int(FIRST_RECONNECT * 1000)),
+        ("grpc.max_reconnect_backoff_ms", int(LONGEST_RECONNECT * 1000)),
+    ]
+    if config := service_config(retry, several):
+        options.append(("grpc.service_config", json.dumps(config)))
+    return [*options, ("grpc.ssl_target_name_override", name)] if name else options

@@ -1,0 +1,165 @@
+"""A ScoreAttention stream from its header to its score: takes message by message, and answers when asked."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from functools import partial
+
+from grpc import StatusCode
+
+from lapwing.v1 import detector_pb2
+from lapwing_detector.detection import Detection
+from lapwing_detector.probe import Probe
+from lapwing_detector.scoring import Stopwatch, detect
+from lapwing_detector.tokens import TokenIds
+from lapwing_server.answers import detection_message
+from lapwing_server.asked import Asked, asked
+from lapwing_server.attention_assembly import Assembly
+from lapwing_server.attention_header import Header, read_header
+from lapwing_server.context import Context, note
+from lapwing_server.metrics import Metrics
+from lapwing_server.readiness import Readiness
+from lapwing_server.refusal import Refusal, invalid
+from lapwing_server.worker import Worker
+
+Request = detector_pb2.ScoreAttentionRequest
+
+
+class Sender:
+    """What one stream has said so far. All of it computes, and belongs into the reader's thread.
+
+    Args:
+        header: of the stream.
+        shared: the probes that score it.
+        most_bytes: that its sums may take.
+
+    Raises:
+        Refusal: what the header declares would take more.
+    """
+
+    def __init__(self, header: Header, shared: Asked, most_bytes: int) -> None:
+        self._header = header
+        self._shared = shared
+        self._clock = Stopwatch()
+        self._assembly = Assembly(header, shared.probe, shared.shadows, most_bytes=most_bytes)
+
+    def add(self, message: Request) -> None:
+        """Takes a slice.
+
+        Raises:
+            Refusal: it is not the next one, or can't be of an attention map.
+        """
+        with self._clock.stage("read"):
+            if message.HasField("summary"):
+                self._assembly.add_summary(message.summary)
+            else:
+                self._assembly.add_rows(message.rows)
+
+    def running(self) -> Detection:
+        """The score of what came so far, calibrated for a response that is still being written.
+
+        Raises:
+            Refusal: some heads of the probe have come further than others.
+        """
+        probe = self._shared.probe
+        detection = self._detect(probe, self._assembly.tokens("score_now"))
+        assert detection is not None, "all heads of the probe have come as far"
+        if detection.logit is None:
+            return detection
+        return replace(detection, probability=probe.running_probability(detection.logit, detection.response_tokens))
+
+    def final(self) -> tuple[Detection, list[Detection]]:
+        """The score of the whole, and those of the shadows that got all that they read.
+
+        Raises:
+            Refusal: it is not whole.
+        """
+        tokens = self._assembly.require_whole()
+        detection = self._detect(self._shared.probe, tokens)
+        assert detection is not None, "all heads of the probe are whole"
+        shadows = (self._detect(shadow, tokens) for shadow in self._shared.shadows)
+        return detection, [shadow for shadow in shadows if shadow is not None]
+
+    def _detect(self, probe: Probe, tokens: int) -> Detection | None:
+        """What a probe says; None for a shadow whose heads did not come, or not as those of an attention map."""
+        summary = self._assembly.summary(probe, tokens)
+        if summary is None:
+            return None
+        prompt = min(tokens, self._header.prompt_tokens)
+        counts = TokenIds((0,) * prompt, (0,) * (tokens - prompt))  # the ids themselves are not sent
+        detection = detect(probe, summary, counts, self._shared.false_positive_rate, dict(self._clock.seconds))
+        return replace(detection, token_ids=())
+
+
+class AttentionReader:
+    """Answers ScoreAttention. Numbers are read in a thread of their own: neither the event loop nor the model waits."""
+
+    def __init__(self, readiness: Readiness, worker: Worker, metrics: Metrics) -> None:
+        self._readiness = readiness
+        self._worker = worker
+        self._metrics = metrics
+
+    async def answer(self, requests: AsyncIterator[Request], context: Context) -> None:
+        """Reads a stream to its end and writes the answers.
+
+        The next message is read when the one before is dealt with, so that a sender gets ahead by no more than gRPC's
+        flow control lets it.
+
+        Raises:
+            Refusal: of the stream, or of a message in it.
+        """
+        seconds = self._readiness.limits.stream_seconds
+        try:
+            async with asyncio.timeout(seconds):
+                await self._read(requests, context)
+        except TimeoutError:
+            message = f"a stream may take {seconds:g} s; send the attention when all of it is there"
+            raise Refusal(StatusCode.DEADLINE_EXCEEDED, "STREAM_TOO_LONG", message) from None
+
+    async def _read(self, requests: AsyncIterator[Request], context: Context) -> None:
+        assert self._readiness.loaded
+        sender: Sender | None = None
+        shared: Asked | None = None
+        async for request in requests:
+            part = request.WhichOneof("part")
+            if part is None:
+                raise invalid("part", "is not set; give header, summary, rows or score_now")
+            if sender is None or shared is None:
+                sender, shared = await self._begin(request, part)
+            elif part == "header":
+                raise invalid("header", "came before; it is the first message and only it", "OUT_OF_ORDER")
+            elif part == "score_now":
+                await write(await self._worker.run(sender.running), context, running=True)
+            else:
+                await self._worker.run(partial(sender.add, request))
+        if sender is None or shared is None:
+            raise invalid("header", "never came; the stream ended before its first message", "EMPTY_STREAM")
+        await write(await self._worker.run(partial(self._end, sender, shared.role)), context, running=False)
+
+    async def _begin(self, request: Request, part: str) -> tuple[Sender, Asked]:
+        if part != "header":
+            raise invalid("header", f"must come before {part}", "OUT_OF_ORDER")
+        engine, most_bytes = self._readiness.loaded.engine, self._readiness.limits.attention_bytes
+        try:
+            shared = asked(request.header, self._readiness)
+            read = partial(read_header, request.header, shared.probe, engine.identity, engine.max_tokens)
+            header = await self._worker.run(read)
+        except Refusal as refusal:
+            raise refusal.under("header") from None
+        note(prompt_tokens=header.prompt_tokens)
+        return Sender(header, shared, most_bytes), shared
+
+    def _end(self, sender: Sender, role: str) -> Detection:
+        detection, shadows = sender.final()
+        self._metrics.stage("probe", detection.seconds["probe"])
+        self._metrics.scored(detection, role)
+        for shadow in shadows:
+            self._metrics.scored(shadow, "shadow")
+        return detection
+
+
+async def write(detection: Detection, context: Context, *, running: bool) -> None:
+    """Sends one answer."""
+    await context.write(detector_pb2.ScoreAttentionResponse(detection=detection_message(detection), running=running))

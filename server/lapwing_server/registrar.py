@@ -1,0 +1,38 @@
+"""Hands the handlers of services to a server, and remembers which methods it has by then."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import grpc
+
+if TYPE_CHECKING:
+    from lapwing_server.context import Handler
+
+
+class Registrar:
+    """Stands for a server where generated code adds a service to one."""
+
+    def __init__(self, server: grpc.aio.Server) -> None:
+        self._server = server
+        self._services: set[str] = set()
+        self._methods: set[str] = set()
+
+    @property
+    def methods(self) -> frozenset[str]:
+        """Full name of every method; of a service that does not say which it has, /SERVICE/*."""
+        told = {method.split("/")[1] for method in self._methods}
+        return frozenset(self._methods | {f"/{service}/*" for service in self._services - told})
+
+    def add_generic_rpc_handlers(self, handlers: Sequence[Any]) -> None:
+        """Called by generated code for each service."""
+        self._services |= {
+            one.service_name() if isinstance(one, grpc.ServiceRpcHandler) else type(one).__name__ for one in handlers
+        }
+        self._server.add_generic_rpc_handlers(handlers)
+
+    def add_registered_method_handlers(self, service: str, handlers: Mapping[str, Handler]) -> None:
+        """Called by generated code for each service."""
+        self._methods |= {f"/{service}/{method}" for method in handlers}
+        self._server.add_registered_method_handlers(service, dict(handlers))

@@ -1,0 +1,177 @@
+"""Decides what the model computes next: a forward that scores and a step of all streams, in turn."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Sequence
+
+from lapwing_detector.options import GenerationOptions
+from lapwing_detector.probe import Probe
+from lapwing_server.admission import Admission, Places, TooLate
+from lapwing_server.engine import Engine, Prompt
+from lapwing_server.forwards import Forwards
+from lapwing_server.limits import Limits
+from lapwing_server.metrics import Metrics
+from lapwing_server.mishap import report
+from lapwing_server.stream import Stream
+from lapwing_server.waiting import Call, Item, Outcome, Waiting, call_of
+from lapwing_server.worker import Worker
+from lapwing_server.writing import Writing
+
+
+class Scheduler:
+    """Takes work on the event loop and has it done by the worker, in rounds, between which others may use the worker.
+
+    A round is one forward over the items that wait, as many as fit, and one step of the streams that are open.
+    """
+
+    def __init__(
+        self, worker: Worker, limits: Limits, metrics: Metrics, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.places = Places(limits, metrics)
+        self.admission = Admission(limits, metrics)
+        self._worker = worker
+        self._limits = limits
+        self._metrics = metrics
+        self._clock = clock
+        self._queue = Waiting()
+        self._forwards = Forwards(self._queue, limits, metrics, self.admission.wording, clock)
+        self._writing = Writing(metrics, clock, self._add_shadow)
+        self._engine: Engine | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._awake = False
+        self._lock = threading.Lock()
+
+    def begin(self, engine: Engine) -> None:
+        """Computes with this engine, and answers on the running event loop, from now on."""
+        self._engine, self._loop = engine, asyncio.get_running_loop()
+
+    @property
+    def waiting(self) -> int:
+        """Items whose turn has not come."""
+        return self._queue.items
+
+    @property
+    def in_flight(self) -> int:
+        """Items that are being scored, and streams that are open."""
+        return self._forwards.items + self._writing.open
+
+    @property
+    def idle(self) -> bool:
+        """Whether there is nothing to do."""
+        return not self._awake
+
+    async def score(self, items: Sequence[Item], *, deadline: float | None = None) -> list[Outcome]:
+        """What came of each item: its detection, or what is wrong with it alone.
+
+        Args:
+            items: what is to be scored. They may share forwards with each other and with other calls.
+            deadline: after which nothing of it is computed, by the scheduler's clock.
+
+        Raises:
+            Refusal: it is not taken on, or was not done by its deadline.
+        """
+        begun, sizes = self._clock(), self.admission.sizes(items)
+        self.admission.check(sizes, begun, deadline, self._queue, self._forwards.running)
+        answer: asyncio.Future[list[Outcome]] = asyncio.get_running_loop().create_future()
+        call = call_of(items, sizes, begun, deadline, answer)
+        self._queue.add(call)
+        self._wake()
+        try:
+            outcomes = await answer
+        except asyncio.CancelledError:
+            self._forget(call)
+            raise
+        for outcome in outcomes:
+            if isinstance(outcome, TooLate):
+                raise outcome
+        return outcomes
+
+    def generate(
+        self,
+        prompt: Prompt,
+        probe: Probe,
+        options: GenerationOptions,
+        *,
+        deadline: float | None = None,
+        shadows: tuple[Probe, ...] = (),
+        role: str = "active",
+    ) -> Stream:
+        """A new generation; whoever does not read it to its end must `close` it.
+
+        Args:
+            prompt: what the model is given.
+            probe: scores what it writes.
+            options: how it writes.
+            deadline: after which no token is begun, by the scheduler's clock.
+            shadows: score the finished response unseen.
+            role: why `probe` scores, as the metrics call it.
+
+        Raises:
+            Refusal: the deadline has passed.
+        """
+        begun = self._clock()
+        if deadline is not None and deadline <= begun:
+            raise TooLate
+        stream = Stream(
+            prompt, probe, options, begun=begun, deadline=deadline, wake=self._wake, shadows=shadows, role=role
+        )
+        self._writing.add(stream)
+        self._wake()
+        return stream
+
+    def _forget(self, call: Call) -> None:
+        """Nothing more of a call is computed."""
+        call.gone = True
+        for _ in range(self._queue.remove(call)):
+            self._metrics.dropped("cancelled")
+
+    def _add_shadow(self, item: Item) -> None:
+        """Scores for the metrics alone, when there is little else to do."""
+        if self._queue.items < self._limits.queue_items // 2:
+            self._queue.add(call_of([item], self.admission.sizes([item]), self._clock(), None, None))
+
+    def _wake(self) -> None:
+        with self._lock:
+            if self._awake:
+                return
+            self._awake = True
+        self._worker.post(self._round)
+
+    def _round(self) -> None:
+        try:
+            self._compute()
+        except Exception as error:
+            report(error, "a round")
+        with self._lock:
+            self._awake = bool(self._queue.items or self._forwards.items) or self._writing.busy
+            if self._awake:
+                self._worker.post(self._round)
+
+    def _compute(self) -> None:
+        engine, loop = self._engine, self._loop
+        assert engine is not None, "begin() comes first"
+        assert loop is not None
+        begun = self._clock()
+        calls, tokens = self._forwards.run(engine)
+        if calls:
+            loop.call_soon_threadsafe(answer_all, calls)
+        if self._writing.busy and (streams := self._writing.round(engine)):
+            loop.call_soon_threadsafe(announce_all, streams)
+        if tokens:
+            self.admission.pace.saw(self._clock() - begun, tokens)
+
+
+def answer_all(calls: Sequence[Call]) -> None:
+    """Wakes whoever waits for one of the calls."""
+    for call in calls:
+        if call.answer is not None and not call.answer.done():
+            call.answer.set_result([call.outcomes[place] for place in range(call.items)])
+
+
+def announce_all(streams: Sequence[Stream]) -> None:
+    """Wakes whoever waits for news of one of the streams."""
+    for stream in streams:
+        stream.announce()

@@ -1,0 +1,53 @@
+"""Who calls."""
+
+from __future__ import annotations
+
+from contextvars import ContextVar
+from dataclasses import dataclass
+from urllib.parse import unquote
+
+from lapwing_detector.head_map import escaped
+from lapwing_server.context import Context
+from lapwing_server.security.scopes import Scope
+
+LONGEST_NAME = 100
+
+
+@dataclass(frozen=True)
+class Principal:
+    """Somebody who may do something."""
+
+    name: str
+    """Of a token or certificate, else the address without its port; may be logged."""
+
+    scopes: frozenset[Scope]
+    streams: int | None = None
+    """Streams at the same time; what the server's limits say for None."""
+
+    requests_per_second: float | None = None
+    """Calls in a second, in the long run; what the server's settings say for None."""
+
+    burst: int | None = None
+    """Calls at once."""
+
+
+current_principal: ContextVar[Principal | None] = ContextVar("current_principal", default=None)
+"""Whose call the running handler answers; None outside of one."""
+
+
+def principal_of(context: Context) -> Principal:
+    """Whose call this is; outside of a guarded handler somebody who may do nothing, known by the address."""
+    return current_principal.get() or Principal(peer_name(context), frozenset())
+
+
+def peer_name(context: Context) -> str:
+    """The caller's address without the port: ipv4:127.0.0.1:5000 -> 127.0.0.1, ipv6:%5B::1%5D:5000 -> ::1."""
+    kind, _, address = unquote(context.peer()).partition(":")
+    return address.rpartition(":")[0].strip("[]") if kind in ("ipv4", "ipv6") else kind
+
+
+def certificate_names(context: Context) -> list[str]:
+    """The names in the client's certificate, which an authority of ours vouches for: the common name comes first."""
+    found = context.auth_context()
+    names = [*found.get("x509_common_name", ()), *found.get("x509_subject_alternative_name", ())]
+    return [escaped(name.decode("utf-8", "backslashreplace"), LONGEST_NAME) for name in names]

@@ -1,0 +1,224 @@
+"""How to serve: every setting with its default, and which of them exclude each other.
+
+Knows nothing of flags, variables and files.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+from lapwing_server.limits import Count, Limits, Seconds, no_truth
+
+
+def existing(path: Path) -> Path:
+    """The path, at which there is something."""
+    if not os.path.exists(path):
+        raise ValueError("there is no such file or directory")
+    return path
+
+
+def readable(path: Path) -> Path:
+    """The path of a file."""
+    if not os.path.isfile(path):
+        raise ValueError("there is no such file")
+    return path
+
+
+Port = Annotated[int, BeforeValidator(no_truth), Field(ge=0, le=65535)]
+Rate = Annotated[float, BeforeValidator(no_truth), Field(gt=0, le=1e6, allow_inf_nan=False)]
+ExistingPath = Annotated[Path, AfterValidator(existing)]
+File = Annotated[Path, AfterValidator(readable)]
+
+PATHS_OF_SECRETS = ("tls_cert", "tls_key", "tls_client_ca", "tokens_file")
+"""Somebody may paste the secret itself in place of its path, so what is no path of a file is never shown."""
+
+
+class Contradiction(ValueError):
+    """Settings that exclude each other.
+
+    Args:
+        names: of the settings.
+        message: what is wrong and how to mend it.
+    """
+
+    def __init__(self, names: tuple[str, ...], message: str) -> None:
+        super().__init__(message)
+        self.names = names
+
+
+class Settings(BaseSettings):
+    """How to serve. Made directly, it looks at nothing but its arguments; `setting_sources.read` looks further.
+
+    Raises:
+        pydantic.ValidationError: a name is unknown, a value has the wrong type, or two exclude each other.
+    """
+
+    model_config = SettingsConfigDict(
+        frozen=True,
+        extra="forbid",
+        use_attribute_docstrings=True,
+        env_prefix="LAPWING_",
+        env_nested_delimiter="__",
+        env_ignore_empty=True,
+    )
+
+    host: Annotated[str, Field(min_length=1)] = "127.0.0.1"
+    """Address to listen on."""
+
+    port: Port = 50051
+    """Port to listen on; 0 takes a free one."""
+
+    insecure: bool = False
+    """Listen on an address that others can reach, without encryption."""
+
+    reflection: bool = False
+    """Tell any client which services and messages there are."""
+
+    grace: Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)] = 30.0
+    """Seconds that calls in flight have to finish at the end."""
+
+    keepalive: Seconds = 30.0
+    """Seconds of silence after which a client is asked whether it is still there."""
+
+    keepalive_timeout: Seconds = 10.0
+    """Seconds that it has to answer."""
+
+    model: Annotated[str, Field(min_length=1)] | None = None
+    """Hub id or path of a causal language model; the embedded one without it."""
+
+    device: Annotated[str, Field(min_length=1)] | None = None
+    """Where the model runs, such as cuda or cuda:1; the CPU without it."""
+
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Type of the model's weights; as stored without it."""
+
+    probes: ExistingPath | None = None
+    """A registry, a probe directory, or a directory of them; the embedded probe without it."""
+
+    probe: Annotated[str, Field(min_length=1)] | None = None
+    """Name of the probe that scores; the registry's choice, else the first one, without it."""
+
+    tls_cert: File | None = None
+    """The server's certificate and those between it and its authority, PEM. Files are read anew when they change."""
+
+    tls_key: File | None = None
+    """Private key of the certificate, PEM, not encrypted."""
+
+    tls_client_ca: File | None = None
+    """Certificates of authorities, PEM: only clients with a certificate by one of them are let in."""
+
+    tokens_file: File | None = None
+    """TOML file of who may do what: see lapwing token --help. Read anew when it changes."""
+
+    requests_per_second: Rate | None = None
+    """Calls of one client (of one token or certificate, else of one address) in a second, in the long run."""
+
+    burst: Count | None = None
+    """Calls that it may make at once; as many as in one second, and at least one, without it."""
+
+    metrics_port: Port | None = None
+    """Port of the Prometheus metrics, over plain HTTP; 0 takes a free one; none without it."""
+
+    metrics_host: Annotated[str, Field(min_length=1)] = "127.0.0.1"
+    """Address of the metrics."""
+
+    log_format: Literal["auto", "json", "text"] = "auto"
+    """One JSON object a line, text for people, or text on a terminal and else JSON."""
+
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """The least that is logged; at debug, texts of errors may quote prompts."""
+
+    limits: Limits = Limits()
+    """How much clients may ask for."""
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """The arguments alone: a server in a test or a notebook does not depend on who started the process."""
+        return (init_settings,)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Settings:
+        for contradiction in contradictions(self):
+            raise contradiction
+        return self
+
+    @property
+    def address(self) -> str:
+        """The host as it stands before a port."""
+        return bracketed(self.host)
+
+    @property
+    def encrypted(self) -> bool:
+        """Whether clients are spoken to over TLS."""
+        return self.tls_cert is not None
+
+    @property
+    def options(self) -> list[tuple[str, int]]:
+        """The same for gRPC."""
+        return [
+            ("grpc.so_reuseport", 0),  # a second server on a port must fail, not take half of the calls
+            ("grpc.max_receive_message_length", self.limits.request_bytes),
+            ("grpc.max_send_message_length", -1),
+            ("grpc.keepalive_time_ms", int(self.keepalive * 1000)),
+            ("grpc.keepalive_timeout_ms", int(self.keepalive_timeout * 1000)),
+            ("grpc.http2.ping_timeout_ms", int(self.keepalive_timeout * 1000)),  # of a ping in flight; else a minute
+            ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+        ]
+
+
+def contradictions(settings: Settings) -> Iterator[Contradiction]:
+    """All pairs of settings that exclude each other, the gravest first."""
+    one = settings
+    if (one.tls_cert is None) != (one.tls_key is None):
+        given, missing = ("tls_cert", "tls_key") if one.tls_cert else ("tls_key", "tls_cert")
+        yield Contradiction((given, missing), f"{given} needs {missing}: give both, or neither")
+    if one.tls_client_ca and not one.encrypted:
+        yield Contradiction(("tls_client_ca", "tls_cert"), "tls_client_ca needs tls_cert and tls_key: there is no TLS")
+    if one.insecure and one.encrypted:
+        yield Contradiction(("insecure", "tls_cert"), "insecure is without encryption, tls_cert with it: drop one")
+    if not (one.encrypted or is_loopback(one.host)):
+        if one.tokens_file:
+            message = f"tokens would travel readable by others to {one.host!r}: give tls_cert and tls_key"
+            yield Contradiction(("tokens_file", "host"), message)
+        if not one.insecure:
+            message = (
+                f"others can reach {one.host!r}, and there is no encryption: give --tls-cert and --tls-key, "
+                "keep 127.0.0.1 behind a proxy, or say --insecure"
+            )
+            yield Contradiction(("host",), message)
+    if one.model and not one.probes:
+        message = "--model needs --probes: the embedded probe was fitted on the embedded model only"
+        yield Contradiction(("model", "probes"), message)
+    if one.burst and not one.requests_per_second:
+        yield Contradiction(("burst", "requests_per_second"), "burst needs requests_per_second: nothing is limited")
+    if one.metrics_port is None and one.metrics_host != "127.0.0.1":
+        yield Contradiction(("metrics_host", "metrics_port"), "metrics_host needs metrics_port: no metrics are served")
+    if one.metrics_port and one.metrics_port == one.port:
+        yield Contradiction(("metrics_port", "port"), f"metrics_port and port are both {one.port}: give two")
+
+
+def bracketed(host: str) -> str:
+    """The host as it stands before a port."""
+    return f"[{host}]" if ":" in host else host
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches the address."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

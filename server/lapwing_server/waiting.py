@@ -1,0 +1,173 @@
+"""What is to be scored and waits for its turn. Filled by the event loop, emptied by the worker."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections import OrderedDict, deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+from lapwing_detector.detection import Detection
+from lapwing_detector.probe import Probe
+from lapwing_detector.tokens import TokenIds
+from lapwing_server.engine import Prompt, Response
+
+Outcome = Detection | Exception
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One prompt and response, and who says what of them."""
+
+    prompt: Prompt
+    response: Response
+    probe: Probe
+    false_positive_rate: float
+    shadows: tuple[Probe, ...] = ()
+    """Score unseen from the same attention."""
+
+    role: str = "active"
+    """Why `probe` scores, as the metrics call it: active, named or shadow."""
+
+    ids: TokenIds | None = None
+    """Prompt and response when they are tokenised already; the two are not looked at then."""
+
+    @property
+    def characters(self) -> int:
+        """Of the text that is to be tokenised."""
+        return characters(self.prompt) + characters(self.response) if self.ids is None else 0
+
+    @property
+    def token_count(self) -> int:
+        """Of what is tokenised already."""
+        return len(self.ids.all) if self.ids else counted(self.prompt) + counted(self.response)
+
+
+def characters(content: Prompt | Response) -> int:
+    """How many are to be tokenised."""
+    if isinstance(content, str):
+        return len(content)
+    return sum(len(turn["content"]) + len(turn["role"]) for turn in content if isinstance(turn, dict))
+
+
+def counted(content: Prompt | Response) -> int:
+    """How many tokens there are already."""
+    return len(content) if isinstance(content, list) and content and isinstance(content[0], int) else 0
+
+
+@dataclass(eq=False, slots=True)
+class Call:
+    """The items of one request, which is answered when all of them have an outcome."""
+
+    begun: float
+    deadline: float | None
+    """Both by the scheduler's clock."""
+
+    answer: asyncio.Future[list[Outcome]] | None
+    """None when nobody waits."""
+
+    entries: deque[Entry] = field(default_factory=deque)
+    """Those that still wait."""
+
+    outcomes: dict[int, Outcome] = field(default_factory=dict)
+    """By place."""
+
+    items: int = 0
+
+    gone: bool = False
+    """Nobody waits any more, so that nothing of it is to be computed."""
+
+    def settle(self, place: int, outcome: Outcome) -> bool:
+        """Notes what came of an item; whether it was the last one."""
+        self.outcomes[place] = outcome
+        return len(self.outcomes) == self.items
+
+
+@dataclass(eq=False, slots=True)
+class Entry:
+    """One item of a call on its way."""
+
+    call: Call
+    place: int
+    item: Item
+    size: int
+    """Tokens, estimated until it is tokenised."""
+
+    ids: TokenIds | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def settle(self, outcome: Outcome) -> bool:
+        """Notes what came of it; whether it was the last one of its call."""
+        if isinstance(outcome, Detection):
+            outcome = replace(outcome, seconds={**self.seconds, **outcome.seconds})
+        return self.call.settle(self.place, outcome)
+
+
+def call_of(
+    items: Sequence[Item],
+    sizes: Sequence[int],
+    begun: float,
+    deadline: float | None,
+    answer: asyncio.Future[list[Outcome]] | None,
+) -> Call:
+    """A call with an entry for each item.
+
+    Args:
+        items: what is to be scored.
+        sizes: of each, in tokens.
+        begun: when it was asked for.
+        deadline: after which nothing of it is computed.
+        answer: what becomes of it; None when nobody waits.
+    """
+    call = Call(begun, deadline, answer, items=len(items))
+    call.entries.extend(Entry(call, *each) for each in zip(range(len(items)), items, sizes, strict=True))
+    return call
+
+
+class Waiting:
+    """Calls that take turns, one item at a time, so that a large one does not hold up the small ones behind it."""
+
+    def __init__(self) -> None:
+        self.items = 0
+        self.tokens = 0
+        self._calls: OrderedDict[Call, None] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def add(self, call: Call) -> None:
+        """Its items wait from now on."""
+        with self._lock:
+            self._calls[call] = None
+            self._count(call.entries, 1)
+
+    def remove(self, call: Call) -> int:
+        """Those of its items that still wait do so no longer; how many they were."""
+        with self._lock:
+            if call not in self._calls:
+                return 0
+            del self._calls[call]
+            self._count(call.entries, -1)
+            return len(call.entries)
+
+    def take(self) -> Entry | None:
+        """The item whose turn it is; None when none waits."""
+        with self._lock:
+            if not self._calls:
+                return None
+            call = next(iter(self._calls))
+            entry = call.entries.popleft()
+            if call.entries:
+                self._calls.move_to_end(call)
+            else:
+                del self._calls[call]
+            self._count((entry,), -1)
+            return entry
+
+    def ahead_of(self, turns: int) -> int:
+        """Tokens of what is taken before a new call's last of so many items."""
+        with self._lock:
+            return sum(entry.size for call in self._calls for entry, _ in zip(call.entries, range(turns), strict=False))
+
+    def _count(self, entries: Sequence[Entry] | deque[Entry], sign: int) -> None:
+        self.items += sign * len(entries)
+        self.tokens += sign * sum(entry.size for entry in entries)
