@@ -23,7 +23,7 @@ RUN python -m venv /opt/lapwing && /opt/lapwing/bin/pip install --constraint con
 FROM python:3.12-slim
 RUN useradd --system --uid 10001 --create-home lapwing
 COPY --from=build /opt/lapwing /opt/lapwing
-ENV PATH=/opt/lapwing/bin:${PATH} HF_HUB_OFFLINE=1 MPLCONFIGDIR=/tmp/matplotlib
+ENV PATH=/opt/lapwing/bin:${PATH} HF_HUB_OFFLINE=1 MPLCONFIGDIR=/tmp/matplotlib GRPC_VERBOSITY=NONE
 USER 10001
 EXPOSE 50051
 STOPSIGNAL SIGTERM

@@ -13,9 +13,9 @@ from lapwing_client import calls, many, plans, results
 from lapwing_client.attention_messages import header_request, known_of
 from lapwing_client.attention_stream import AsyncAttentionStream
 from lapwing_client.calls import Call, Stubs
-from lapwing_client.connection import CLOSED, Connection
+from lapwing_client.connection import Connection
 from lapwing_client.deadline import Deadline, Timeout
-from lapwing_client.errors import Cancelled, LapwingError
+from lapwing_client.errors import CLOSED, Cancelled, LapwingError
 from lapwing_client.many_tasks import score_by_tasks
 from lapwing_client.plans import Ask, Pause, Step
 from lapwing_client.requests import Prompt, Response

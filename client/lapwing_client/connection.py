@@ -23,8 +23,6 @@ server that allows fewer pings (gRPC's own default is one in five minutes) makes
 FIRST_RECONNECT, LONGEST_RECONNECT = 0.25, 5.0
 """Seconds between attempts to connect: a replica that comes back after a restart is found soon."""
 
-CLOSED = "the client is closed; make another one"
-
 LOOK_SECONDS = 2.0
 """What finding out about a failed connection may take at each address."""
 
@@ -54,10 +52,13 @@ class Connection:
 
     def channel(self, library: Any) -> Any:
         """A channel of `grpc` or of `grpc.aio`."""
-        options = channel_options(self.retry, self.where.several, self._name)
         if self.tls is None:
-            return library.insecure_channel(self.where.uri, options=options)
-        return library.secure_channel(self.where.uri, self.tls.credentials(), options=options)
+            return library.insecure_channel(self.where.uri, options=self.options())
+        return library.secure_channel(self.where.uri, self.tls.credentials(), options=self.options())
+
+    def options(self) -> list[tuple[str, Any]]:
+        """What the channel is told."""
+        return channel_options(self.retry, self.where.several, self._name)
 
     def deadline(self, timeout: Timeout | None) -> Deadline:
         """The deadline of one call."""

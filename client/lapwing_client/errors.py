@@ -10,6 +10,10 @@ from grpc import StatusCode
 DETAILS = "grpc-status-details-bin"
 
 
+CLOSED = "the client is closed; make another one"
+"""What a closed client says of every call."""
+
+
 class LapwingError(Exception):
     """A call that was not answered.
 
@@ -64,7 +68,7 @@ class InvalidRequest(LapwingError):
 
 
 class TooLarge(InvalidRequest):
-    """The request has more bytes than the server reads."""
+    """The request has more than the server takes at once, however little else it has to do."""
 
     who_acts = "the caller: send fewer or shorter items"
 
@@ -185,7 +189,10 @@ def error_of_status(status: status_pb2.Status) -> LapwingError:
         detail.Unpack(info) or detail.Unpack(bad)
         if detail.Unpack(retry):
             retry_after = retry.retry_delay.ToNanoseconds() / 1e9
-    return BY_CODE.get(code, ServerError)(
+    kind = BY_CODE.get(code, ServerError)
+    if kind is Overloaded and info.reason and retry_after is None:  # trying again would never help
+        kind = TooLarge
+    return kind(
         status.message,
         reason=info.reason,
         code=code.name,

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from threading import Thread, current_thread, main_thread
 from types import FrameType
@@ -38,7 +39,9 @@ def running_server(arguments: Sequence[str]) -> Iterator[str]:
     command = (*SELF, "serve", "--port", "0", *arguments)
     with (
         endings_as_exits(),
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server,
+        subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=without_settings(os.environ)
+        ) as server,
     ):
         log = LogReader(server)
         try:
@@ -53,6 +56,11 @@ def running_server(arguments: Sequence[str]) -> Iterator[str]:
             raise ServerFailed(f"the server ended by itself; its log ends with:\n{log.tail()}") from error
         finally:
             stop(server)
+
+
+def without_settings(environment: Mapping[str, str]) -> dict[str, str]:
+    """The environment without what is meant for a server that others use."""
+    return {name: value for name, value in environment.items() if not name.startswith("LAPWING_")}
 
 
 def stop(server: subprocess.Popen[str]) -> None:

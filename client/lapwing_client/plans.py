@@ -12,7 +12,15 @@ from typing import Any, TypeVar
 from lapwing_client import calls, results
 from lapwing_client.calls import Call
 from lapwing_client.deadline import Deadline
-from lapwing_client.errors import DeadlineExceeded, LapwingError, Overloaded, ServerError, Unavailable
+from lapwing_client.errors import (
+    CLOSED,
+    Cancelled,
+    DeadlineExceeded,
+    LapwingError,
+    Overloaded,
+    ServerError,
+    Unavailable,
+)
 
 Answer = TypeVar("Answer")
 
@@ -110,8 +118,9 @@ def until_ready(target: str, deadline: Deadline) -> Plan[results.ServerInfo]:
                 ready: results.ServerInfo = yield Ask(calls.server_info(), Deadline(max(deadline.left, 1.0)))
                 return ready
             info = yield Ask(calls.server_info(), deadline)
-        except (Unavailable, DeadlineExceeded, Overloaded, ServerError):
-            pass
+        except (Cancelled, Unavailable, DeadlineExceeded, Overloaded, ServerError) as error:
+            if error.message == CLOSED:
+                raise
         else:
             last = info.message
             if info.state == "FAILED":

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lapwing_detector.capture import Captured, capture_attention
+    from lapwing_detector.chunks import AttentionChunk, AttentionChunks
     from lapwing_detector.detection import Detection, HeadContribution, Reason, State
     from lapwing_detector.detector import Detector
     from lapwing_detector.features import (
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     )
     from lapwing_detector.generation import GeneratedToken, Generation
     from lapwing_detector.head_map import HeadMap, plot_pair
+    from lapwing_detector.identity import ModelIdentity, identity_of
     from lapwing_detector.options import GenerationOptions
     from lapwing_detector.probe import Probe
     from lapwing_detector.running import RunningLogits
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
     from lapwing_detector.summary import AttentionSummary
 
 _HOMES = {
+    "AttentionChunk": "chunks",
+    "AttentionChunks": "chunks",
     "AttentionSummary": "summary",
     "Captured": "capture",
     "Detection": "detection",
@@ -37,6 +41,7 @@ _HOMES = {
     "GenerationOptions": "options",
     "HeadContribution": "detection",
     "HeadMap": "head_map",
+    "ModelIdentity": "identity",
     "Probe": "probe",
     "Reason": "detection",
     "RunningLogits": "running",
@@ -48,12 +53,15 @@ _HOMES = {
     "attention_eigenvalues": "features",
     "attention_scores": "features",
     "capture_attention": "capture",
+    "identity_of": "identity",
     "laplacian_eigenvalues": "features",
     "plot_pair": "head_map",
     "sink_scores": "features",
 }
 
 __all__ = [
+    "AttentionChunk",
+    "AttentionChunks",
     "AttentionSummary",
     "Captured",
     "Detection",
@@ -63,6 +71,7 @@ __all__ = [
     "GenerationOptions",
     "HeadContribution",
     "HeadMap",
+    "ModelIdentity",
     "Probe",
     "Reason",
     "RunningLogits",
@@ -74,6 +83,7 @@ __all__ = [
     "attention_eigenvalues",
     "attention_scores",
     "capture_attention",
+    "identity_of",
     "laplacian_eigenvalues",
     "plot_pair",
     "sink_scores",

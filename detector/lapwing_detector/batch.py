@@ -60,13 +60,15 @@ class Batch:
         captured = model.capture(self.heads)
         # The capture is left between the steps, so that others may use the model.
         with captured.resume(), torch.inference_mode():
-            if self.cache is not None:
-                captured.take_over(self.sums, self.cache)
-            output = model.forward(
-                model.tensor(ids), past_key_values=self.cache, use_cache=True, **self._places(past, len(ids[0]))
-            )
-            self.sums, self.cache = captured.sums, output.past_key_values
-            captured.forget()
+            try:
+                if self.cache is not None:
+                    captured.take_over(self.sums, self.cache)
+                output = model.forward(
+                    model.tensor(ids), past_key_values=self.cache, use_cache=True, **self._places(past, len(ids[0]))
+                )
+                self.sums, self.cache = captured.sums, getattr(output, "past_key_values", None)
+            finally:
+                captured.forget()
             if self.cache is None:
                 raise UnsupportedGeneration(
                     f"{type(model.model).__name__} returns no cache, beginning anew with every token; score the "

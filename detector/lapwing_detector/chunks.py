@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +18,7 @@ MAX_BYTES = 2**20
 NUMBER_BYTES = 4
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class AttentionChunk:
     """What consecutive rows of the attention maps add up to, for some heads of some layers.
 
@@ -41,7 +41,7 @@ class AttentionChunk:
     """(layers, heads, first_token + rows): attention that each token receives from these rows."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class AttentionChunks(Collection[AttentionChunk]):
     """Consecutive rows of one sequence, as pieces that together cover every layer and head once.
 
@@ -63,10 +63,10 @@ class AttentionChunks(Collection[AttentionChunk]):
     attention_sinks: bool
     """Whether some layer has learned sinks, so that rows add up to less than 1."""
 
-    diagonal: NDArray[np.float32]
+    diagonal: NDArray[np.float32] = field(repr=False)
     """(layers, heads, tokens - first_token), as in AttentionChunk."""
 
-    received: NDArray[np.float32]
+    received: NDArray[np.float32] = field(repr=False)
     """(layers, heads, tokens), as in AttentionChunk."""
 
     max_bytes: int = MAX_BYTES
@@ -91,7 +91,7 @@ class AttentionChunks(Collection[AttentionChunk]):
 
     @property
     def _head_bytes(self) -> int:
-        return NUMBER_BYTES * (self.diagonal.shape[2] + self.received.shape[2])
+        return NUMBER_BYTES * (2 * self.tokens - self.first_token)
 
     def _places(self) -> list[tuple[slice, slice]]:
         """Layers and heads of each piece: whole layers where one fits in, else some of its heads."""

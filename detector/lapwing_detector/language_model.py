@@ -25,6 +25,9 @@ DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float1
 NO_LIMIT = 1 << 20
 """Context length where neither the configuration nor the tokenizer names one."""
 
+PLACES = frozenset({"attention_mask", "position_ids"})
+"""Parameters of a forward by which a padded batch says where each token is."""
+
 MOST_CAPTURES = 16
 """Sets of heads whose captures are kept."""
 
@@ -171,9 +174,29 @@ class LanguageModel:
         """Token ids or a mask on the model's device; (batch, tokens)."""
         return torch.tensor(rows, dtype=torch.long, device=self.model.device)
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy makes its own captures, which are tied to the model.
+        return {name: value for name, value in self.__dict__.items() if name != "_captures"}
+
     @cached_property
     def _captures(self) -> dict[Any, Captured]:
         return {}
+
+    @cached_property
+    def takes_padding(self) -> bool:
+        """Whether sequences of different lengths can go on side by side, padded on the left.
+
+        Runs the model, as some (RoBERTa and its kind) count positions from another number than 0.
+        """
+        config = self.model.config.get_text_config()
+        if switching_points(config) or not self.parameters >= PLACES:
+            return False  # in a batch all would have the frequencies of the longest
+        padding = {self.pad_id, getattr(config, "pad_token_id", None)}  # which they do not count at all
+        ids = self.tensor([[token for token in range(5) if token not in padding]])
+        with torch.inference_mode():
+            alone = self.forward(ids, use_cache=False).logits
+            placed = self.forward(ids, use_cache=False, position_ids=torch.arange(ids.shape[1])[None].to(ids.device))
+        return torch.equal(alone, placed.logits)
 
     @cached_property
     def parameters(self) -> frozenset[str]:

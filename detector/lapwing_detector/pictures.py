@@ -31,7 +31,8 @@ def heading(probe: Probe, feature: str, statistic: str) -> str:
     if statistic == "HEAD_PROBE":
         return f"{head_map.title}\nbest head {head_map.values.max():.2f} by itself, on rows it was not fitted on"
     if statistic == "SELECTED":
-        return f"{head_map.title}\n{int(head_map.values.sum())} of {head_map.values.size} heads are read"
+        more = ", and log-probabilities" if probe.reads_log_probabilities else ""
+        return f"{head_map.title}\n{int(head_map.values.sum())} of {head_map.values.size} heads are read{more}"
     return head_map.title
 
 

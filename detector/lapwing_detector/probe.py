@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +21,7 @@ from lapwing_detector.features import FEATURES
 from lapwing_detector.head_map import STATISTICS, HeadMap
 from lapwing_detector.identity import ModelIdentity
 from lapwing_detector.summary import AttentionSummary
+from lapwing_detector.token_statistics import TOKEN_STATISTICS, statistics_logit, token_contributions
 
 NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 """What a probe may be called."""
@@ -47,13 +48,16 @@ class Threshold:
 
 @dataclass(frozen=True)
 class Share:
-    """Whose share of a logit is what; both arrays sum to logit - bias."""
+    """Whose share of a logit is what. `tokens` sum to logit - bias, and so do `heads` and `statistics` together."""
 
     tokens: NDArray[np.float32]
     """(tokens,)."""
 
     heads: NDArray[np.float32]
     """(layers, heads), zero for heads that were not selected."""
+
+    statistics: Mapping[str, float] = field(default_factory=dict)
+    """By id, for a probe that reads log-probabilities, too."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +94,10 @@ class Probe:
     """Ascending by fraction: calibrations of scores while the response is being written; empty where none were fitted,
     and then that of finished responses serves for all."""
 
+    statistic_weights: Mapping[str, float] = field(default_factory=dict)
+    """Of statistics of the response's token log-probabilities, by id: see `token_statistics`. Empty for a probe that
+    reads attention alone."""
+
     statistics: Mapping[str, NDArray[np.float32]] = field(default_factory=dict, repr=False)
     """`feature id/STATISTIC` -> (layers, heads): what the heatmaps show, from training rows only."""
 
@@ -122,6 +130,10 @@ class Probe:
             raise ValueError("stages must ascend by their fraction, each once")
         if np.any(self.weights[~self.selected]):
             raise ValueError("a head that was not selected has a weight")
+        for id, weight in self.statistic_weights.items():
+            if id not in TOKEN_STATISTICS or not math.isfinite(weight):
+                known = ", ".join(TOKEN_STATISTICS)
+                raise ValueError(f"statistic {id[:80]!r} of weight {weight} must be finite and one of {known}")
 
     @property
     def width(self) -> int:
@@ -132,6 +144,11 @@ class Probe:
     def needed_tokens(self) -> int:
         """Least number of tokens of a sequence that it can score."""
         return max(FEATURES[feature].needed(self.k) for feature in self.features)
+
+    @property
+    def reads_log_probabilities(self) -> bool:
+        """Whether it reads more than attention, so that `score` needs the response's token log-probabilities."""
+        return bool(self.statistic_weights)
 
     @cached_property
     def revision(self) -> str:
@@ -148,6 +165,8 @@ class Probe:
         }
         if self.stages:
             described["stages"] = [list(vars(stage).values()) for stage in self.stages]
+        if self.statistic_weights:
+            described["statistic_weights"] = dict(self.statistic_weights)
         digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
         digest.update(np.ascontiguousarray(self.weights, dtype="<f4").tobytes())
         return digest.hexdigest()[:12]
@@ -158,21 +177,27 @@ class Probe:
         rows = zip(self.layers, self.selected, strict=True)
         return {layer: tuple(map(int, np.flatnonzero(row))) for layer, row in rows if row.any()}
 
-    def logit(self, features: NDArray[np.float32]) -> Any:
+    def logit(self, features: NDArray[np.float32], statistics: NDArray[np.floating] | None = None) -> Any:
         """The linear score.
 
         Args:
             features: (..., layers, heads, width) in the order of `features`.
+            statistics: (..., statistics) in the order of `TOKEN_STATISTICS`, where the probe reads log-probabilities.
 
         Returns:
             A float for one item, an array (...) for several.
+
+        Raises:
+            ProbeMismatch: it reads log-probabilities, and there are no statistics of them.
         """
         scores = np.tensordot(features.astype(np.float64), self.weights.astype(np.float64), axes=3) + self.bias
+        if self.reads_log_probabilities:
+            scores = scores + statistics_logit(self.statistic_weights, self._required(statistics))
         return float(scores) if scores.ndim == 0 else scores
 
-    def probability(self, features: NDArray[np.float32]) -> Any:
-        """Calibrated probability of hallucination, in [0, 1]; shapes as for `logit`."""
-        logits = self.logit(features)
+    def probability(self, features: NDArray[np.float32], statistics: NDArray[np.floating] | None = None) -> Any:
+        """Calibrated probability of hallucination, in [0, 1]; arguments, shapes and errors as for `logit`."""
+        logits = self.logit(features, statistics)
         if isinstance(logits, float):
             return self.calibration.probability(logits)
         return self.calibration.probabilities(logits)
@@ -196,15 +221,24 @@ class Probe:
         self._require_layers(summary, self.layers, "capture all heads: capture_attention(model)")
         return np.concatenate([FEATURES[feature].compute(summary, self.k) for feature in self.features], axis=-1)
 
-    def score(self, summary: AttentionSummary) -> tuple[float, Share]:
+    def score(
+        self, summary: AttentionSummary, log_probabilities: Sequence[float] | NDArray[np.floating] | None = None
+    ) -> tuple[float, Share]:
         """The logit of one sequence, from the selected heads only, and the exact share of every token and head.
 
         Every ranked value belongs to one token and the probe is linear, so the shares are no estimate.
 
+        Args:
+            summary: of prompt and response.
+            log_probabilities: (response tokens,) of the last tokens of the sequence, for a probe that reads them, too;
+                natural logarithms at temperature 1. Others pass them over.
+
         Raises:
             TooShort: the sequence has too few tokens for one of the features.
-            ProbeMismatch: the summary has other layers or heads than the probe.
+            ProbeMismatch: the summary has other layers or heads than the probe, or it reads log-probabilities and
+                there are none.
         """
+        said = self._required(log_probabilities) if self.reads_log_probabilities else ()
         read = self.read(summary)
         if summary.token_count < self.needed_tokens:
             raise TooShort(summary.token_count, self.needed_tokens)
@@ -226,7 +260,10 @@ class Probe:
             start += width
         heads = np.zeros(self.selected.shape, np.float32)
         heads[self.selected] = per_head
-        return float(per_head.sum()) + self.bias, Share(tokens.astype(np.float32), heads)
+        of_tokens, statistics = token_contributions(said, self.statistic_weights)
+        tokens[summary.token_count - len(of_tokens) :] += of_tokens
+        logit = float(per_head.sum()) + sum(statistics.values()) + self.bias
+        return logit, Share(tokens.astype(np.float32), heads, statistics)
 
     def read(self, summary: AttentionSummary) -> AttentionSummary:
         """What it looks at: the selected heads, all in one layer; (1, selected heads, tokens).
@@ -342,6 +379,15 @@ class Probe:
         if directory is not None and (other := load(directory)).revision != self.revision:
             raise ValueError(f"{directory} holds revision {other.revision}, this probe is {self.revision}")
         return push(self, repo_id, private, None if directory is None else Path(directory))
+
+    def _required(self, given: Any) -> Any:
+        if given is None:
+            raise ProbeMismatch(
+                f"the probe {self.name!r} reads more than attention: the log-probabilities of the response's tokens, "
+                "which were not given; give them with the attention, or fit one that reads attention alone: "
+                "lapwing train --recipe lapwing"
+            )
+        return given
 
     def _require_layers(self, summary: AttentionSummary, needed: Collection[int], mend: str) -> None:
         foreign = set(summary.layers) - set(self.layers) or set(needed) - set(summary.layers)

@@ -27,7 +27,9 @@ from lapwing_detector.identity import ModelIdentity, sha256
 from lapwing_detector.pictures import card_pictures
 from lapwing_detector.probe import Probe, Threshold
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSIONS = (1, 2)
+"""Of attention alone, and of a probe that reads log-probabilities, too, which who knows only the first must refuse."""
+
 TENSORS, MANIFEST, CARD = "probe.safetensors", "manifest.json", "README.md"
 FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
@@ -182,10 +184,11 @@ def push(probe: Probe, repo_id: str, private: bool, directory: Path | None) -> s
 def model_card(probe: Probe) -> str:
     """A short README.md for a probe that was saved without one."""
     pictures = "\n".join(f"![{name}]({name})" for name in card_pictures(probe))
+    more = " It reads more than attention: log-probabilities of the response's tokens." * probe.reads_log_probabilities
     return (
         f"# {probe.name}\n\nA Lapwing probe (revision {probe.revision}) for {probe.identity.name}: "
         f"{int(probe.selected.sum())} of {probe.selected.size} heads, features {', '.join(probe.features)}, "
-        f"k = {probe.k}.\n\n{pictures}\n"
+        f"k = {probe.k}.{more}\n\n{pictures}\n"
     )
 
 
@@ -202,7 +205,7 @@ def library_versions() -> dict[str, str]:
 
 def _manifest(probe: Probe) -> dict[str, Any]:
     return {
-        "schema_version": SCHEMA_VERSION,
+        "schema_version": SCHEMA_VERSIONS[probe.reads_log_probabilities],
         "name": probe.name,
         "revision": probe.revision,
         "features": list(probe.features),
@@ -214,6 +217,7 @@ def _manifest(probe: Probe) -> dict[str, Any]:
         "bias": probe.bias,
         "calibration": _calibration_entry(probe.calibration),
         **({"stages": [vars(stage) for stage in probe.stages]} if probe.stages else {}),
+        **({"statistic_weights": dict(probe.statistic_weights)} if probe.reads_log_probabilities else {}),
         "thresholds": [vars(point) for point in probe.thresholds],
         "identity": probe.identity.to_dict(),
         "metrics": dict(probe.metrics),
@@ -250,8 +254,14 @@ def _read_manifest(directory: Path, digest: str | None = None) -> dict[str, Any]
         files = manifest["files"]
     except BROKEN as error:
         raise ProbeCorrupt(f"{directory / MANIFEST} is no manifest of a probe: {error!r}; fetch it again") from error
-    if version != SCHEMA_VERSION:
-        raise ProbeCorrupt(f"{directory} has schema version {version!r}, known is {SCHEMA_VERSION}; update lapwing")
+    if type(version) is not int or version not in SCHEMA_VERSIONS:
+        known = " and ".join(map(str, SCHEMA_VERSIONS))
+        raise ProbeCorrupt(f"{directory} has schema version {str(version)[:80]}, known are {known}; update lapwing")
+    if ("statistic_weights" in manifest) != (version == SCHEMA_VERSIONS[1]):
+        raise ProbeCorrupt(
+            f"{directory / MANIFEST} is of schema version {version} and must hold statistic_weights if and only if "
+            f"that is {SCHEMA_VERSIONS[1]}; fetch it again"
+        )
     if not isinstance(files, dict) or TENSORS not in files:
         raise ProbeCorrupt(f"{directory / MANIFEST} must list {TENSORS} with its sha256")
     return dict(manifest)
@@ -278,6 +288,7 @@ def _assemble(directory: Path, manifest: Mapping[str, Any], data: bytes) -> Prob
             thresholds=tuple(_threshold(point) for point in expect(manifest["thresholds"], list)),
             identity=ModelIdentity.from_dict(manifest["identity"]),
             stages=tuple(_stage(stage) for stage in expect(manifest.get("stages", []), list)),
+            statistic_weights=_statistic_weights(manifest),
             statistics=statistics,
             metrics=expect(manifest["metrics"], dict),
             training=expect(manifest["training"], dict),
@@ -315,6 +326,11 @@ def _calibration(described: Mapping[str, Any]) -> Calibration:
 def _stage(described: Mapping[str, Any]) -> StageCalibration:
     names = ("fraction", "tokens", "slope", "intercept")
     return StageCalibration(*(float(expect(described[name], int, float)) for name in names))
+
+
+def _statistic_weights(manifest: Mapping[str, Any]) -> dict[str, float]:
+    weights = expect(manifest.get("statistic_weights", {}), dict)
+    return {id: float(expect(weight, int, float)) for id, weight in weights.items()}
 
 
 def _threshold(described: Mapping[str, Any]) -> Threshold:

@@ -182,8 +182,9 @@ class Registry:
         """
         if begin:
             require_free(self.root)
-            self.root.mkdir(parents=True, exist_ok=True)
-            durable.sync(self.root.parent)
+            if not self.root.exists():
+                self.root.mkdir(parents=True, exist_ok=True)
+                durable.sync(self.root.parent)
         else:
             self.current()  # no lock is left where there is no registry
         with held(self.root):

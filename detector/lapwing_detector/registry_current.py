@@ -132,9 +132,7 @@ class Current:
         if self.resolve(name, revision) == self.resolve(self.active):
             raise RegistryError(f"{shadow} is the active probe, which scores anyway; name another one or a revision")
         if len(others) >= MOST_SHADOWS:
-            raise RegistryError(
-                f"there are {len(others)} shadows, the most; take one away: lapwing probes shadow --off"
-            )
+            raise RegistryError(f"there are {len(others)} shadows, the most; end one: lapwing probes shadow NAME --off")
         return replace(self, shadows=(*others, shadow))
 
     def to_bytes(self) -> bytes:

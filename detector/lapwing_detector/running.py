@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Protocol
 
 import torch
@@ -69,7 +70,7 @@ class RunningLogits:
         new = self._new_columns(sequences)
         for part, sums in zip(self._parts, sequences.joint, strict=False):
             part.add(sums, new)
-        return [self._logit(row, sequences.joint) for row in range(len(self._columns))]
+        return self._logits(sequences.joint)
 
     def _start(self, sequences: Sequences) -> None:
         heads, batch = self._probe.heads, sequences.batch
@@ -103,13 +104,14 @@ class RunningLogits:
             known += more
         return new
 
-    def _logit(self, row: int, joint: list[Sums]) -> float | None:
-        columns = self._columns[row]
-        if len(columns) < self._probe.needed_tokens:
-            return None
-        shares = [part.share(sums, row, columns) for part, sums in zip(self._parts, joint, strict=False)]
-        logit = self._probe.bias + sum(float(share) for share in shares)
-        return logit if math.isfinite(logit) else None
+    def _logits(self, joint: list[Sums]) -> list[float | None]:
+        logits: list[float | None] = [None] * len(self._columns)
+        ready = {row: columns for row, columns in enumerate(self._columns) if len(columns) >= self._probe.needed_tokens}
+        shares = [part.shares(sums, ready) for part, sums in zip(self._parts, joint, strict=False)]
+        for place, row in enumerate(ready):
+            logit = self._probe.bias + sum(of_part[place] for of_part in shares)
+            logits[row] = logit if math.isfinite(logit) else None
+        return logits
 
 
 class _Part:
@@ -128,7 +130,12 @@ class _Part:
                 for feature in self.features[row]:
                     feature.add(diagonal)
 
-    def share(self, sums: Sums, row: int, columns: list[int]) -> Tensor:
+    def shares(self, sums: Sums, ready: Mapping[int, list[int]]) -> list[float]:
+        """What the heads add to the logits of some sequences, by their columns; with one transfer for all of them."""
+        each = [self._share(sums, row, columns) for row, columns in ready.items()]
+        return torch.stack(each).tolist() if each else []
+
+    def _share(self, sums: Sums, row: int, columns: list[int]) -> Tensor:
         """() what the heads add to the logit of a sequence; not finite where their attention is not."""
         index = _index(columns)
         diagonal, received = sums.diagonal[row][:, index], sums.received[row][:, index]  # (heads, tokens)

@@ -16,7 +16,6 @@ from lapwing_detector.generation import GeneratedToken, Generation
 from lapwing_detector.language_model import LanguageModel
 from lapwing_detector.options import GenerationOptions
 from lapwing_detector.probe import Probe
-from lapwing_detector.rotary import switching_points
 from lapwing_detector.running import RunningLogits
 from lapwing_detector.tokens import TokenIds
 from lapwing_detector.writing import Stream
@@ -68,12 +67,8 @@ class Streams:
         """Their prompts are not read yet."""
 
         self._groups: list[_Group] = []
-        parameters = model.parameters
-        self._shares: bool | None = None if {"attention_mask", "position_ids"} <= parameters else False
+        self._shares: bool | None = None
         """Whether answers can share forwards; None until the first cache has been seen."""
-
-        if switching_points(model.model.config.get_text_config(decoder=True)):
-            self._shares = False  # in a batch all would have the frequencies of the longest
 
     def __len__(self) -> int:
         """Answers that take part in the next step."""
@@ -149,11 +144,11 @@ class Streams:
             yield from self._read(together)
 
     def _read(self, streams: list[Stream]) -> Iterator[tuple[Stream, Event]]:
-        probe, start = streams[0].probe, time.perf_counter()
+        prompts, start = [stream.prompt.prompt_ids for stream in streams], time.perf_counter()
         try:
-            batch, logits = Batch.read(
-                self._model, probe.heads or None, [stream.prompt.prompt_ids for stream in streams]
-            )
+            batch, logits = Batch.read(self._model, streams[0].probe.heads or None, prompts)
+            if self._shares is None:
+                self._shares = batch.plain and self._model.takes_padding
         except Exception as error:
             if len(streams) == 1:
                 yield _failed(streams[0], error)
@@ -161,46 +156,41 @@ class Streams:
                 for stream in streams:
                     yield from self._read([stream])
             return
-        if self._shares is None:
-            self._shares = batch.plain
         for stream in streams:
-            stream.alone = stream.alone or not (self._shares and batch.plain)
+            stream.alone = not (self._shares and batch.plain)
         group = _Group(streams, batch)
         self._groups.append(group)
-        for row, (stream, choice) in enumerate(zip(streams, self._choices(group, logits, start), strict=True)):
-            for event in stream.begin(choice, partial(batch.summary, row)):
-                yield stream, event
+        for row, (stream, choice) in enumerate(zip(streams, _choices(group, logits, start), strict=True)):
+            yield from _told(stream, partial(stream.begin, choice, partial(batch.summary, row)))
 
     # Groups.
 
-    def _regroup(self) -> list[tuple[Stream, Event]]:
+    def _regroup(self) -> Iterator[tuple[Stream, Event]]:
         """Puts together all that may share a forward, and takes out what is paused or has ended."""
         before, self._groups = self._groups, []
         active: dict[str, list[tuple[_Group, list[int]]]] = {}
-        events: list[tuple[Stream, Event]] = []
         for group in before:
-            paused, going = (group.rows(lambda one: one.paused and not one.ended), group.rows(lambda one: one.active))
-            if going:
+            if going := group.rows(lambda one: one.active):
                 active.setdefault(group.key, []).append((group, going))
-            if paused:
-                events += self._gather([(group, paused)])
+            if paused := group.rows(lambda one: one.paused and not one.ended):
+                yield from self._gather([(group, paused)])
         for parts in active.values():
-            events += self._gather(parts)
-        return events
+            yield from self._gather(parts)
 
-    def _gather(self, parts: list[tuple[_Group, list[int]]]) -> list[tuple[Stream, Event]]:
+    def _gather(self, parts: list[tuple[_Group, list[int]]]) -> Iterator[tuple[Stream, Event]]:
         group, rows = parts[0]
         if len(parts) == 1 and len(rows) == len(group.streams):
             self._groups.append(group)
-            return []
+            return
         streams = [group.streams[row] for group, rows in parts for row in rows]
         try:
             self._groups.append(_Group(streams, Batch.gather([(group.batch, rows) for group, rows in parts])))
         except Exception as error:
-            if len(parts) > 1:  # perhaps there is memory for each of them
-                return [event for part in parts for event in self._gather([part])]
-            return [_failed(stream, error) for stream in streams]
-        return []
+            if len(parts) == 1:
+                yield from (_failed(stream, error) for stream in streams)
+            else:  # perhaps there is memory for each of them
+                for part in parts:
+                    yield from self._gather([part])
 
     # Steps.
 
@@ -211,7 +201,16 @@ class Streams:
         except Exception as error:
             yield from self._advance_apart(group, error)
             return
-        yield from self._give_out(group, self._choices(group, logits, start))
+        choices = _choices(group, logits, start)
+        try:
+            wanted = any(stream.wants_logit for stream in group.streams)
+            running: list[float | None] = group.running.logits() if wanted else [None] * len(choices)
+        except Exception as error:
+            yield from (_failed(stream, error) for stream in group.streams)
+            return
+        for row, (stream, choice) in enumerate(zip(group.streams, choices, strict=True)):
+            summary = partial(group.batch.summary, row)
+            yield from _told(stream, partial(stream.advance, choice, running[row], summary))
 
     def _advance_apart(self, group: _Group, error: Exception) -> Iterator[tuple[Stream, Event]]:
         """A forward failed: find out whose fault it was."""
@@ -223,27 +222,29 @@ class Streams:
         except Exception as why:
             yield from (_failed(stream, why) for stream in group.streams)
             return
+        failed = False
         for stream, batch in zip(group.streams, batches, strict=True):
-            stream.alone = True
             alone = _Group([stream], batch)
             self._groups.append(alone)
-            yield from self._advance(alone)
-        if any(stream.ended for stream in group.streams):
-            for stream in group.streams:
-                stream.alone = False
-
-    def _choices(self, group: _Group, logits: Tensor, start: float) -> list[tuple[int, float]]:
-        seconds = time.perf_counter() - start
+            for one, event in self._advance(alone):
+                failed = failed or isinstance(event, Exception)
+                yield one, event
         for stream in group.streams:
-            stream.clock.add("forward", seconds)
-        return choose([stream.chooser for stream in group.streams], logits)
+            stream.alone = not failed  # or the next forward of all of them would fail, too
 
-    def _give_out(self, group: _Group, choices: list[tuple[int, float]]) -> Iterator[tuple[Stream, Event]]:
-        wanted = any(stream.wants_logit for stream in group.streams)
-        logits: Sequence[float | None] = group.running.logits() if wanted else [None] * len(group.streams)
-        for row, (stream, choice) in enumerate(zip(group.streams, choices, strict=True)):
-            for event in stream.advance(choice, logits[row], partial(group.batch.summary, row)):
-                yield stream, event
+
+def _choices(group: _Group, logits: Tensor, start: float) -> list[tuple[int, float]]:
+    """The next token of each answer, and on their clocks the time since the start of the forward."""
+    for stream in group.streams:
+        stream.clock.add("forward", time.perf_counter() - start)
+    return choose([stream.chooser for stream in group.streams], logits)
+
+
+def _told(stream: Stream, tell: Callable[[], Sequence[Event]]) -> list[tuple[Stream, Event]]:
+    try:
+        return [(stream, event) for event in tell()]
+    except Exception as error:
+        return [_failed(stream, error)]
 
 
 def _failed(stream: Stream, error: Exception) -> tuple[Stream, Exception]:
@@ -252,17 +253,20 @@ def _failed(stream: Stream, error: Exception) -> tuple[Stream, Exception]:
 
 
 def _together(streams: Iterable[Stream]) -> list[list[Stream]]:
-    """Streams whose prompts are read in one forward, which is worth it while at most half of it is padding."""
+    """Streams whose prompts are read in one forward: of one probe, and none less than half as long as the longest."""
     together: list[list[Stream]] = []
-    real = 0
     for stream in sorted(streams, key=lambda one: (one.probe.revision, -len(one.prompt.prompt_ids))):
-        count = len(stream.prompt.prompt_ids)
-        if together and together[-1][0].probe.revision == stream.probe.revision:
-            whole = (len(together[-1]) + 1) * len(together[-1][0].prompt.prompt_ids)
-            if whole <= min(2 * (real + count), MOST_READ):
-                together[-1].append(stream)
-                real += count
-                continue
-        together.append([stream])
-        real = count
+        if together and _alike(together[-1], stream):
+            together[-1].append(stream)
+        else:
+            together.append([stream])
     return together
+
+
+def _alike(streams: list[Stream], other: Stream) -> bool:
+    longest, count = len(streams[0].prompt.prompt_ids), len(other.prompt.prompt_ids)
+    return (
+        streams[0].probe.revision == other.probe.revision
+        and 2 * count >= longest
+        and (len(streams) + 1) * longest <= MOST_READ
+    )

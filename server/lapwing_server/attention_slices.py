@@ -117,24 +117,23 @@ def summary_doubts(sums: Sums, first_token: int, rules: Rules) -> Iterator[Doubt
     """All that can be told from sums over rows, rule by rule."""
     rows, columns = sums.diagonal.shape[1], sums.received.shape[1]
     one, field = rules.tolerance(columns), "summary.received"
-    all_rows = rows * one
+    seen = np.minimum(rows, np.arange(columns, 0, -1))  # (columns,): rows that see each token
     yield not_finite(sums.diagonal, "summary.diagonal")
     yield not_finite(sums.received, field)
     yield outside(sums.diagonal, one, "summary.diagonal")
-    seen = np.minimum(rows, np.arange(columns, 0, -1))  # (columns,): rows that see each token
     yield Doubt(
-        (sums.received < -all_rows) | (sums.received > seen + all_rows),
+        (sums.received < -seen * one) | (sums.received > seen * (1 + one)),
         field,
         "NOT_ATTENTION",
         "a token receives at least 0, and at most 1 from each row that sees it",
     )
     yield Doubt(
-        sums.received[:, first_token:] < sums.diagonal - all_rows,
+        sums.received[:, first_token:] < sums.diagonal - seen[first_token:] * one,
         field,
         "NOT_ATTENTION",
         "what a token receives holds its attention to itself, and can't be less",
     )
-    yield unlike_one(sums.received.sum(axis=-1), rows, all_rows, rules.sinks, field)
+    yield unlike_one(sums.received.sum(axis=-1), rows, rows * one, rules.sinks, field)
     if first_token == 0:
         yield unlike_one(sums.diagonal[:, 0], 1, one, rules.sinks, "summary.diagonal")
 

@@ -19,6 +19,7 @@ from lapwing_server.asked import Asked, asked
 from lapwing_server.attention_assembly import Assembly
 from lapwing_server.attention_header import Header, read_header
 from lapwing_server.context import Context, note
+from lapwing_server.engine import Engine
 from lapwing_server.metrics import Metrics
 from lapwing_server.readiness import Readiness
 from lapwing_server.refusal import Refusal, invalid
@@ -40,6 +41,7 @@ class Sender:
     """
 
     def __init__(self, header: Header, shared: Asked, most_bytes: int) -> None:
+        self.role = shared.role
         self._header = header
         self._shared = shared
         self._clock = Stopwatch()
@@ -119,29 +121,29 @@ class AttentionReader:
             raise Refusal(StatusCode.DEADLINE_EXCEEDED, "STREAM_TOO_LONG", message) from None
 
     async def _read(self, requests: AsyncIterator[Request], context: Context) -> None:
-        assert self._readiness.loaded
+        engine = self._readiness.loaded.engine
         sender: Sender | None = None
-        shared: Asked | None = None
         async for request in requests:
             part = request.WhichOneof("part")
             if part is None:
                 raise invalid("part", "is not set; give header, summary, rows or score_now")
-            if sender is None or shared is None:
-                sender, shared = await self._begin(request, part)
+            if sender is None:
+                sender = await self._begin(request, part, engine)
             elif part == "header":
                 raise invalid("header", "came before; it is the first message and only it", "OUT_OF_ORDER")
             elif part == "score_now":
                 await write(await self._worker.run(sender.running), context, running=True)
             else:
                 await self._worker.run(partial(sender.add, request))
-        if sender is None or shared is None:
+        if sender is None:
             raise invalid("header", "never came; the stream ended before its first message", "EMPTY_STREAM")
-        await write(await self._worker.run(partial(self._end, sender, shared.role)), context, running=False)
+        detection = await self._worker.run(partial(self._end, sender))
+        note(response_tokens=detection.response_tokens)
+        await write(detection, context, running=False)
 
-    async def _begin(self, request: Request, part: str) -> tuple[Sender, Asked]:
+    async def _begin(self, request: Request, part: str, engine: Engine) -> Sender:
         if part != "header":
             raise invalid("header", f"must come before {part}", "OUT_OF_ORDER")
-        engine, most_bytes = self._readiness.loaded.engine, self._readiness.limits.attention_bytes
         try:
             shared = asked(request.header, self._readiness)
             read = partial(read_header, request.header, shared.probe, engine.identity, engine.max_tokens)
@@ -149,12 +151,12 @@ class AttentionReader:
         except Refusal as refusal:
             raise refusal.under("header") from None
         note(prompt_tokens=header.prompt_tokens)
-        return Sender(header, shared, most_bytes), shared
+        return Sender(header, shared, self._readiness.limits.attention_bytes)
 
-    def _end(self, sender: Sender, role: str) -> Detection:
+    def _end(self, sender: Sender) -> Detection:
         detection, shadows = sender.final()
         self._metrics.stage("probe", detection.seconds["probe"])
-        self._metrics.scored(detection, role)
+        self._metrics.scored(detection, sender.role)
         for shadow in shadows:
             self._metrics.scored(shadow, "shadow")
         return detection

@@ -44,8 +44,14 @@ def token(
     """
     made = "lapwing_" + secrets.token_urlsafe(32)
     expires = datetime.now(UTC).replace(microsecond=0) + timedelta(days=days) if days else None
-    values = {"name": name, "sha256": digest_of(made), "scopes": scope, "expires": expires}
-    values |= {"requests_per_second": requests_per_second, "streams": streams}
+    values = {
+        "name": name,
+        "sha256": digest_of(made),
+        "scopes": scope,
+        "expires": expires,
+        "requests_per_second": requests_per_second,
+        "streams": streams,
+    }
     try:
         lines = as_toml(TokenGrant.model_validate(values))
         if into is not None:

@@ -121,11 +121,6 @@ def result_message(outcome: Outcome, place: int) -> detector_pb2.ScoreResult:
     return detector_pb2.ScoreResult(error=to_refusal(outcome, "ScoreBatch").under(f"items[{place}]").status())
 
 
-def unimplemented(method: str, mend: str) -> Refusal:
-    """The refusal of an rpc that is in the interface and not yet in the server."""
-    return Refusal(StatusCode.UNIMPLEMENTED, "NOT_IMPLEMENTED", f"{method} is not implemented in this version; {mend}")
-
-
 @cache
 def version_of(distribution: str) -> str:
     """Its version, without importing it; empty when it is not installed. Finding it takes milliseconds."""

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from lapwing_detector.scoring import Scored, ScoreJob
 from lapwing_detector.tokens import TokenIds
 from lapwing_server.admission import Ratio, TooLate
-from lapwing_server.batching import cut
+from lapwing_server.batching import Overhead, cut
 from lapwing_server.engine import Engine
 from lapwing_server.limits import Limits
 from lapwing_server.metrics import Metrics
@@ -34,6 +34,7 @@ class Forwards:
         self._metrics = metrics
         self._wording = wording
         self._clock = clock
+        self._overhead = Overhead()
         self._cuts: deque[list[Entry]] = deque()
         self._done: list[Call] = []
 
@@ -65,7 +66,7 @@ class Forwards:
                 ready.append(entry)
                 room -= entry.size
         self._metrics.queue(self._waiting.items)
-        for places in cut([entry.size for entry in ready], tokens, items):
+        for places in cut([entry.size for entry in ready], tokens, items, self._overhead.tokens):
             self._cuts.append([ready[place] for place in places])
 
     def _wanted(self, entry: Entry) -> bool:
@@ -101,7 +102,8 @@ class Forwards:
 
     def _forward(self, engine: Engine, batch: list[Entry]) -> None:
         jobs = [job_of(entry) for entry in batch]
-        self._metrics.batch(len(batch), len(batch) * max(entry.size for entry in batch))
+        padded, begun = len(batch) * max(entry.size for entry in batch), self._clock()
+        self._metrics.batch(len(batch), padded)
         try:
             scored = engine.score_ids(jobs)
         except Exception as error:
@@ -110,6 +112,7 @@ class Forwards:
             else:  # one of them may be to blame, and shall fail alone
                 self._cuts.extendleft([entry] for entry in reversed(batch))
             return
+        self._overhead.saw(padded, self._clock() - begun)
         self._measure(scored)
         for entry, one in zip(batch, scored, strict=True):
             self._count(entry, one)

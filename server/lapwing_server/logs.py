@@ -1,6 +1,9 @@
 """Where the log goes and what a line looks like: JSON for machines, text for people, never what somebody wrote.
 
 Modules go on logging with `logging.getLogger("lapwing.server")`; named values travel in `extra`.
+
+The core of gRPC writes on standard error by itself, in lines of its own form, of every failed handshake for example; it
+reads GRPC_VERBOSITY when it is imported, long before anything here runs, and is silent where that is NONE.
 """
 
 from __future__ import annotations

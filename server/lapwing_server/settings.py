@@ -115,7 +115,8 @@ class Settings(BaseSettings):
     """Certificates of authorities, PEM: only clients with a certificate by one of them are let in."""
 
     tokens_file: File | None = None
-    """TOML file of who may do what: see lapwing token --help. Read anew when it changes."""
+    """TOML file of who may do what: see lapwing token --help. Read anew when it changes. Without it whoever reaches the
+    server may score and read, and change its probes only where it listens on loopback and asks for no certificates."""
 
     requests_per_second: Rate | None = None
     """Calls of one client (of one token or certificate, else of one address) in a second, in the long run."""

@@ -88,7 +88,8 @@ class Swapper:
             try:
                 shelf = await self._worker.run(lambda: activated(shelf, name, exact, require))
             except (ProbeCorrupt, ProbeMismatch) as error:
-                self._swap(noted(shelf, name, exact, error))
+                if exact:
+                    self._swap(noted(shelf, name, exact, error))
                 raise
             return Activated(self._swap(shelf), loaded.shelf.active)
 

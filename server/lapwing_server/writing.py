@@ -66,6 +66,8 @@ class Writing:
         for stream in self._open.values():
             self._put(stream, error)
         self._open.clear()
+        while self._new:
+            self._put(self._new.popleft(), error)
         self._streams = None
 
     def _needs_a_round(self, stream: Stream) -> bool:

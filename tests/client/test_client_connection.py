@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import json
 import math
 import threading
 from collections.abc import Callable, Iterator
@@ -13,11 +12,10 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 import grpc
-import numpy as np
 import pytest
 from service_fakes import WAIT, FakeEngine, Gate, Running, a_shelf
+from wire_server import WireServer
 
-from lapwing.v1 import probes_pb2
 from lapwing_client import (
     Client,
     DeadlineExceeded,
@@ -26,7 +24,7 @@ from lapwing_client import (
     PermissionDenied,
     Unavailable,
 )
-from lapwing_client.client import channel_options, is_local, patience
+from lapwing_client.addresses import is_local
 from lapwing_detector.errors import ProbeCorrupt
 from lapwing_server.engine import Loaded
 from lapwing_server.refusal import Refusal
@@ -216,7 +214,9 @@ def test_a_token_stays_on_this_machine(target: str, local: bool) -> None:
     if local:
         Client(target, token="secret").close()
     else:
-        with pytest.raises(InvalidRequest, match="a token goes only to this machine") as caught:
+        with pytest.raises(
+            InvalidRequest, match="a token goes only to this machine or over an encrypted connection"
+        ) as caught:
             Client(target, token="secret")
         assert caught.value.field == "target"
         assert "secret" not in str(caught.value)
@@ -242,43 +242,15 @@ def test_a_timeout_is_a_finite_number(timeout: Any) -> None:
                 call(timeout=timeout)
 
 
-def test_no_time_left_is_no_mistake() -> None:
-    assert [patience(timeout) for timeout in (-1, 0, np.float32(0.5))] == [-1.0, 0.0, 0.5]
-
-
 def test_the_token_is_sent_with_every_call() -> None:
-    seen: list[Any] = []
-    with Running() as server, Client(server.target, token="secret") as client:
-        enter = server.server.guard._enter
-
-        def spy(method: str, context: Any) -> None:
-            seen.append((method, dict(context.invocation_metadata()).get("authorization")))
-            enter(method, context)
-
-        server.server.guard._enter = spy  # type: ignore[method-assign]
+    with WireServer() as server, Client(server.target, token="secret") as client:
         client.wait_until_ready(WAIT)
         client.score("hello", "world")
         list(client.generate("hello", max_new_tokens=1))
+        list(client.score_many([("hello", "world")]))
         client.probes()
-    assert {token for _, token in seen} == {"Bearer secret"}
-    assert len({method for method, _ in seen}) == 5
-
-
-def test_every_call_but_a_stream_is_tried_again() -> None:
-    options = dict(channel_options(True))
-    [config] = json.loads(options["grpc.service_config"])["methodConfig"]
-    assert config["retryPolicy"]["retryableStatusCodes"] == ["UNAVAILABLE"]
-    names = [(one["service"], one["method"]) for one in config["name"]]
-    detector, probes = ("Score", "ScoreBatch", "GetServerInfo"), probes_of_the_wire()
-    assert names == [
-        *(("lapwing.v1.Detector", method) for method in detector),
-        *(("lapwing.v1.Probes", method) for method in probes),
-    ]
-    assert "grpc.service_config" not in dict(channel_options(False))
-
-
-def probes_of_the_wire() -> list[str]:
-    return [method.name for method in probes_pb2.DESCRIPTOR.services_by_name["Probes"].methods]
+    assert {call.get("authorization") for call in server.metadata} == {"Bearer secret"}
+    assert {"GetServerInfo", "Score", "Generate", "ListProbes"} <= set(server.calls)
 
 
 @pytest.mark.parametrize("retry", [True, False])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import inspect
 import itertools
 import os
@@ -19,12 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import numpy as np
 import pytest
-from service_fakes import WAIT, FakeEngine, Gate, Running
+from service_fakes import WAIT, FakeEngine, Gate, Running, an_identity
 
 from lapwing_client import Cancelled, Client, DeadlineExceeded, Detection, Generation, LapwingError, Unavailable
 from lapwing_client import Unimplemented as NotThere
-from lapwing_client.results import plain
+from lapwing_client.results import ModelIdentity
+from lapwing_client.values import plain
 
 SERVER_TESTS = Path(__file__).resolve().parents[1] / "server"
 
@@ -53,13 +56,23 @@ def test_threads_generate_side_by_side() -> None:
 # Closing.
 
 
+MODEL = {field.name: getattr(an_identity(), field.name) for field in dataclasses.fields(ModelIdentity)}
+STREAM: dict[str, Any] = {"model": MODEL, "layers": (1, 2), "heads": 3, "prompt_tokens": 1}
+ONES = np.ones((2, 3, 1), np.float32)
+CHUNK = {"first_layer": 0, "first_head": 0, "first_token": 0, "diagonal": ONES, "received": ONES}
+
 CALLS = {
     "score": lambda client: client.score("hello", "world"),
     "score_batch": lambda client: client.score_batch([("hello", "world")]),
+    "score_many": lambda client: list(client.score_many([("hello", "world")])),
     "generate": lambda client: list(client.generate("hello")),
+    "attention_stream": lambda client: client.attention_stream(**STREAM).send(CHUNK) is None,
+    "score_attention": lambda client: client.score_attention([CHUNK], **STREAM),
     "heatmap": lambda client: client.heatmap(),
     "probes": lambda client: client.probes(),
     "probe": lambda client: client.probe(),
+    "activate_probe": lambda client: client.activate_probe("fake-probe"),
+    "reload_probes": lambda client: client.reload_probes(),
     "server_info": lambda client: client.server_info(),
     "wait_until_ready": lambda client: client.wait_until_ready(),
 }
@@ -268,6 +281,8 @@ def test_a_detection_as_json_is_complete() -> None:
         "response_tokens": 2,
         "token_ids": list(b"abcd"),
         "token_contributions": expected.token_contributions.tolist(),
+        "heads_contribution": expected.heads_contribution,
+        "statistic_contributions": {},
         "strongest_heads": [
             {"layer": 2, "head": 1, "contribution": 0.5},
             {"layer": 1, "head": 2, "contribution": -0.25},

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import shutil
 import socket
 import ssl
-import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -73,9 +71,9 @@ def test_the_authority_may_be_bytes_or_a_file(form: Any, tmp_path: Path) -> None
 
 
 def test_a_client_that_says_who_it_is() -> None:
-    with WireServer(credentials=served_by(GOOD, wants=AUTHORITY)) as server:
-        with Client(server.target, tls=mine(OURS)) as client:
-            assert client.score("a", "b").logit == 1
+    served = served_by(GOOD, wants=AUTHORITY)
+    with WireServer(credentials=served) as server, Client(server.target, tls=mine(OURS)) as client:
+        assert client.score("a", "b").logit == 1
 
 
 def test_a_server_with_another_name_is_taken_by_that_name() -> None:
@@ -212,13 +210,11 @@ def test_a_server_that_goes_later_is_no_mistake_of_tls() -> None:
             client.score("a", "b")
 
 
-def test_https_is_not_grpc() -> None:
+def test_https_is_not_grpc(tmp_path: Path) -> None:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        folder = Path(str(subprocess.check_output(["mktemp", "-d"], text=True)).strip())
-        (folder / "both.pem").write_bytes(GOOD.pem + GOOD.key)
-        context.load_cert_chain(folder / "both.pem")
-        shutil.rmtree(folder)
+        (tmp_path / "both.pem").write_bytes(GOOD.pem + GOOD.key)
+        context.load_cert_chain(tmp_path / "both.pem")
         context.set_alpn_protocols(["http/1.1"])
 
         def answer() -> None:
@@ -231,9 +227,9 @@ def test_https_is_not_grpc() -> None:
                     secure.recv(1000)
 
         threading.Thread(target=answer, daemon=True).start()
-        with Client(f"127.0.0.1:{listener.getsockname()[1]}", tls=AUTHORITY.pem) as client:
-            with pytest.raises(TLSError) as caught:
-                client.score("a", "b")
+        target = f"127.0.0.1:{listener.getsockname()[1]}"
+        with Client(target, tls=AUTHORITY.pem) as client, pytest.raises(TLSError) as caught:
+            client.score("a", "b")
     assert caught.value.reason == "NO_HTTP2"
 
 
@@ -300,9 +296,13 @@ def test_replicas_over_tls_are_verified() -> None:
             ask(client)
         assert one.calls.count("Score") > 0
         assert two.calls.count("Score") > 0
-    with WireServer(credentials=served_by(GOOD)) as one, WireServer(credentials=served_by(GOOD)) as two:
-        with Client([one.target, two.target], tls=STRANGER.pem) as client, pytest.raises(TLSError) as caught:
-            ask(client)
+    with (
+        WireServer(credentials=served_by(GOOD)) as one,
+        WireServer(credentials=served_by(GOOD)) as two,
+        Client([one.target, two.target], tls=STRANGER.pem) as client,
+        pytest.raises(TLSError) as caught,
+    ):
+        ask(client)
     assert caught.value.reason == "UNKNOWN_AUTHORITY"
 
 
@@ -315,7 +315,10 @@ def test_the_authorities_of_this_system_are_those_that_python_knows(
     with WireServer(credentials=served_by(GOOD)) as server, Client(server.target, tls=True) as client:
         assert client.score("a", "b").logit == 1
     path.write_bytes(STRANGER.pem)
-    with WireServer(credentials=served_by(GOOD)) as server, Client(server.target, tls=True) as client:
-        with pytest.raises(TLSError) as caught:
-            client.score("a", "b")
+    with (
+        WireServer(credentials=served_by(GOOD)) as server,
+        Client(server.target, tls=True) as client,
+        pytest.raises(TLSError) as caught,
+    ):
+        client.score("a", "b")
     assert caught.value.reason == "UNKNOWN_AUTHORITY"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import random
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from unittest import mock
@@ -20,7 +22,7 @@ def a_revision(number: int, name: str = "alpha") -> Probe:
 
 def write_probe(directory: Path, probe: Probe) -> Path:
     """Saves a probe without drawing its pictures, which takes seconds."""
-    with mock.patch.object(probe_files, "card_pictures", lambda probe: {}):
+    with mock.patch.object(probe_files, "card_pictures", return_value={}):
         return probe.save_pretrained(directory, files={"predictions.jsonl": b'{"id": "a"}\n'})
 
 
@@ -35,3 +37,30 @@ def resign(directory: Path, **changes: object) -> None:
     manifest = json.loads(path.read_text()) | changes
     manifest["files"] = {name: sha256((directory / name).read_bytes()) for name in manifest["files"]}
     path.write_text(json.dumps(manifest))
+
+
+def flip(data: bytearray, draw: random.Random) -> None:
+    data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
+
+
+def truncate(data: bytearray, draw: random.Random) -> None:
+    del data[draw.randrange(len(data)) :]
+
+
+def fill(data: bytearray, draw: random.Random) -> None:
+    begin = draw.randrange(len(data))
+    end = min(len(data), begin + draw.randint(1, 64))
+    data[begin:end] = bytes(end - begin)
+
+
+DAMAGES: tuple[Callable[[bytearray, random.Random], None], ...] = (flip, truncate, fill)
+
+
+def damage(path: Path, how: Callable[[bytearray, random.Random], None], draw: random.Random) -> bytes:
+    """Changes a file, really; returns what it was."""
+    whole = path.read_bytes()
+    data = bytearray(whole)
+    while data == whole:  # zeros over zeros are no damage
+        how(data, draw)
+    path.write_bytes(data)
+    return whole

@@ -15,6 +15,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,24 @@ from lapwing_detector.registry_files import CURRENT
 from tests.detector.registries import a_revision, write_probe
 
 WATCHED = frozenset(
-    "open read write flush close fsync replace rename mkdir rmdir unlink chmod stat flock lstat scandir".split()
+    (
+        "open",
+        "read",
+        "write",
+        "flush",
+        "close",
+        "fsync",
+        "replace",
+        "rename",
+        "mkdir",
+        "rmdir",
+        "unlink",
+        "chmod",
+        "stat",
+        "lstat",
+        "flock",
+        "scandir",
+    )
 )
 EACH = 2
 """Revisions that a publisher publishes, one after the other."""
@@ -33,19 +51,19 @@ EACH = 2
 class Moments:
     """Counts calls of the watched functions and kills the process at one of them."""
 
-    def __init__(self, fatal: int | None) -> None:
-        self.count, self.fatal = 0, fatal
+    def __init__(self, watched: frozenset[str], fatal: int | None) -> None:
+        self.watched, self.count, self.fatal = watched, 0, fatal
 
     def __call__(self, frame: Any, event: str, called: Any) -> None:
-        if event == "c_call" and called.__name__ in WATCHED:
+        if event == "c_call" and called.__name__ in self.watched:
             self.count += 1
             if self.count == self.fatal:
                 os.kill(os.getpid(), signal.SIGKILL)
 
 
-def publish(registry: Registry, sources: list[Path], told: int, fatal: int | None) -> None:
+def publish(root: Path, sources: list[Path], moments: Moments, told: int) -> None:
     """Tells of each revision after it was published, and at the end how many moments there were."""
-    moments = Moments(fatal)
+    registry = Registry(root)
     for source in sources:
         sys.setprofile(moments)
         registry.publish(source, activate=True)
@@ -101,26 +119,30 @@ def write_in_place(path: Path, data: bytes) -> None:
 
 def main(directory: str, kills: str, seed: str, careless: str = "") -> None:
     place, draw = Path(directory), random.Random(int(seed))
+    watched = frozenset(["flush"]) if careless else WATCHED
     if careless:
         durable.replace = write_in_place
-    counted = [write_probe(place / "counted" / str(number), a_revision(number)) for number in range(EACH)]
+
+    def made(first: int) -> list[Path]:
+        numbers = range(first, first + EACH)
+        return [write_probe(place / "sources" / str(number), a_revision(number)) for number in numbers]
+
     begun = time.monotonic()
-    moments = int(forked(lambda told: publish(Registry(place / "one"), counted, told, None), None)[-1])
-    seconds = time.monotonic() - begun
-    registry, runs, next_number = Registry(place / "registry"), [], 0
+    work = partial(publish, place / "counted", made(0), Moments(watched, None))
+    moments, seconds = int(forked(work, None)[-1]), time.monotonic() - begun
+    root, runs, first = place / "registry", [], 0
     for number in range(int(kills)):
-        sources = [write_probe(place / "sources" / str(next_number + i), a_revision(next_number + i)) for i in range(EACH)]
-        by_time = number % 2 and not careless
+        by_time = number % 2 == 1 and not careless
         fatal, after = (None, draw.uniform(0, seconds)) if by_time else (draw.randint(1, moments), None)
-        told = forked(lambda to, fatal=fatal, sources=sources: publish(registry, sources, to, fatal), after)
+        told = forked(partial(publish, root, made(first), Moments(watched, fatal)), after)
         done = told.count("published")
-        run = found(registry.root) | {"from": next_number, "published": done, "finished": len(told) > done}
-        runs.append(run | {"moment": (fatal or 0) / moments})
-        next_number = max(next_number + done, run["serves"] + 1)
-        if careless and not run["sound"]:
-            (registry.root / CURRENT).unlink()
-    forked(lambda told: publish(registry, sources, told, None), None)
-    print(json.dumps({"runs": runs, "after": found(registry.root)}))
+        run = found(root) | {"first": first, "published": done, "finished": len(told) > done}
+        runs.append(run | {"moment": None if fatal is None else fatal / moments})
+        first = max(first + done, run["serves"] + 1)
+        if not run["sound"]:
+            (root / CURRENT).unlink()
+    forked(partial(publish, root, made(first), Moments(watched, None)), None)
+    print(json.dumps({"runs": runs, "last": first + EACH - 1, "after": found(root)}))
 
 
 if __name__ == "__main__":

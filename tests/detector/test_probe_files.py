@@ -16,7 +16,10 @@ from lapwing_detector import probe_files
 from lapwing_detector.errors import ProbeCorrupt
 from lapwing_detector.identity import sha256
 from lapwing_detector.probe import Probe
+from lapwing_detector.token_statistics import TOKEN_STATISTICS
 from tests.detector.probes import random_probe
+
+MEAN = next(iter(TOKEN_STATISTICS))
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +117,15 @@ def test_a_forger_who_changes_nothing_is_let_in(saved):
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"schema_version": 2}, "schema version 2"),
+        ({"schema_version": 3}, "schema version 3"),
+        ({"schema_version": True}, "schema version True"),
+        ({"schema_version": 2}, "statistic_weights if and only if"),
+        ({"statistic_weights": {MEAN: 0.5}}, "statistic_weights if and only if"),
+        ({"schema_version": 2, "statistic_weights": {"astrology.v1": 0.5}}, "astrology"),
+        ({"schema_version": 2, "statistic_weights": {MEAN: float("nan")}}, "finite"),
+        ({"schema_version": 2, "statistic_weights": {MEAN: "0.5"}}, "must be int or float"),
+        ({"schema_version": 2, "statistic_weights": [MEAN]}, "must be dict"),
+        ({"schema_version": 2, "statistic_weights": {MEAN: 0.5}}, "its content is"),
         ({"files": {}}, "must list"),
         ({"files": {"probe.safetensors": "0", "../outside": "0"}}, "outside|not the file"),
         ({"calibration": {"method": "magic"}}, "magic"),

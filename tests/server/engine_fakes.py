@@ -27,7 +27,7 @@ LAPLACIAN, ATTENTION_SCORE = "laplacian_eigenvalues.v1", "attention_score.v1"
 
 def an_identity(name: str = "fake-model") -> ModelIdentity:
     digest = "ab" * 32
-    return ModelIdentity(name, "", digest, digest, digest, "float32", "none", digest, digest, 2, 3, (0.5, 0.25))
+    return ModelIdentity(name, "", digest, digest, digest, "float32", "none", digest, digest, 3, 3, (0.5, 0.25))
 
 
 def a_probe(name: str = "fake-probe", layers: int = 2, heads: int = 3, **changes: Any) -> Probe:

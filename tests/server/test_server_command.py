@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 
+import grpc
 import pytest
 import transformers.utils.logging as transformers_logging
+from certificates import Authority, replace
 from service_fakes import WAIT, Running, a_probe
 from test_server_lifecycle import NOT_SERVING, check, info_of, start_and_stop
 
-from lapwing.v1 import detector_pb2
-from lapwing_server.cli import is_loopback
+from lapwing.v1 import detector_pb2, detector_pb2_grpc
+from lapwing_client.cli import main
 from lapwing_server.engine import real_detector
 from lapwing_server.server import Settings
+from lapwing_server.settings import is_loopback
 
 EVERYWHERE = "0.0.0.0"  # noqa: S104
 
@@ -113,13 +119,13 @@ def test_a_host_is_announced_as_a_client_takes_it(host: str, address: str) -> No
 @pytest.mark.parametrize("host", ["192.0.2.1", "2001:db8::1"])
 def test_a_host_of_another_machine_is_named(host: str) -> None:
     with pytest.raises(OSError, match=rf"^port 0 of host {host} can't be listened on: .*or --host$"):
-        start_and_stop(Settings(host=host, port=0))
+        start_and_stop(Settings(host=host, port=0, insecure=True))
 
 
 LOGGING = """
 import logging
-from lapwing_server.cli import log_to_standard_error
-log_to_standard_error(verbose=False)
+from lapwing_server import logs
+logs.configure("info", "json")
 logging.getLogger("some.library").info("chatter")
 logging.getLogger("some.library").warning("trouble")
 logging.getLogger("lapwing.server").debug("detail")
@@ -129,7 +135,7 @@ logging.getLogger("lapwing.server").info("news")
 
 def test_the_log_is_ours_and_of_libraries_only_what_went_wrong() -> None:
     done = subprocess.run([sys.executable, "-c", LOGGING], capture_output=True, text=True, check=True)
-    assert [line.split()[-1] for line in done.stderr.splitlines()] == ["trouble", "news"]
+    assert [json.loads(line)["event"] for line in done.stderr.splitlines()] == ["trouble", "news"]
 
 
 def test_loading_draws_no_bar_in_the_log() -> None:
@@ -138,3 +144,93 @@ def test_loading_draws_no_bar_in_the_log() -> None:
     with pytest.raises(Exception, match="can't be loaded"):
         real_detector("/nowhere/at/all", a_probe())
     assert not transformers_logging.is_progress_bar_enabled()
+
+
+# Certificates, tokens and metrics, as the command takes them.
+
+
+@pytest.fixture
+def guarded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> tuple[Path, bytes, str]:
+    """A configuration file, the authority to trust, and a token."""
+    authority = Authority("ours")
+    authority.issue("localhost").write(tmp_path / "cert.pem", tmp_path / "key.pem")
+    assert main(["token", "ci", "--scope", "read", "--into", str(tmp_path / "tokens.toml")]) == 0
+    token = capsys.readouterr().out.strip()
+    names = {"tls_cert": "cert.pem", "tls_key": "key.pem", "tokens_file": "tokens.toml", "probes": "no-probes"}
+    (tmp_path / "no-probes").mkdir()
+    lines = [f'{name} = "{tmp_path / file}"' for name, file in names.items()]
+    lines += ['log_format = "json"', "port = 0", "metrics_port = 0", "[limits]", "batch_items = 7"]
+    config = tmp_path / "lapwing.toml"
+    config.write_text("\n".join(lines))
+    return config, authority.pem, token
+
+
+def test_the_command_serves_as_its_settings_say(guarded: tuple[Path, bytes, str]) -> None:
+    config, roots, token = guarded
+    process = subprocess.Popen(
+        serve_command("--config", str(config), "--host", EVERYWHERE, "--limits-page-size", "9"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "LAPWING_LOG_LEVEL": "debug"},
+    )
+    assert process.stdout is not None
+    try:
+        port = process.stdout.readline().strip().rsplit(":", 1)[1]
+        with grpc.secure_channel(f"localhost:{port}", grpc.ssl_channel_credentials(roots)) as channel:
+            stub = detector_pb2_grpc.DetectorStub(channel)
+            request, metadata = detector_pb2.GetServerInfoRequest(), [("authorization", f"Bearer {token}")]
+            assert stub.GetServerInfo(request, timeout=WAIT, metadata=metadata).limits.max_batch_items == 7
+            with pytest.raises(grpc.RpcError) as caught:
+                stub.GetServerInfo(request, timeout=WAIT, metadata=[("authorization", f"Bearer {token}x")])
+            assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
+        process.terminate()
+        _, log = process.communicate(timeout=WAIT)
+    finally:
+        process.kill()
+    assert process.returncode == 0
+    events = [json.loads(line)["event"] for line in log.splitlines()]
+    assert f"setting host is '{EVERYWHERE}' (from --host)" in events
+    assert f"setting limits.batch_items is 7 (from {config})" in events
+    assert "setting limits.page_size is 9 (from --limits-page-size)" in events
+    assert "setting log_level is 'debug' (from LAPWING_LOG_LEVEL)" in events
+    assert token not in log
+
+
+def test_the_metrics_live_as_long_as_the_server() -> None:
+    with Running(metrics_port=0) as server:
+        url = f"http://127.0.0.1:{server.server.metrics_port}/metrics"
+        with urllib.request.urlopen(url, timeout=WAIT) as page:
+            assert re.search(rb"^lapwing_", page.read(), re.MULTILINE)
+    with pytest.raises(OSError, match="refused"):
+        urllib.request.urlopen(url, timeout=WAIT)
+
+
+def test_a_taken_port_of_the_metrics_is_named() -> None:
+    with Running(metrics_port=0) as server:
+        port = server.server.metrics_port
+        assert port is not None
+        with pytest.raises(OSError, match=f"port {port} of host 127.0.0.1 can't be listened on for the metrics"):
+            start_and_stop(Settings(port=0, metrics_port=port))
+
+
+@pytest.mark.parametrize(
+    ("file", "words"),
+    [
+        ("tokens.toml", "tokens.toml is no TOML, line 1, column"),
+        ("cert.pem", "cert.pem and tls_key"),
+        ("key.pem", "key.pem can't be used together"),
+    ],
+)
+def test_a_broken_file_ends_the_command_with_2_and_is_not_shown(
+    file: str, words: str, guarded: tuple[Path, bytes, str], tmp_path: Path
+) -> None:
+    replace(tmp_path / file, b"a canary")
+    command = serve_command("--config", str(guarded[0]), "--log-format", "text")
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "the settings can't be used" in done.stderr
+    assert words in done.stderr
+    assert "canary" not in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""

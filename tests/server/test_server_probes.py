@@ -111,7 +111,7 @@ def test_an_unknown_probe_is_not_found_and_the_known_are_listed(stub: Any, call:
     field = "name" if call == "GetProbe" else "probe"
     error = refused(getattr(stub, call), getattr(probes_pb2, f"{call}Request")(**{field: "nope"}))
     assert (error.code, error.reason, error.field) == (grpc.StatusCode.NOT_FOUND, "UNKNOWN_PROBE", field)
-    assert "'nope'" in error.message
+    assert "nope" not in error.message
     assert "probe-003" in error.message
 
 
@@ -207,13 +207,6 @@ def test_a_picture_larger_than_the_limit_is_refused_and_its_numbers_are_not(stub
             assert (error.reason, error.field) == ("TOO_LARGE", "image_format")
             assert f"{width} x {height} pixels" in error.message
             assert bounded.GetHeatmap(probes_pb2.GetHeatmapRequest(statistic=1)).values.data
-
-
-@pytest.mark.parametrize("call", ["ActivateProbe", "ReloadProbes"])
-def test_what_is_not_there_yet_says_so(stub: Any, call: str) -> None:
-    error = refused(getattr(stub, call), getattr(probes_pb2, f"{call}Request")())
-    assert (error.code, error.reason) == (grpc.StatusCode.UNIMPLEMENTED, "NOT_IMPLEMENTED")
-    assert f"{call} is not implemented" in error.message
 
 
 # The shelf.

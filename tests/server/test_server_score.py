@@ -289,12 +289,6 @@ def test_server_info(stub: Any) -> None:
     assert info.library_versions["python"].startswith("3.")
 
 
-def test_what_is_not_there_yet_says_so(stub: Any) -> None:
-    error = refused(stub.ScoreAttention, iter([detector_pb2.ScoreAttentionRequest()]))
-    assert (error.code, error.reason) == (grpc.StatusCode.UNIMPLEMENTED, "NOT_IMPLEMENTED")
-    assert "ScoreAttention is not implemented in this version; send the token ids to Score" in error.message
-
-
 def test_only_the_worker_computes(server: Running, stub: Any) -> None:
     stub.Score(request())
     assert server.engine.threads == {"lapwing-worker"}

@@ -175,7 +175,9 @@ def test_every_variable_in_this_repository_is_known() -> None:
     """Else a server started beside it would be stopped by it."""
     known = {variable(name) for name in settable(Settings)} | {variable("limits")} | OTHERS | {CONFIG}
     files = [
-        path for room in ("client", "detector", "training", "server", "tests") for path in ROOT.glob(f"{room}/**/*.py")
+        path
+        for room in ("client", "detector", "training", "server", "tests", "benchmarks")
+        for path in ROOT.glob(f"{room}/**/*.py")
     ]
     found = {
         name

@@ -108,7 +108,7 @@ class Tokens:
 
 def digest_of(token: str) -> str:
     """What the file holds of a token: hexadecimal SHA-256."""
-    return hashlib.sha256(token.encode()).hexdigest()
+    return hashlib.sha256(token.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def read(path: Path) -> Grants:

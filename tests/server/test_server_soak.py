@@ -1,0 +1,129 @@
+"""A server's life, in a random order that a seed repeats: no unexpected code, and at the end nothing is left of it."""
+
+from __future__ import annotations
+
+import gc
+import os
+import random
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from lives import OFTEN, RARE, Life, named
+from service_fakes import FakeEngine, Running, wait_until
+
+from lapwing_detector.registry import Registry
+from lapwing_server.engine import Loaded
+from lapwing_server.shelving import shelve
+from tests.detector.registries import write_probe
+
+SOAK = os.environ.get("LAPWING_SOAK") == "1"
+SECONDS = 900.0 if SOAK else 6.0
+REQUESTS = 100_000 if SOAK else 3_000
+THREADS = 4
+GROWTH = 16 * 2**20
+"""Bytes that the process may grow by."""
+
+LEAK = 64 * 2**10
+"""Bytes that the control keeps of each forward."""
+
+
+@pytest.fixture
+def life(tmp_path: Path) -> Iterator[tuple[Life, Running]]:
+    engine, registry = FakeEngine(), Registry(tmp_path / "registry")
+    for name in ("beta", "alpha"):
+        registry.publish(write_probe(tmp_path / name, named(name)), activate=True)
+
+    def load() -> Loaded:
+        return Loaded(engine, shelve(registry.root, require=engine.require))
+
+    with Running(engine, load=load, keepalive=1.0, keepalive_timeout=1.0) as server:
+        found = Life(server.target, engine, registry, tmp_path)
+        yield found, server
+        found.close()
+
+
+def live(life: Life, go_on: Callable[[], bool], *, rare: bool, seed: int) -> None:
+    """Several threads, in each of which one thing happens after another."""
+
+    def run(number: int) -> None:
+        draw = random.Random(1000 * seed + number)
+        while go_on():
+            life.happen(draw, rare)
+
+    threads = [threading.Thread(target=run, args=(number,)) for number in range(THREADS)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+def resident() -> int:
+    gc.collect()
+    return int(psutil.Process().memory_info().rss)
+
+
+def ours() -> Counter[str]:
+    """How many objects of our own classes there are, by class."""
+    gc.collect()
+    return Counter(
+        f"{type(one).__module__}.{type(one).__qualname__}"
+        for one in gc.get_objects()
+        if str(type(one).__module__).startswith(("lapwing_server", "lapwing_detector"))
+    )
+
+
+def until(ends: float) -> Callable[[], bool]:
+    return lambda: time.monotonic() < ends
+
+
+@pytest.mark.timeout(3600)
+def test_a_mixed_life_has_no_unexpected_end_and_leaves_nothing(life: tuple[Life, Running]) -> None:
+    one, server = life
+    live(one, until(time.monotonic() + min(30.0, SECONDS / 3)), rare=True, seed=1)
+    server.settle()
+    before, size = ours(), resident()
+    live(one, until(time.monotonic() + SECONDS), rare=True, seed=2)
+    assert one.unexpected == []
+    assert {name for name, _ in one.codes} >= set(OFTEN)
+    assert not SOAK or {name for name, _ in one.codes} >= set(RARE)
+    wait_until(lambda: server.server.guard.in_flight == 0)
+    server.settle()
+    after = ours()
+    more = {name: count - before[name] for name, count in after.items() if count > before[name] + 50}
+    assert more == {}
+    assert resident() - size <= GROWTH
+
+
+def grown(server: Running, one: Life) -> int:
+    """Bytes that many mixed requests made the process grow by, once what the first ones need is there."""
+    numbers: Any = iter(range(REQUESTS // 4))
+    live(one, lambda: next(numbers, None) is not None, rare=False, seed=3)
+    server.settle()
+    before = resident()
+    numbers = iter(range(REQUESTS))
+    live(one, lambda: next(numbers, None) is not None, rare=False, seed=4)
+    server.settle()
+    return resident() - before
+
+
+@pytest.mark.timeout(3600)
+def test_many_mixed_requests_do_not_make_it_grow(life: tuple[Life, Running]) -> None:
+    one, server = life
+    assert grown(server, one) <= GROWTH
+    assert one.unexpected == []
+
+
+def test_control_a_server_that_keeps_what_it_computed_grows(life: tuple[Life, Running]) -> None:
+    one, _ = life
+    kept: list[bytearray] = []
+    one.engine.before = lambda: kept.append(bytearray(os.urandom(64) * (LEAK // 64)))
+    numbers: Any = iter(range(3_000))
+    before = resident()
+    live(one, lambda: next(numbers, None) is not None, rare=False, seed=5)
+    assert resident() - before > GROWTH
