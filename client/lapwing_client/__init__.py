@@ -1,7 +1,7 @@
 """How to talk to a Lapwing server. Knows no models and no arrays: importing it loads neither torch nor numpy."""
 
-from lapwing_client.async_client import AsyncClient, AsyncGenerationStream
-from lapwing_client.client import Client, GenerationStream
+from lapwing_client.async_client import AsyncClient
+from lapwing_client.client import Client
 from lapwing_client.deadline import Deadline
 from lapwing_client.errors import (
     Cancelled,
@@ -18,6 +18,7 @@ from lapwing_client.errors import (
     Unavailable,
     Unimplemented,
 )
+from lapwing_client.generation_stream import AsyncGenerationStream, GenerationStream
 from lapwing_client.results import (
     Activation,
     Detection,

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, Iterable, Sequence
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar
 
 import grpc
 
 from lapwing_client import calls, many, plans, results
-from lapwing_client.attention_messages import header_request, known_of
+from lapwing_client.attention_header import header_request, known_of
 from lapwing_client.attention_stream import AsyncAttentionStream
 from lapwing_client.calls import Call, Stubs
 from lapwing_client.connection import Connection
 from lapwing_client.deadline import Deadline, Timeout
 from lapwing_client.errors import CLOSED, Cancelled, LapwingError
+from lapwing_client.generation_stream import AsyncGenerationStream
 from lapwing_client.many_tasks import score_by_tasks
 from lapwing_client.plans import Ask, Pause, Step
 from lapwing_client.requests import Prompt, Response
-from lapwing_client.retries import Beginning
 from lapwing_client.tls import TLS, Source
 
 Answer = TypeVar("Answer")
@@ -292,51 +292,3 @@ class AsyncClient:
         if loop is not self._loop:
             raise RuntimeError("an AsyncClient belongs to the event loop in which it is first used; make another one")
         return self._opened[1]
-
-
-class AsyncGenerationStream(AsyncIterator[results.GeneratedToken | results.Generation]):
-    """A response while it is written. A stream that is dropped is closed, because gRPC cancels a call that is."""
-
-    def __init__(
-        self, client: AsyncClient, call: Call[results.GeneratedToken | results.Generation], deadline: Deadline
-    ) -> None:
-        self._client = client
-        self._what = call
-        self._deadline = deadline
-        self._beginning = Beginning(client._connection.retry)
-        self._left = asyncio.Event()
-        self._call = client._begin(call, deadline)
-
-    async def __anext__(self) -> results.GeneratedToken | results.Generation:
-        while True:
-            try:
-                reply = await self._client._read(self._call.read(), self._deadline)
-            except LapwingError as error:
-                pause = self._beginning.pause_after(error)
-                if pause is None or await self._left_within(pause):
-                    raise
-                self._call = self._client._begin(self._what, self._deadline)
-            else:
-                if reply is grpc.aio.EOF:
-                    raise StopAsyncIteration
-                self._beginning.begun()
-                return self._what.read(reply)
-
-    async def close(self) -> None:
-        """Stops the model; as often as one likes."""
-        self._left.set()
-        self._call.cancel()
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self.close()
-
-    async def _left_within(self, seconds: float) -> bool:
-        try:
-            return await asyncio.wait_for(self._left.wait(), seconds)
-        except TimeoutError:
-            return False

@@ -8,16 +8,14 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from lapwing.v1 import detector_pb2, model_pb2, tensor_pb2
-from lapwing_client.requests import fitting, real, text, unusable
+from lapwing.v1 import detector_pb2, tensor_pb2
+from lapwing_client.requests import fitting, unusable
 
 PIECE_BYTES = 2**20
 """Numbers of one message; a slice with more of them is cut where that can be done."""
 
 DTYPES = {"f": tensor_pb2.DATA_TYPE_FLOAT32, "e": tensor_pb2.DATA_TYPE_FLOAT16}
 """By the format of the buffer protocol."""
-
-SUMMARY, ROWS = ("diagonal", "received"), ("weights",)
 
 Request = detector_pb2.ScoreAttentionRequest
 
@@ -56,87 +54,18 @@ class Numbers:
         shape = (layers.stop - layers.start, heads.stop - heads.start, *self.shape[2:])
         return self.message(shape, self.data[first : first + shape[0] * shape[1] * self.head_bytes])
 
-    def message(self, shape: Iterable[int], data: memoryview | bytes) -> tensor_pb2.Tensor:
-        """A tensor of the same type, little-endian as on the wire."""
-        if sys.byteorder == "big":
-            swapped = array("H" if self.item_bytes == 2 else "I", bytes(data))
-            swapped.byteswap()
-            data = swapped.tobytes()
-        return tensor_pb2.Tensor(dtype=self.dtype, shape=shape, data=bytes(data))  # type: ignore[arg-type]
+    def message(self, shape: Iterable[int], data: memoryview) -> tensor_pb2.Tensor:
+        """A tensor of the same type."""
+        return tensor_pb2.Tensor(dtype=self.dtype, shape=shape, data=little_endian(data, self.item_bytes))  # type: ignore[arg-type]
 
 
-def header_request(
-    model: Any,
-    layers: Iterable[int],
-    heads: int,
-    prompt_tokens: int,
-    *,
-    response_tokens: int | None = None,
-    probe: str = "",
-    false_positive_rate: float | None = None,
-    attention_sinks: bool | None = False,
-) -> Request:
-    """The first message of a stream; see `Client.attention_stream`.
-
-    Raises:
-        InvalidRequest: an argument can't be sent; the server knows whether it can be right.
-    """
-    return Request(
-        header=detector_pb2.AttentionHeader(
-            model=identity_message(model),
-            layers=[whole_number(layer, f"layers[{i}]") for i, layer in enumerate(layers)],
-            heads=whole_number(heads, "heads"),
-            prompt_tokens=whole_number(prompt_tokens, "prompt_tokens"),
-            response_tokens=fitting(response_tokens, 32, "response_tokens"),
-            false_positive_rate=real(false_positive_rate, "false_positive_rate"),
-            probe=text(probe, "probe"),
-            attention_sinks=bool(attention_sinks),
-            weight_sample=sample_tensor(model),
-        )
-    )
-
-
-def known_of(chunks: Any, prompt_tokens: int, given: Mapping[str, Any]) -> dict[str, Any]:
-    """What the header says of chunks that know it themselves, as those of `captured.chunks()` do.
-
-    Args:
-        chunks: may have the attributes `layers`, `heads`, `first_token`, `tokens` and `attention_sinks`.
-        prompt_tokens: of these.
-        given: `layers`, `heads`, `response_tokens` and `attention_sinks`; None where the chunks shall say.
-
-    Raises:
-        InvalidRequest: neither says it, or the chunks are not the beginning.
-    """
-    if first := getattr(chunks, "first_token", 0):
-        message = f"begin at row {first}, those before were taken earlier; give captured.chunks(from_start=True)"
-        raise unusable("chunks", message)
-    known = {name: getattr(chunks, name, None) if value is None else value for name, value in given.items()}
-    if known["response_tokens"] is None and (tokens := getattr(chunks, "tokens", 0)) > prompt_tokens:
-        known["response_tokens"] = tokens - prompt_tokens
-    for name in ("layers", "heads"):
-        if known[name] is None:
-            raise unusable(name, "is not given, and the chunks have no attribute of that name; give it")
-    return known
-
-
-def sample_tensor(model: Any) -> tensor_pb2.Tensor | None:
-    """The sample of the weights, where the identity has it."""
-    try:
-        sample = array("f", found(model, "sample", "model", ()))
-    except (TypeError, OverflowError):
-        raise unusable("model.sample", "is not numbers; give what identity_of() returns") from None
-    whole = Numbers("model.sample", tensor_pb2.DATA_TYPE_FLOAT32, (1, 1, len(sample)), memoryview(sample.tobytes()))
-    return whole.message((len(sample),), whole.data) if sample else None
-
-
-def identity_message(model: Any) -> model_pb2.ModelIdentity:
-    """Which model the attention is of."""
-    message = model_pb2.ModelIdentity()
-    for field in model_pb2.ModelIdentity.DESCRIPTOR.fields:
-        value, path = found(model, field.name, "model"), f"model.{field.name}"
-        is_text = field.type == field.TYPE_STRING
-        setattr(message, field.name, text(value, path) if is_text else whole_number(value, path))
-    return message
+def little_endian(data: memoryview, item_bytes: int) -> bytes:
+    """The numbers of this machine as they go on the wire."""
+    if sys.byteorder == "little":
+        return bytes(data)
+    swapped = array("H" if item_bytes == 2 else "I", bytes(data))
+    swapped.byteswap()
+    return swapped.tobytes()
 
 
 def score_now_request() -> Request:
@@ -154,20 +83,17 @@ def slice_requests(chunk: Any) -> Iterator[Request]:
         InvalidRequest: something is missing or can't be sent.
     """
     place = Place(*(whole_number(found(chunk, f"first_{axis}", "chunk"), f"first_{axis}") for axis in Place._fields))
-    weights = found(chunk, "weights", "chunk", None)
+    weights, diagonal = (found(chunk, name, "chunk", None) for name in ("weights", "diagonal"))
     if weights is None:
-        arrays = [numbers(found(chunk, name, "chunk"), f"summary.{name}", 3, "f") for name in SUMMARY]
+        arrays = [numbers(found(chunk, name, "chunk"), f"summary.{name}", 3, "f") for name in ("diagonal", "received")]
         return summary_requests(place, *arrays)
-    return rows_requests(place, numbers(weights, "rows.weights", 4, "fe"))
+    beside = None if diagonal is None else numbers(diagonal, "rows.diagonal", 3, "f")
+    return rows_requests(place, numbers(weights, "rows.weights", 4, "fe"), beside)
 
 
 def summary_requests(place: Place, diagonal: Numbers, received: Numbers) -> Iterator[Request]:
     """Sums over rows, cut over layers and heads."""
-    if diagonal.shape[:2] != received.shape[:2]:
-        message = (
-            f"has {diagonal.shape[:2]} layers and heads, summary.received {received.shape[:2]}; give both the same"
-        )
-        raise unusable("summary.diagonal", message)
+    require_alike(diagonal, received, 2)
     for layers, heads in cuts(diagonal.shape, diagonal.head_bytes + received.head_bytes):
         part = detector_pb2.AttentionSummarySlice(
             first_layer=place.layer + layers.start,
@@ -179,41 +105,60 @@ def summary_requests(place: Place, diagonal: Numbers, received: Numbers) -> Iter
         yield Request(summary=part)
 
 
-def rows_requests(place: Place, weights: Numbers) -> Iterator[Request]:
+def rows_requests(place: Place, weights: Numbers, diagonal: Numbers | None) -> Iterator[Request]:
     """Rows, cut over layers and heads and, where one head is too large, over rows."""
+    if diagonal is not None:
+        require_alike(diagonal, weights, 3)
     for layers, heads in cuts(weights.shape, weights.head_bytes):
-        whole = weights.tensor(layers, heads)
-        for token, tensor in row_cuts(place.token, weights, whole):
-            part = detector_pb2.AttentionRowsSlice(
-                first_layer=place.layer + layers.start,
-                first_head=place.head + heads.start,
-                first_token=token,
-                weights=tensor,
-            )
+        whole = detector_pb2.AttentionRowsSlice(
+            first_layer=place.layer + layers.start,
+            first_head=place.head + heads.start,
+            first_token=place.token,
+            weights=weights.tensor(layers, heads),
+            diagonal=diagonal.tensor(layers, heads) if diagonal is not None else None,
+        )
+        for part in row_cuts(whole, weights.item_bytes):
             yield Request(rows=part)
 
 
-def row_cuts(first: int, weights: Numbers, tensor: tensor_pb2.Tensor) -> Iterator[tuple[int, tensor_pb2.Tensor]]:
-    """First token and rows of each part of a tensor: all of it, or stretches of rows that end at their own columns."""
-    _, _, rows, columns = tensor.shape
-    if len(tensor.data) <= PIECE_BYTES or columns != first + rows:
-        yield first, tensor
+def require_alike(one: Numbers, other: Numbers, axes: int) -> None:
+    """Refuses two arrays that are of different heads or rows, which could not be cut together."""
+    if one.shape[:axes] != other.shape[:axes]:
+        message = f"has {one.shape[:axes]}, {other.field} {other.shape[:axes]}; the first {axes} axes must be the same"
+        raise unusable(one.field, message)
+
+
+def row_cuts(whole: detector_pb2.AttentionRowsSlice, item_bytes: int) -> Iterator[detector_pb2.AttentionRowsSlice]:
+    """The parts of a slice: all of it, or, of one head that is too large, some rows each, up to their last token."""
+    data, first = whole.weights.data, whole.first_token
+    rows, columns = whole.weights.shape[2:]
+    if len(data) <= PIECE_BYTES or columns != first + rows:
+        yield whole
         return
-    row_bytes, data = columns * weights.item_bytes, tensor.data
+    row_bytes = columns * item_bytes
     at_once = max(1, PIECE_BYTES // row_bytes)
     for start in range(0, rows, at_once):
         stop = min(start + at_once, rows)
-        seen = (first + stop) * weights.item_bytes
+        seen = (first + stop) * item_bytes
         kept = []
         for row in range(start, stop):
             begin = row * row_bytes
             if data[begin + seen : begin + row_bytes].strip(b"\0"):
-                raise unusable(weights.field, f"row {row} must be 0 after its own token, which comes before the others")
+                raise unusable(
+                    "rows.weights", f"row {row} must be 0 after its own token, which comes before the others"
+                )
             kept.append(data[begin : begin + seen])
-        yield (
-            first + start,
-            tensor_pb2.Tensor(dtype=tensor.dtype, shape=(1, 1, stop - start, first + stop), data=b"".join(kept)),
+        part = detector_pb2.AttentionRowsSlice(
+            first_layer=whole.first_layer, first_head=whole.first_head, first_token=first + start
         )
+        shape = (1, 1, stop - start)
+        part.weights.MergeFrom(
+            tensor_pb2.Tensor(dtype=whole.weights.dtype, shape=(*shape, first + stop), data=b"".join(kept))
+        )
+        if whole.HasField("diagonal"):
+            some = whole.diagonal.data[4 * start : 4 * stop]
+            part.diagonal.MergeFrom(tensor_pb2.Tensor(dtype=whole.diagonal.dtype, shape=shape, data=some))
+        yield part
 
 
 def cuts(shape: tuple[int, ...], head_bytes: int) -> Iterator[tuple[slice, slice]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterator
 from threading import Condition
@@ -12,6 +11,7 @@ from typing import Any, NoReturn, Self
 import grpc
 
 from lapwing_client import replies, results
+from lapwing_client.async_end import End
 from lapwing_client.attention_messages import Request, score_now_request, slice_requests
 from lapwing_client.errors import LapwingError, ServerError
 from lapwing_client.requests import unusable
@@ -79,6 +79,7 @@ class AttentionStream:
         """
         self._error_of = error_of
         self._outbox = Outbox()
+        self._ending = False
         self._result: results.Detection | None = None
         self._call = begin(self._outbox)
         if not self._call.add_callback(self._outbox.drop):
@@ -95,7 +96,7 @@ class AttentionStream:
                 - `diagonal` (layers, heads, rows) and `received` (layers, heads, first_token + rows), both float32:
                   attention of each row's token to itself, and what every token receives from these rows; or
                 - `weights` (layers, heads, rows, first_token + rows), float32 or float16: the rows themselves. Float16
-                  loses what is below 6e-8, so that the score is near that of float32, and not the same.
+                  loses what is below 6e-8, so a probe that takes logarithms needs `diagonal` in float32 beside it.
 
                 All of them with the buffer protocol, as numpy's arrays have it. Large ones go in several messages. NaN
                 is taken in heads that the probe does not read.
@@ -124,6 +125,7 @@ class AttentionStream:
             LapwingError: see `send`.
         """
         if self._result is None:
+            self._ending = True
             self._outbox.end()
             detection = self._answer()
             if self._reply() is not None:
@@ -145,7 +147,7 @@ class AttentionStream:
         self.close()
 
     def _put(self, request: Request) -> None:
-        require_open(self._result)
+        require_open(self._ending)
         try:
             self._outbox.put(request)
         except Over:
@@ -181,6 +183,7 @@ class AsyncAttentionStream:
         self._begin = begin
         self._read = read
         self._call: Any = None
+        self._ending = False
         self._result: results.Detection | None = None
 
     async def send(self, chunk: Any) -> None:
@@ -196,10 +199,10 @@ class AsyncAttentionStream:
     async def finish(self) -> results.Detection:
         """Ends the response; the score of the whole."""
         if self._result is None:
-            call = await self._opened()
-            await self._done(call.done_writing())
+            call, self._ending = await self._opened(), True
+            await self._wait(call.done_writing())
             detection = await self._answer()
-            if await self._read(call.read()) is not grpc.aio.EOF:
+            if await self._wait(call.read()) is not grpc.aio.EOF:
                 raise_unexpected()
             self._result = detection
         return self._result
@@ -220,34 +223,31 @@ class AsyncAttentionStream:
     async def _opened(self) -> Any:
         if self._call is None:
             self._call = self._begin()
-            await self._done(self._call.write(self._header))
+            self._end = End(self._call)
+            await self._wait(self._call.write(self._header))
         return self._call
 
     async def _put(self, request: Request) -> None:
-        require_open(self._result)
+        require_open(self._ending)
         call = await self._opened()
-        await self._done(call.write(request))
+        await self._wait(call.write(request))
 
-    async def _done(self, writing: Awaitable[Any]) -> None:
-        """Waits until something is written; where the call has ended, what it ended with is raised."""
-        try:
-            await self._read(writing)
-        except asyncio.InvalidStateError:
-            await self._answer()
-            raise_unexpected()
+    async def _wait(self, step: Awaitable[Any]) -> Any:
+        """What the call does next."""
+        return await self._read(self._end.or_what_ended(step))
 
     async def _answer(self) -> results.Detection:
-        reply = await self._read(self._call.read())
+        reply = await self._wait(self._call.read())
         return raise_unexpected() if reply is grpc.aio.EOF else replies.detection_of(reply.detection)
 
 
-def require_open(result: results.Detection | None) -> None:
+def require_open(ending: bool) -> None:
     """Refuses to send after the end.
 
     Raises:
         InvalidRequest: it is finished.
     """
-    if result is not None:
+    if ending:
         raise unusable("chunk", "comes after finish(); begin another stream")
 
 

@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from threading import Event
+from collections.abc import Callable, Generator, Iterable, Sequence
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar
 
 import grpc
 
 from lapwing_client import calls, many, plans, results
-from lapwing_client.attention_messages import header_request, known_of
+from lapwing_client.attention_header import header_request, known_of
 from lapwing_client.attention_stream import AttentionStream
 from lapwing_client.calls import Call, Stubs
 from lapwing_client.connection import Connection
 from lapwing_client.deadline import Deadline, Timeout
 from lapwing_client.errors import CLOSED, Cancelled, LapwingError
+from lapwing_client.generation_stream import GenerationStream
 from lapwing_client.many_threads import Hands, score_by_threads
 from lapwing_client.plans import Ask, Pause, Step
 from lapwing_client.requests import Prompt, Response
-from lapwing_client.retries import Beginning
 from lapwing_client.tls import TLS, Source
 
 Answer = TypeVar("Answer")
@@ -421,50 +420,3 @@ class Client:
     def _error_of(self, error: grpc.RpcError, deadline: Deadline) -> LapwingError:
         found = self._connection.error_of(error)
         return self._connection.explained(found, deadline) if self._connection.puzzling(found) else found
-
-
-class GenerationStream(Iterator[results.GeneratedToken | results.Generation]):
-    """A response while it is written. A stream that is dropped is closed, because gRPC cancels a call that is."""
-
-    def __init__(
-        self, client: Client, call: Call[results.GeneratedToken | results.Generation], deadline: Deadline
-    ) -> None:
-        self._client = client
-        self._what = call
-        self._deadline = deadline
-        self._beginning = Beginning(client._connection.retry)
-        self._left = Event()
-        self._call = self._begin()
-
-    def __next__(self) -> results.GeneratedToken | results.Generation:
-        while True:
-            try:
-                reply = next(self._call)
-            except grpc.RpcError as error:
-                found = self._client._error_of(error, self._deadline)
-                pause = self._beginning.pause_after(found)
-                if pause is None or self._left.wait(pause):
-                    raise found from None
-                self._call = self._begin()
-            else:
-                self._beginning.begun()
-                return self._what.read(reply)
-
-    def close(self) -> None:
-        """Stops the model; as often as one likes."""
-        self._left.set()
-        self._call.cancel()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def _begin(self) -> Any:
-        call = self._client._call(self._what.method(self._client._stubs), self._what.request, self._deadline)
-        if self._left.is_set():
-            call.cancel()
-        return call

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from lapwing_detector.sequences import Part, Sequences, gathered
 from lapwing_detector.summary import AttentionSummary
 
 
-@dataclass
+@dataclass(eq=False)
 class Batch:
     """A cache, the sums of the attention so far, and where the padding is."""
 
@@ -83,8 +84,13 @@ class Batch:
         if not any(self.pads):
             return {}
         columns = torch.arange(past + new, device=self.model.model.device)
-        positions = columns - self.model.tensor([self.pads]).T  # (rows, columns), negative for padding
+        positions = columns - self._starts  # (rows, columns), negative for padding
         return {"attention_mask": (positions >= 0).long(), "position_ids": positions[:, past:].clamp(min=0)}
+
+    @cached_property
+    def _starts(self) -> Tensor:
+        """(rows, 1) the column of the first token."""
+        return self.model.tensor([self.pads]).T
 
     @property
     def plain(self) -> bool:

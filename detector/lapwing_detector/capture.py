@@ -198,6 +198,11 @@ class Captured:
         return self._given.rest(self._sequences, sequence, from_start, max_bytes=max_bytes)
 
     @property
+    def layers(self) -> tuple[int, ...]:
+        """Index in the model of each captured layer."""
+        return tuple(layer.index for layer in self._layers)
+
+    @property
     def sums(self) -> Sequences:
         """What the summaries are made of, as it stands now, of the tokens that the model was fed: for `RunningLogits`.
 

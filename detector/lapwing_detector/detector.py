@@ -14,10 +14,12 @@ from lapwing_detector.errors import DetectorError, InvalidInput, TooLong
 from lapwing_detector.generation import GeneratedToken, Generation
 from lapwing_detector.identity import ModelIdentity
 from lapwing_detector.language_model import LanguageModel
+from lapwing_detector.log_probabilities import LogProbabilities, read_with_log_probabilities
 from lapwing_detector.options import GenerationOptions
 from lapwing_detector.probe import Probe
 from lapwing_detector.scoring import Scored, ScoreJob, Stopwatch, detect
 from lapwing_detector.streams import Streams
+from lapwing_detector.summary import AttentionSummary
 from lapwing_detector.tokens import Prompt, Response, TokenIds, build_ids
 
 if TYPE_CHECKING:
@@ -202,21 +204,28 @@ class Detector:
         Returns:
             One for each job, in their order.
         """
-        heads: dict[int, set[int]] = {}
-        for probe in {id(probe): probe for job in jobs for probe in (job.probe, *job.shadows)}.values():
-            for layer, read in probe.heads.items():
-                heads.setdefault(layer, set()).update(read)
-        union = {layer: tuple(sorted(heads[layer])) for layer in sorted(heads)}
         clock, results = Stopwatch(), []
         with clock.stage("forward"):
-            summaries = self.language_model.summaries([job.ids.all for job in jobs], union or None)
-        for job, summary in zip(jobs, summaries, strict=True):
+            readings = self._read(jobs)
+        for job, (summary, said) in zip(jobs, readings, strict=True):
             detection, *shadows = [
-                detect(probe, summary, job.ids, job.false_positive_rate, clock.seconds)
+                detect(probe, summary, job.ids, job.false_positive_rate, clock.seconds, said)
                 for probe in (job.probe, *job.shadows)
             ]
             results.append(Scored(detection, tuple(shadows)))
         return results
+
+    def _read(self, jobs: Sequence[ScoreJob]) -> Sequence[tuple[AttentionSummary, LogProbabilities | None]]:
+        """What the probes of the jobs read, and no more."""
+        probes = {id(probe): probe for job in jobs for probe in (job.probe, *job.shadows)}.values()
+        read: dict[int, set[int]] = {}
+        for probe in probes:
+            for layer, of_layer in probe.heads.items():
+                read.setdefault(layer, set()).update(of_layer)
+        heads = {layer: tuple(sorted(read[layer])) for layer in sorted(read)} or None
+        if any(probe.reads_log_probabilities for probe in probes):
+            return read_with_log_probabilities(self.language_model, [job.ids for job in jobs], heads)
+        return [(one, None) for one in self.language_model.summaries([job.ids.all for job in jobs], heads)]
 
     def streams(self) -> Streams:
         """Several answers that are written at once and share forwards; none so far."""

@@ -21,29 +21,11 @@ from lapwing_detector.features import FEATURES
 from lapwing_detector.head_map import STATISTICS, HeadMap
 from lapwing_detector.identity import ModelIdentity
 from lapwing_detector.summary import AttentionSummary
+from lapwing_detector.threshold import Threshold as Threshold
 from lapwing_detector.token_statistics import TOKEN_STATISTICS, statistics_logit, token_contributions
 
 NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 """What a probe may be called."""
-
-
-@dataclass(frozen=True)
-class Threshold:
-    """One operating point: flag when the logit is strictly above."""
-
-    false_positive_rate: float
-    """The promised rate, such as .05."""
-
-    logit: float
-    realised_rate: float | None
-    """Rate among the held-out negatives; None where there were none."""
-
-    negatives: int
-    """How many negatives set the threshold."""
-
-    def __post_init__(self) -> None:
-        if not (0 < self.false_positive_rate < 1 and math.isfinite(self.logit)):
-            raise ValueError(f"threshold {self.logit} at rate {self.false_positive_rate}: finite, at a rate in (0, 1)")
 
 
 @dataclass(frozen=True)

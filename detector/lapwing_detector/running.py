@@ -33,7 +33,7 @@ class RunningLogits:
                 cache = model(ids, past_key_values=cache, use_cache=True).past_key_values
                 [logit] = running.logits()
 
-    The sums stay on their device; only the logits leave it.
+    The sums stay on their device; only the logits leave it. What a probe reads beside attention has no part in them.
     """
 
     def __init__(self, probe: Probe, captured: Summed) -> None:

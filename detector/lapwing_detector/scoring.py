@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lapwing_detector.detection import DEFAULT_FALSE_POSITIVE_RATE, Detection, HeadContribution, Reason, State
 from lapwing_detector.probe import Probe, Share
@@ -58,9 +59,23 @@ class Stopwatch:
 
 
 def detect(
-    probe: Probe, summary: AttentionSummary, ids: TokenIds, false_positive_rate: float, seconds: dict[str, float]
+    probe: Probe,
+    summary: AttentionSummary,
+    ids: TokenIds,
+    false_positive_rate: float,
+    seconds: dict[str, float],
+    log_probabilities: Sequence[float] | NDArray[np.floating] | None = None,
 ) -> Detection:
-    """What the probe says of one captured sequence."""
+    """What the probe says of one captured sequence.
+
+    Args:
+        probe: that scores.
+        summary: attention of the sequence.
+        ids: the sequence.
+        false_positive_rate: operating point at which `flagged` is decided.
+        seconds: that it took so far, by stage.
+        log_probabilities: (response tokens,) for a probe that reads them; see `Probe.score`.
+    """
     clock = Stopwatch()
     logit, share, reason, message = None, None, None, ""
     with clock.stage("probe"):
@@ -71,8 +86,10 @@ def detect(
             reason, message = Reason.TOO_SHORT, "the response has no tokens; there is nothing in it to be made up"
         elif not finite(probe.read(summary)):
             reason, message = Reason.NON_FINITE, "the model's attention is not finite; load it in float32 or bfloat16"
+        elif probe.reads_log_probabilities and np.isnan(() if log_probabilities is None else log_probabilities).any():
+            reason, message = Reason.NON_FINITE, "the model's logits are not finite; load it in float32 or bfloat16"
         else:
-            logit, share = probe.score(summary)
+            logit, share = probe.score(summary, log_probabilities)
     point = probe.threshold(false_positive_rate)
     return Detection(
         state=State.UNSCORED if logit is None else State.SCORED,
@@ -93,6 +110,7 @@ def detect(
         head_contributions=() if share is None else strongest(probe, share),
         seconds=seconds | clock.seconds,
         heads_contribution=0.0 if share is None else float(share.heads.sum(dtype=np.float64)),
+        statistic_contributions={} if share is None else share.statistics,
     )
 
 

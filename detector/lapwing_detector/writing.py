@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
 
 from lapwing_detector.answer_text import StopStrings, TextStream
 from lapwing_detector.choosing import Chooser
@@ -13,6 +18,7 @@ from lapwing_detector.options import GenerationOptions
 from lapwing_detector.probe import Probe
 from lapwing_detector.scoring import Stopwatch, detect
 from lapwing_detector.summary import AttentionSummary
+from lapwing_detector.token_statistics import token_contributions
 from lapwing_detector.tokens import TokenIds
 
 
@@ -25,6 +31,9 @@ class Stream:
         self.prompt, self.probe, self.options = TokenIds(prompt.prompt_ids, ()), probe, options
         self.written: list[int] = []
         """Tokens of the answer that were given out."""
+
+        self._said: list[float] = []
+        """Their log-probabilities."""
 
         self.paused = self.ended = False
         self.alone = False
@@ -77,44 +86,53 @@ class Stream:
 
         Args:
             following: the token after it, and its log-probability.
-            logit: what the probe says of everything up to it; looked at where `wants_logit` asked for it.
+            logit: what the probe reads in the attention of everything up to it, where `wants_logit` asked for it.
             summary: attention of everything up to it.
 
         Returns:
             That token; behind the last one the finished answer, too.
         """
         (token, log_probability), self._next = self._next, following
+        said = _NOTHING
         due = self._due
         self.written.append(token)
+        self._said.append(log_probability)
         reason = "length" if len(self.written) == self._limit else "stop" if following[0] in self._stop_tokens else ""
-        detection, running, probability = None, None, None
         if due and not reason:
-            if self.options.contributions:
-                detection = self._detect(summary)
-            running = detection.logit if detection else logit
-            if running is not None:
-                probability = self.probe.running_probability(running, len(self.written))
-            reason = "flagged" if self._too_high(probability) else ""
+            said = self._running(logit, summary)
+            reason = "flagged" if self._too_high(said.probability) else ""
         text = self._stops.push(self._text.push(token, bool(reason)), bool(reason))
-        reason = "stop_string" if self._stops.found else reason
-        if reason:
-            detection = detection or self._detect(summary)
-            running = detection.logit
-            # What a reader of the stream is told of the end is the verdict on the whole, unless the end is due to what
-            # stood before it.
-            probability = probability if reason == "flagged" else detection.probability
         self._parts.append(text)
-        shares = detection.token_contributions if detection and self.options.contributions else None
-        event = GeneratedToken(
-            len(self.written) - 1,
-            token,
-            text,
-            log_probability,
-            probability,
-            running,
-            None if running is None else shares,
-        )
-        return [event, self._finish(reason, detection)] if reason and detection else [event]
+        reason = "stop_string" if self._stops.found else reason
+        whole = [self._finish(reason, self._detect(summary))] if reason else []
+        for generation in whole:
+            last = self._said_by(generation.detection)
+            # The probability that ended it stays to be seen; other last tokens are told with the verdict on the whole.
+            said = replace(last, probability=said.probability) if reason == "flagged" else last
+        index = len(self.written) - 1
+        event = GeneratedToken(index, token, text, log_probability, said.probability, said.logit, said.contributions)
+        return [event, *whole]
+
+    def _running(self, logit: float | None, summary: Callable[[], AttentionSummary]) -> _Said:
+        if self.options.contributions:
+            said = self._said_by(self._detect(summary))
+        else:
+            said = _Said(self._with_statistics(logit))
+        if said.logit is None:
+            return said
+        return replace(said, probability=self.probe.running_probability(said.logit, len(self.written)))
+
+    def _said_by(self, detection: Detection) -> _Said:
+        shares = detection.token_contributions if self.options.contributions and detection.logit is not None else None
+        return _Said(detection.logit, detection.probability, shares)
+
+    def _with_statistics(self, logit: float | None) -> float | None:
+        """The logit with what the probe reads beside attention."""
+        if logit is None or not self.probe.reads_log_probabilities:
+            return logit
+        _, statistics = token_contributions(self._said, self.probe.statistic_weights)
+        logit += sum(statistics.values())
+        return logit if math.isfinite(logit) else None
 
     def _too_high(self, probability: float | None) -> bool:
         most = self.options.stop_when_probability_above
@@ -127,8 +145,20 @@ class Stream:
 
     def _detect(self, summary: Callable[[], AttentionSummary]) -> Detection:
         ids = self.prompt.followed_by(self.written)
-        return detect(self.probe, summary(), ids, self.options.false_positive_rate, self.clock.seconds)
+        return detect(self.probe, summary(), ids, self.options.false_positive_rate, self.clock.seconds, self._said)
 
     def _finish(self, reason: str, detection: Detection) -> Generation:
         self.ended = True
         return Generation("".join(self._parts), self.prompt.prompt_ids, tuple(self.written), reason, detection)
+
+
+@dataclass(frozen=True)
+class _Said:
+    """What is said of an answer at one token; nothing where it is not scored."""
+
+    logit: float | None = None
+    probability: float | None = None
+    contributions: NDArray[np.float32] | None = None
+
+
+_NOTHING = _Said()

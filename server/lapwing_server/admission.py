@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -19,6 +20,9 @@ from lapwing_server.waiting import Item, Waiting
 LONGEST_PUSHBACK: Final = 10.0
 SHORTEST_PUSHBACK: Final = 0.05
 """Seconds. What drains a queue is not known to the millisecond."""
+
+MARGIN: Final = 1.4
+"""Times what is expected: a client that is refused at once can go elsewhere, one that waits for nothing can't."""
 
 STREAM_PUSHBACK: Final = 1.0
 """Seconds after which another stream may be asked for; when one ends nobody knows."""
@@ -64,6 +68,8 @@ class Admission:
         """Seconds for a token; 0, which refuses nothing, as long as it is unknown."""
         self.wording = Ratio(0.3)
         """Tokens for a character."""
+        self.together = Ratio()
+        """Tokens of a forward. Its items are done when all of it is, those that came later included."""
         self._limits = limits
         self._metrics = metrics
 
@@ -90,13 +96,18 @@ class Admission:
         if deadline is None or not (running or waiting.items):
             return  # with nothing before it, it is tried: else a wrong average would refuse for ever
         own = sum(sizes)
-        over = now + self.pace.of(waiting.tokens + running + own) - deadline
+        over = now + self._seconds(running, waiting.tokens + own) - deadline
         if over > 0:  # a rough count was enough for most
-            over = now + self.pace.of(waiting.ahead_of(len(sizes)) + running + own) - deadline
+            over = now + self._seconds(running, waiting.ahead_of(len(sizes)) + own) - deadline
         if over > 0:
             raise self._shed(
                 "DEADLINE_UNREACHABLE", "it would not be done by its deadline; give it more time or try again", over
             )
+
+    def _seconds(self, running: int, tokens: int) -> float:
+        """Until so many tokens are computed, by forwards that are as large as they were lately."""
+        forward = max(1.0, self.together.of(1))
+        return MARGIN * self.pace.of(running + math.ceil(tokens / forward) * forward)
 
     def _require_room(self, items: int, waiting: Waiting, running: int) -> None:
         most = self._limits.queue_items

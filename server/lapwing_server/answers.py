@@ -123,9 +123,12 @@ def limits_message(limits: Limits) -> detector_pb2.Limits:
         max_heatmap_pixels=limits.heatmap_pixels,
         max_messages=limits.messages,
         max_characters_per_token=limits.characters_per_token,
+        max_streams_per_client=limits.streams_per_client,
         max_stop_strings=limits.stop_strings,
         max_stop_string_characters=limits.stop_string_characters,
         max_stream_seconds=limits.stream_seconds,
+        max_attention_streams=limits.attention_streams,
+        max_attention_bytes=limits.attention_bytes,
     )
 
 

@@ -8,8 +8,9 @@ from lapwing.v1 import detector_pb2
 from lapwing_detector.probe import Probe
 from lapwing_server.context import answered_by
 from lapwing_server.limits import Room
+from lapwing_server.probes_service import find, sound
 from lapwing_server.readiness import Readiness
-from lapwing_server.readings import read_probe, read_prompt, read_rate, read_response
+from lapwing_server.readings import read_prompt, read_rate, read_response
 from lapwing_server.refusal import Refusal
 from lapwing_server.waiting import Item
 
@@ -59,7 +60,7 @@ def asked(request: Request, readiness: Readiness) -> Asked:
         Refusal: nothing is loaded, there is no such probe, or it is not sound.
     """
     loaded = readiness.loaded
-    probe = read_probe(request.probe, loaded.shelf)
+    probe = sound(find(loaded.shelf, request.probe, "probe")) if request.probe else loaded.shelf.active
     answered_by(probe.name, probe.revision)
     active = probe is loaded.shelf.active
     return Asked(

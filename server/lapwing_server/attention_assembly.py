@@ -6,15 +6,16 @@ Only heads that some probe reads are held and looked at; of all others the slice
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lapwing.v1 import detector_pb2, tensor_pb2
+from lapwing_detector.features import FEATURES
 from lapwing_detector.probe import Probe
 from lapwing_detector.summary import AttentionSummary
 from lapwing_server.attention_header import Header
+from lapwing_server.attention_order import Order, Place
 from lapwing_server.attention_slices import (
     Doubt,
     Numbers,
@@ -30,22 +31,6 @@ from lapwing_server.refusal import invalid
 
 FLOAT32 = (tensor_pb2.DATA_TYPE_FLOAT32,)
 FLOATS = (tensor_pb2.DATA_TYPE_FLOAT32, tensor_pb2.DATA_TYPE_FLOAT16)
-
-Slice = detector_pb2.AttentionSummarySlice | detector_pb2.AttentionRowsSlice
-
-
-@dataclass(frozen=True)
-class Place:
-    """Which heads and tokens a slice is of."""
-
-    part: str
-    """`summary` or `rows`."""
-
-    layers: slice
-    heads: slice
-    first_token: int
-    tokens: int
-    """Length of the sequence up to the last row."""
 
 
 class Assembly:
@@ -63,25 +48,20 @@ class Assembly:
 
     def __init__(self, header: Header, probe: Probe, shadows: Iterable[Probe] = (), *, most_bytes: int) -> None:
         self._header = header
-        needed, held = self._mask([probe]), self._mask([probe, *shadows])
-        self._needed = needed[held]
-        """(held heads,): those of the probe itself."""
+        self._probe = probe
+        self._order = Order(header)
+        self._needed, held = self._mask([probe]), self._mask([probe, *shadows])
+        """(layers, heads): those of the probe itself, and those of all."""
 
         self._places = np.full(held.shape, -1)
         self._places[held] = np.arange(held.sum())
         """(layers, heads): place among the held ones; -1 for heads that nobody reads."""
 
-        self._came = np.zeros(held.shape, np.int64)
-        """(layers, heads): tokens whose rows came."""
+        self._coarse = False
+        """Whether what is below 6e-8 was lost on the way."""
 
-        self._part = ""
-        """How rows come: `summary` or `rows`; empty before the first ones."""
-
-        self._sums = HeldSums(len(self._needed), header.most_tokens, most_bytes, header.declared)
-        if header.declared is None:
-            self._require_room(header.prompt_tokens, "header.prompt_tokens")
-        else:
-            self._require_room(header.declared, "header.response_tokens")
+        self._sums = HeldSums(int(held.sum()), header.most_tokens, most_bytes, header.declared)
+        self._require_room(self._least_tokens, self._least_field)
 
     @property
     def nbytes(self) -> int:
@@ -96,29 +76,29 @@ class Assembly:
         """
         diagonal = read_tensor(message.diagonal, 3, FLOAT32, "summary.diagonal")
         received = read_tensor(message.received, 3, FLOAT32, "summary.received")
-        place = self._place(message, "summary", received, "received")
+        place = self._order.place(message, "summary", received, "received")
+        self._require_room(place.tokens, "summary.received")
         expected = (*received.shape[:2], place.tokens - place.first_token)
         if diagonal.shape != expected:
-            raise invalid(
-                "summary.diagonal.shape",
-                f"is {list(diagonal.shape)}; by first_token and received it must be {list(expected)}",
-            )
+            shapes = f"is {list(diagonal.shape)}; by first_token and received it must be {list(expected)}"
+            raise invalid("summary.diagonal.shape", shapes)
         sums = summary_sums(*(self._picked(array, place) for array in (diagonal, received)))
         self._add(place, sums, summary_doubts(sums, place.first_token, self._header.rules))
 
     def add_rows(self, message: detector_pb2.AttentionRowsSlice) -> None:
         """Adds whole rows; raises like `add_summary`."""
         weights = read_tensor(message.weights, 4, FLOATS, "rows.weights")
-        place = self._place(message, "rows", weights, "weights")
-        if weights.shape[2] != place.tokens - place.first_token:
-            raise invalid(
-                "rows.weights.shape",
-                f"is {list(weights.shape)}; {place.first_token} and {weights.shape[2]} rows make "
-                f"{place.first_token + weights.shape[2]} columns",
-            )
-        kept = self._picked(weights, place)
-        doubts = rows_doubts(kept, place.first_token, self._header.rules)
-        self._add(place, rows_sums(kept, place.first_token), doubts)
+        place = self._order.place(message, "rows", weights, "weights")
+        self._require_room(place.tokens, "rows.weights")
+        rows, columns = weights.shape[2], place.first_token + weights.shape[2]
+        if place.tokens != columns:
+            shape = f"is {list(weights.shape)}; {place.first_token} and {rows} rows make {columns} columns"
+            raise invalid("rows.weights.shape", shape)
+        diagonal = self._diagonal_of(message, weights)
+        kept = self._picked(weights, place), None if diagonal is None else self._picked(diagonal, place)
+        doubts = rows_doubts(*kept, place.first_token, self._header.rules)
+        self._add(place, rows_sums(*kept, place.first_token), doubts)
+        self._coarse |= diagonal is None and weights.dtype.itemsize == 2
 
     def tokens(self, field: str) -> int:
         """How far all heads of the probe have come.
@@ -126,18 +106,7 @@ class Assembly:
         Raises:
             Refusal: not equally far; `field` is to blame.
         """
-        came = self._came[self._places >= 0][self._needed]
-        if len(came) == 0:  # a probe that reads no head
-            return int(self._came.max(initial=0))
-        if came.min() != came.max():
-            name = self._name(int(np.flatnonzero(self._needed)[came.argmin()]))
-            raise invalid(
-                field,
-                f"{name} has come up to token {came.min()}, another one of the probe up to {came.max()}; "
-                "send the rest before",
-                "INCOMPLETE",
-            )
-        return int(came[0])
+        return self._order.tokens(self._needed, field)
 
     def require_whole(self) -> int:
         """All tokens that were declared must have come; returns how many.
@@ -145,14 +114,12 @@ class Assembly:
         Raises:
             Refusal: something is missing. A part of a response has no score that may be taken for that of the whole.
         """
-        if not self._part:
+        if not self._order.part:
             raise invalid("part", "no attention came; send summary or rows after the header", "EMPTY_STREAM")
-        tokens, header = self.tokens(self._part), self._header
-        field = "header.prompt_tokens" if header.declared is None else "header.response_tokens"
-        declared = header.prompt_tokens if header.declared is None else header.declared
-        if tokens < declared:
-            message = f"{declared} tokens were to come, {tokens} came before the stream ended"
-            raise invalid(field, message, "INCOMPLETE")
+        tokens = self.tokens(self._order.part)
+        if tokens < self._least_tokens:
+            message = f"{self._least_tokens} tokens were to come, {tokens} came before the stream ended"
+            raise invalid(self._least_field, message, "INCOMPLETE")
         return tokens
 
     def summary(self, probe: Probe, tokens: int) -> AttentionSummary | None:
@@ -162,19 +129,27 @@ class Assembly:
             probe: one of those that the assembly was made for.
             tokens: how many.
         """
-        layers = self._header.layers
-        if not set(probe.heads) <= set(layers):
+        layers, mask = self._header.layers, self._mask([probe])
+        if not set(probe.heads) <= set(layers) or not self._order.reached(mask, tokens):
+            return None
+        if self._coarse and takes_logarithms(probe):
             return None
         rows = [layers.index(layer) for layer in probe.heads]
-        selected = self._mask([probe])[rows]
-        if (self._came[rows][selected] < tokens).any():
-            return None
-        shape = (*selected.shape, tokens)
-        diagonal, received = (np.full(shape, np.nan, np.float32) for _ in range(2))
+        selected = mask[rows]
+        diagonal, received = (np.full((*selected.shape, tokens), np.nan, np.float32) for _ in range(2))
         diagonal[selected], received[selected] = self._sums.take(self._places[rows][selected], tokens)
         if np.isnan(received[selected]).any():
             return None
         return AttentionSummary(diagonal, received, tuple(probe.heads))
+
+    @property
+    def _least_tokens(self) -> int:
+        """Tokens that the header declares, of the prompt at least."""
+        return self._header.prompt_tokens if self._header.declared is None else self._header.declared
+
+    @property
+    def _least_field(self) -> str:
+        return "header.prompt_tokens" if self._header.declared is None else "header.response_tokens"
 
     def _mask(self, probes: Iterable[Probe]) -> NDArray[np.bool_]:
         """(layers, heads): which heads the probes read."""
@@ -186,33 +161,6 @@ class Assembly:
                     mask[layers.index(layer), list(heads)] = True
         return mask
 
-    def _place(self, message: Slice, part: str, array: Numbers, name: str) -> Place:
-        """Where the rows belong, which must be where the last ones ended."""
-        if self._part not in ("", part):
-            raise invalid(part, f"comes after {self._part}; send one of the two in all of a stream", "OUT_OF_ORDER")
-        layers, heads = (
-            within(getattr(message, f"first_{axis}"), array.shape[i], self._came.shape[i], f"{part}.first_{axis}")
-            for i, axis in enumerate(("layer", "head"))
-        )
-        place = Place(part, layers, heads, message.first_token, array.shape[-1])
-        self._require_next(place)
-        if place.tokens <= place.first_token:
-            raise invalid(f"{part}.{name}.shape", f"has {place.tokens} columns, and rows of tokens after them")
-        if place.tokens > self._header.most_tokens:
-            message_ = f"reaches token {place.tokens}, there may be {self._header.most_tokens}"
-            raise invalid(f"{part}.{name}", message_, "TOO_LONG")
-        self._require_room(place.tokens, f"{part}.{name}")
-        return place
-
-    def _require_next(self, place: Place) -> None:
-        came = self._came[place.layers, place.heads]
-        wrong = np.argwhere(came != place.first_token)
-        if len(wrong):
-            layer, head = wrong[0]
-            name = f"head {place.heads.start + head} of layer {self._header.layers[place.layers.start + layer]}"
-            message = f"is {place.first_token}; of {name} row {came[layer, head]} is the next"
-            raise invalid(f"{place.part}.first_token", message, "OUT_OF_ORDER")
-
     def _require_room(self, tokens: int, field: str) -> None:
         """Refuses what would take too much, before it is taken."""
         if tokens > self._sums.most_tokens:
@@ -220,6 +168,19 @@ class Assembly:
             message = f"{self._sums.heads} heads of {tokens} tokens take {size} bytes here"
             room = f"there is room for {self._sums.most_tokens} tokens, score a shorter text"
             raise invalid(field, f"{message}; {room}", "TOO_LARGE")
+
+    def _diagonal_of(self, message: detector_pb2.AttentionRowsSlice, weights: Numbers) -> Numbers | None:
+        """The diagonal that comes beside rows; None where it need not, and does not."""
+        if not message.HasField("diagonal"):
+            if weights.dtype.itemsize == 2 and takes_logarithms(self._probe):
+                reason = "float16 loses what is below 6e-8, and the probe takes logarithms"
+                raise invalid("rows.diagonal", f"is missing: {reason}; send the diagonal in float32, or all of it")
+            return None
+        diagonal = read_tensor(message.diagonal, 3, FLOAT32, "rows.diagonal")
+        if diagonal.shape != weights.shape[:3]:
+            shapes = f"is {list(diagonal.shape)}, that of the weights' rows {list(weights.shape[:3])}"
+            raise invalid("rows.diagonal.shape", shapes)
+        return diagonal
 
     def _held(self, place: Place) -> NDArray[np.intp]:
         """(layers * heads of the slice,): their places among the held heads, -1 for those that nobody reads."""
@@ -232,27 +193,19 @@ class Assembly:
     def _add(self, place: Place, sums: Sums, doubts: Iterable[Doubt]) -> None:
         held = self._held(place)
         heads = held[held >= 0]
-        needed = self._needed[heads]
+        needed = self._needed[place.layers, place.heads].ravel()[held >= 0]
         unsound = np.zeros(len(heads), bool)
         with np.errstate(all="ignore"):
             for doubt in doubts:
                 broken = doubt.broken.reshape(len(heads), -1).any(axis=1) if len(heads) else unsound
                 if (broken & needed).any():
-                    name = self._name(int(heads[broken & needed][0]))
+                    name = self._order.name(*np.argwhere(self._places == heads[broken & needed][0])[0])
                     raise invalid(doubt.field, f"{name}: {doubt.message}", doubt.reason)
                 unsound |= broken
             self._sums.add(heads, place.first_token, sums, unsound)
-        self._came[place.layers, place.heads] = place.tokens
-        self._part = place.part
-
-    def _name(self, held: int) -> str:
-        """What a held head is called."""
-        layer, head = np.argwhere(self._places == held)[0]
-        return f"head {head} of layer {self._header.layers[layer]}"
+        self._order.advance(place)
 
 
-def within(first: int, count: int, most: int, field: str) -> slice:
-    """The stretch of an axis that a slice is of; refuses what is not within the axis."""
-    if not 0 <= first <= most - count:
-        raise invalid(field, f"is {first}, and {count} of them from there on are sent; the header has {most}, from 0")
-    return slice(first, first + count)
+def takes_logarithms(probe: Probe) -> bool:
+    """Whether small weights of the diagonal matter to it."""
+    return any(not FEATURES[feature].ranked for feature in probe.features)

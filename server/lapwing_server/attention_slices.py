@@ -138,20 +138,31 @@ def summary_doubts(sums: Sums, first_token: int, rules: Rules) -> Iterator[Doubt
         yield unlike_one(sums.diagonal[:, 0], 1, one, rules.sinks, "summary.diagonal")
 
 
-def rows_sums(weights: Numbers, first_token: int) -> Sums:
-    """The sums of a slice of rows, (heads, rows, columns)."""
-    diagonal = np.diagonal(weights, offset=first_token, axis1=1, axis2=2)
-    return Sums(diagonal, weights.sum(axis=1, dtype=np.float64))
+def rows_sums(weights: Numbers, diagonal: Numbers | None, first_token: int) -> Sums:
+    """The sums of a slice of rows.
+
+    Args:
+        weights: (heads, rows, columns).
+        diagonal: (heads, rows), where it is sent apart.
+        first_token: of the first row.
+    """
+    within = np.diagonal(weights, offset=first_token, axis1=1, axis2=2)
+    return Sums(within if diagonal is None else diagonal, weights.sum(axis=1, dtype=np.float64))
 
 
-def rows_doubts(weights: Numbers, first_token: int, rules: Rules) -> Iterator[Doubt]:
-    """All that can be told from whole rows, rule by rule."""
+def rows_doubts(weights: Numbers, diagonal: Numbers | None, first_token: int, rules: Rules) -> Iterator[Doubt]:
+    """All that can be told from whole rows, rule by rule; arguments as for `rows_sums`."""
     tolerance = rules.tolerance(weights.shape[2], weights.dtype)
     yield not_finite(weights, "rows.weights")
     yield outside(weights, tolerance, "rows.weights")
     later = np.triu(np.ones(weights.shape[1:], bool), first_token + 1)  # (rows, columns)
     yield Doubt((weights != 0) & later, "rows.weights", "NOT_ATTENTION", "a row must be 0 after its own token")
     yield unlike_one(weights.sum(axis=2, dtype=np.float64), 1, tolerance, rules.sinks, "rows.weights")
+    if diagonal is not None:
+        yield not_finite(diagonal, "rows.diagonal")
+        yield outside(diagonal, tolerance, "rows.diagonal")
+        apart = np.abs(diagonal - np.diagonal(weights, first_token, 1, 2).astype(np.float32)) > tolerance
+        yield Doubt(apart, "rows.diagonal", "NOT_ATTENTION", f"is not that of the weights within {tolerance:.2g}")
 
 
 def not_finite(values: Numbers, field: str) -> Doubt:

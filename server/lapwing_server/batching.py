@@ -8,8 +8,12 @@ from typing import Final
 FIRST_OVERHEAD: Final = 64.0
 """Tokens that could be computed in the time that a further forward costs by itself, until it is measured."""
 
-LEAST_OVERHEAD: Final = 16.0
+LEAST_OVERHEAD: Final = 32.0
 MOST_OVERHEAD: Final = 4096.0
+
+WORTH: Final = 20
+"""Times its overhead, a forward is long enough: a longer one would save at most a twentieth, and all would wait for it
+longer, scores and streams."""
 
 
 def cut(lengths: Sequence[int], tokens: int, items: int, overhead: float = FIRST_OVERHEAD) -> list[list[int]]:
@@ -59,6 +63,11 @@ class Overhead:
         self.tokens = FIRST_OVERHEAD
         """Tokens that could be computed in the time."""
         self._count = self._x = self._y = self._xx = self._xy = 0.0
+
+    @property
+    def enough(self) -> int:
+        """Tokens of a forward that is as large as it is worth."""
+        return round(WORTH * self.tokens)
 
     def saw(self, tokens: int, seconds: float) -> None:
         """A forward of so many tokens, padding counted, took so long."""

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import platform
 import time
 from collections.abc import AsyncIterator
 from contextlib import closing
-from functools import cache
-from importlib import metadata
 
 from grpc import StatusCode
 
@@ -18,6 +15,7 @@ from lapwing_server import answers
 from lapwing_server.asked import asked
 from lapwing_server.attention_stream import AttentionReader
 from lapwing_server.context import Context, note
+from lapwing_server.information import Information
 from lapwing_server.mishap import to_refusal
 from lapwing_server.readiness import Readiness
 from lapwing_server.readings import read_options, read_prompt
@@ -33,6 +31,7 @@ class DetectorService(detector_pb2_grpc.DetectorServicer):
     def __init__(self, readiness: Readiness, scheduler: Scheduler, attention: AttentionReader) -> None:
         self._readiness = readiness
         self._scheduler = scheduler
+        self._information = Information(readiness)
         self._attention = attention
 
     async def Score(self, request: detector_pb2.ScoreRequest, context: Context) -> detector_pb2.ScoreResponse:  # noqa: N802
@@ -92,20 +91,7 @@ class DetectorService(detector_pb2_grpc.DetectorServicer):
         self, request: detector_pb2.GetServerInfoRequest, context: Context
     ) -> detector_pb2.GetServerInfoResponse:
         """What runs here, or why it does not."""
-        readiness = self._readiness
-        info = detector_pb2.GetServerInfoResponse(
-            version=version_of("lapwing"),
-            state=f"SERVER_STATE_{readiness.phase.value}",
-            message=readiness.message,
-            limits=answers.limits_message(readiness.limits),
-            library_versions={"python": platform.python_version()}
-            | {name: version_of(name) for name in ("grpcio", "torch", "transformers")},
-        )
-        if (loaded := readiness.loaded_or_none) is not None:
-            identity = answers.identity_message(loaded.engine.identity)
-            info.model.CopyFrom(detector_pb2.ModelInfo(identity=identity, max_tokens=loaded.engine.max_tokens))
-            info.probe_name, info.probe_revision = loaded.shelf.active.name, loaded.shelf.active.revision
-        return info
+        return self._information.message()
 
 
 def deadline_of(context: Context) -> float | None:
@@ -119,12 +105,3 @@ def result_message(outcome: Outcome, place: int) -> detector_pb2.ScoreResult:
     if isinstance(outcome, Detection):
         return detector_pb2.ScoreResult(detection=answers.detection_message(outcome))
     return detector_pb2.ScoreResult(error=to_refusal(outcome, "ScoreBatch").under(f"items[{place}]").status())
-
-
-@cache
-def version_of(distribution: str) -> str:
-    """Its version, without importing it; empty when it is not installed. Finding it takes milliseconds."""
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return ""

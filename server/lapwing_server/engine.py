@@ -115,7 +115,7 @@ def loader(
 
     Args:
         model: Hub id or path; the embedded model without one.
-        probes: a probe directory or a directory of probe directories; the embedded probe without one.
+        probes: a registry, a probe directory or a directory of them; the embedded probe without one.
         probe: name of the probe that scores; the first one without a name.
         make: makes the engine of a model and a probe; the real detector's constructor without one.
         device: where the real model runs; the CPU without it.

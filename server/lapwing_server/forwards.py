@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections import deque
 from collections.abc import Callable, Sequence
 
@@ -56,17 +57,21 @@ class Forwards:
         return done, tokens
 
     def _take(self, engine: Engine) -> None:
+        """Takes as many items as are worth a forward, and cuts what can't be one for its lengths."""
         ready: list[Entry] = []
-        tokens, items = self._limits.batch_tokens, self._limits.batch_forward_items
-        room = tokens
-        while room > 0 and len(ready) < items and (entry := self._waiting.take()) is not None:
+        most, items = self._limits.batch_tokens, self._limits.batch_forward_items
+        taken = 0
+        while len(ready) < items and taken < self._overhead.enough:
+            entry = self._waiting.take(most - taken if ready else math.inf)
+            if entry is None:
+                break
             self.items += 1
             self.running += entry.size
             if self._wanted(entry) and self._tokenised(engine, entry):
                 ready.append(entry)
-                room -= entry.size
+                taken += entry.size
         self._metrics.queue(self._waiting.items)
-        for places in cut([entry.size for entry in ready], tokens, items, self._overhead.tokens):
+        for places in cut([entry.size for entry in ready], most, items, self._overhead.tokens):
             self._cuts.append([ready[place] for place in places])
 
     def _wanted(self, entry: Entry) -> bool:

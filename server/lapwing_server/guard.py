@@ -15,8 +15,7 @@ from grpc import StatusCode
 
 from lapwing_server.context import REQUEST_ID, Call, Context, Handler, at_end, current_call, request_id_of
 from lapwing_server.metrics import METHODS, OTHER, Metrics
-from lapwing_server.mishap import report as report
-from lapwing_server.mishap import to_refusal as to_refusal
+from lapwing_server.mishap import to_refusal
 from lapwing_server.parsing import parser, well_formed, well_formed_each
 from lapwing_server.refusal import Refusal, answer
 

@@ -7,16 +7,12 @@ import json
 import math
 from collections.abc import Sequence
 
-from grpc import StatusCode
-
 from lapwing.v1 import detection_pb2, detector_pb2
 from lapwing_detector.detection import DEFAULT_FALSE_POSITIVE_RATE
 from lapwing_detector.options import GenerationOptions
-from lapwing_detector.probe import Probe
 from lapwing_server.engine import Prompt, Response
 from lapwing_server.limits import Limits, Room
-from lapwing_server.refusal import Refusal, invalid
-from lapwing_server.shelf import Shelf
+from lapwing_server.refusal import invalid
 
 HOTTEST = 100.0
 """Largest temperature; far above it every token is as likely as any other."""
@@ -131,25 +127,6 @@ def read_stop_strings(strings: Sequence[str], limits: Limits) -> tuple[str, ...]
             most = limits.stop_string_characters
             raise invalid(f"stop_strings[{i}]", f"has {len(one)} characters; give 1 to {most}")
     return tuple(strings)
-
-
-def read_probe(name: str, shelf: Shelf) -> Probe:
-    """The probe that scores: the one of this name, or the active one without a name.
-
-    Raises:
-        Refusal: there is none of this name, or it was rejected.
-    """
-    if not name:
-        return shelf.active
-    entry = shelf.find(name)
-    if entry is None:
-        known = ", ".join(shelf.names)[:200]
-        message = f"probe: no such probe; known are {known}"
-        raise Refusal(StatusCode.NOT_FOUND, "UNKNOWN_PROBE", message, field="probe")
-    if entry.probe is None:
-        message = f"probe {entry.name} was rejected: {entry.reason}"
-        raise Refusal(StatusCode.FAILED_PRECONDITION, "PROBE_REJECTED", message, field="probe")
-    return entry.probe
 
 
 def read_rate(

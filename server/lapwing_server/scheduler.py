@@ -6,6 +6,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from lapwing_detector.options import GenerationOptions
 from lapwing_detector.probe import Probe
@@ -157,11 +158,21 @@ class Scheduler:
         begun = self._clock()
         calls, tokens = self._forwards.run(engine)
         if calls:
-            loop.call_soon_threadsafe(answer_all, calls)
+            tell(loop, partial(answer_all, calls))
         if self._writing.busy and (streams := self._writing.round(engine)):
-            loop.call_soon_threadsafe(announce_all, streams)
+            tell(loop, partial(announce_all, streams))
         if tokens:
             self.admission.pace.saw(self._clock() - begun, tokens)
+            self.admission.together.saw(tokens, 1)
+
+
+def tell(loop: asyncio.AbstractEventLoop, news: Callable[[], None]) -> None:
+    """Has the event loop do it, unless the loop has ended, and with it whoever waited."""
+    try:
+        loop.call_soon_threadsafe(news)
+    except RuntimeError:
+        if not loop.is_closed():
+            raise
 
 
 def answer_all(calls: Sequence[Call]) -> None:

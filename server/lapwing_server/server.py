@@ -19,10 +19,11 @@ from lapwing_server import logs
 from lapwing_server.attention_stream import AttentionReader
 from lapwing_server.detector_service import DetectorService
 from lapwing_server.engine import Loaded
-from lapwing_server.guard import Guard, report
+from lapwing_server.guard import Guard
 from lapwing_server.health import Health
 from lapwing_server.metrics import Metrics
 from lapwing_server.metrics_server import MetricsServer
+from lapwing_server.mishap import report
 from lapwing_server.probes_service import ProbesService
 from lapwing_server.readiness import Readiness
 from lapwing_server.registrar import Registrar

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 from lapwing_detector.options import GenerationOptions
@@ -53,32 +53,32 @@ class Stream:
         self._news = asyncio.Event()
         self._wake = wake
 
-    async def __aiter__(self) -> AsyncIterator[Event]:
-        """Every event.
+    def __aiter__(self) -> Stream:
+        return self
+
+    async def __anext__(self) -> Event:
+        """The next event.
 
         Raises:
+            StopAsyncIteration: the generation is at its end, or was closed.
             Exception: what ended the generation.
         """
-        while True:
-            while self.outbox:
-                event = self.outbox.popleft()
-                if self.paused and self.drained:
-                    self._wake()
-                if event is None:
-                    self.stopped = True
-                    return
-                if isinstance(event, Exception):
-                    self.stopped = True
-                    raise event
-                yield event
+        while not (self.outbox or self.stopped):
             self._news.clear()
-            if not self.outbox:
-                await self._news.wait()
+            await self._news.wait()
+        event = None if self.stopped else self.outbox.popleft()
+        if self.paused and self.drained:
+            self._wake()
+        if event is None or isinstance(event, Exception):
+            self.stopped = True
+            raise event or StopAsyncIteration
+        return event
 
     def close(self) -> None:
         """No further token is begun; as often as one likes."""
         if not self.stopped:
             self.stopped = True
+            self._news.set()
             self._wake()
 
     def announce(self) -> None:

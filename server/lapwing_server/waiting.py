@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 from collections import OrderedDict, deque
 from collections.abc import Sequence
@@ -149,12 +150,12 @@ class Waiting:
             self._count(call.entries, -1)
             return len(call.entries)
 
-    def take(self) -> Entry | None:
-        """The item whose turn it is; None when none waits."""
+    def take(self, tokens: float = math.inf) -> Entry | None:
+        """The item whose turn it is; None when none waits, or it has more tokens than these."""
         with self._lock:
-            if not self._calls:
+            call = next(iter(self._calls), None)
+            if call is None or call.entries[0].size > tokens:
                 return None
-            call = next(iter(self._calls))
             entry = call.entries.popleft()
             if call.entries:
                 self._calls.move_to_end(call)

@@ -85,6 +85,28 @@ def test_details_that_are_not_ours_are_passed_over() -> None:
     assert (error.reason, error.field, error.retry_after) == ("R", "", None)
 
 
+@pytest.mark.parametrize(
+    ("reason", "retry_after", "kind"),
+    [
+        ("QUEUE_FULL", 0.5, errors.Overloaded),
+        ("RATE_LIMITED", 0.5, errors.Overloaded),
+        ("TOO_MANY_STREAMS", 0.5, errors.Overloaded),
+        ("QUEUE_FULL", None, errors.TooLarge),  # more items than the queue ever holds
+        ("", None, errors.Overloaded),  # of somebody else, who says nothing
+    ],
+)
+def test_who_must_act_when_it_is_too_much(reason: str, retry_after: float | None, kind: type[LapwingError]) -> None:
+    """What passes is the server's business; what never passes is the caller's."""
+    refusal = Refusal(grpc.StatusCode.RESOURCE_EXHAUSTED, reason, "too much", retry_after=retry_after)
+    for error in (
+        error_of_call(FakeRpcError(refusal.code, "too much", refusal.trailers()), "here"),
+        error_of_status(refusal.status()),
+    ):
+        assert type(error) is kind
+        assert (error.reason, error.retry_after) == (reason, retry_after)
+        assert ("try again" in error.who_acts) == (kind is errors.Overloaded)
+
+
 def test_an_error_becomes_json() -> None:
     error = errors.Overloaded("too much", reason="QUEUE_FULL", code="RESOURCE_EXHAUSTED", retry_after=0.5)
     assert json.loads(json.dumps(error.to_dict())) == {

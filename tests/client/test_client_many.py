@@ -58,6 +58,19 @@ class Held:
             self.ended += not context.is_active()
 
 
+def all_but_the_first(held: Held) -> WireServer:
+    """Answers the first item once three others are held."""
+
+    def before(method: str, context: grpc.ServicerContext) -> None:
+        if server.request.response.text == "x":
+            until(lambda: held.inside == 3)
+        elif not held.ended:
+            held(method, context)
+
+    server = WireServer(before)
+    return server
+
+
 def until(condition: Any) -> None:
     ticks = threading.Event()
     for _ in range(int(WAIT / 0.005)):
@@ -158,20 +171,15 @@ def test_an_answer_that_is_there_comes_before_an_item_that_is_not() -> None:
 
 @both
 def test_one_slow_item_does_not_stop_the_others(kind: str) -> None:
-    first, opened = threading.Event(), threading.Event()
+    opened = threading.Event()
+    found: list[Any] = []
 
-    def before(method: str, context: object) -> None:
-        if not first.is_set():
-            first.set()
+    def hold_the_first(method: str, context: object) -> None:
+        if server.request.response.text == "x":
             assert opened.wait(WAIT)
 
-    with WireServer(before) as server:
-        found: list[Any] = []
-
-        def work() -> None:
-            found.extend(collected(kind, server.target, pairs(50), concurrency=4))
-
-        reader = threading.Thread(target=work)
+    with WireServer(hold_the_first) as server:
+        reader = threading.Thread(target=lambda: found.extend(collected(kind, server.target, pairs(50), concurrency=4)))
         reader.start()
         until(lambda: len(server.calls) == 4 * LOOK_AHEAD)
         opened.set()
@@ -249,13 +257,13 @@ def test_what_the_items_raise_comes_after_the_answers_to_those_before(kind: str)
             async for pair in client.score_many(items()):
                 answered.append(pair)
 
+    def read_blocking(target: str) -> None:
+        with Client(target) as client:
+            for pair in client.score_many(items()):
+                answered.append(pair)
+
     with WireServer() as server, pytest.raises(ZeroDivisionError, match="in the items"):
-        if kind == "awaits":
-            asyncio.run(read(server.target))
-        else:
-            with Client(server.target) as client:
-                for pair in client.score_many(items()):
-                    answered.append(pair)
+        read_blocking(server.target) if kind == "blocks" else asyncio.run(read(server.target))
     assert len(answered) == 5
 
 
@@ -322,68 +330,45 @@ def test_every_error_is_either_for_one_or_for_all() -> None:
 
 
 def leave_by_closing(scored: Any) -> None:
+    next(scored)
     scored.close()
+    assert list(scored) == []
 
 
 def leave_by_dropping(scored: Any) -> None:
-    del scored
-    gc.collect()
+    for _ in scored:
+        break
 
 
 @pytest.mark.parametrize("leave", [leave_by_closing, leave_by_dropping])
 def test_leaving_ends_the_calls_that_run(leave: Any) -> None:
     held = Held()
     before = threading.active_count()
-
-    def hold_all_but_the_first(method: str, context: grpc.ServicerContext) -> None:
-        if len(server.calls) > 1:
-            held(method, context)
-
-    with WireServer(hold_all_but_the_first) as server, Client(server.target) as client:
-
-        def read() -> None:
-            for _ in client.score_many(pairs(10_000), concurrency=4):
-                until(lambda: held.inside >= 3)
-                break
-
-        if leave is leave_by_dropping:
-            read()
-            gc.collect()
-        else:
-            scored = client.score_many(pairs(10_000), concurrency=4)
-            next(scored)
-            until(lambda: held.inside >= 3)
-            scored.close()
-            assert list(scored) == []
+    with all_but_the_first(held) as server, Client(server.target) as client:
+        leave(client.score_many(pairs(10_000), concurrency=4))
+        gc.collect()
         until(lambda: held.inside == 0)
-        assert held.ended >= 3, "they were cancelled, not answered"
-        calls = len(server.calls)
-        assert calls <= 1 + 2 * 4
-        assert client.score("a", "b").logit == 1, "the client goes on"
+        assert held.ended == 3, "they were cancelled, not answered"
+        assert len(server.calls) == 4
+        assert client.score("a", "bc").logit == 2, "the client goes on"
     until(lambda: threading.active_count() <= before + 1)
 
 
 def test_leaving_an_asynchronous_one_ends_its_calls() -> None:
     held = Held()
 
-    def hold_all_but_the_first(method: str, context: grpc.ServicerContext) -> None:
-        if len(server.calls) > 1:
-            held(method, context)
-
     async def read() -> int:
         async with AsyncClient(server.target) as client:
             scored = client.score_many(pairs(10_000), concurrency=4)
             await anext(scored)
-            while held.inside < 3:
-                await asyncio.sleep(0.005)
             await scored.aclose()
             while held.inside:
                 await asyncio.sleep(0.005)
             return len(asyncio.all_tasks())
 
-    with WireServer(hold_all_but_the_first) as server:
+    with all_but_the_first(held) as server:
         assert asyncio.run(read()) <= 2
-    assert held.ended >= 3
+    assert held.ended == 3
 
 
 # The window.

@@ -10,17 +10,25 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
-from service_fakes import FakeEngine, Running
+from odd_certificates import issue
+from service_fakes import FakeEngine, Running, a_shelf
+from test_client_retries import Refusing
+from test_client_tls import served_by
+from wire_server import WireServer
 
-from lapwing_client import Client, Unavailable, cli
-from lapwing_client import score as verb
+from lapwing_client import cli, progress
+from lapwing_client.score_lines import read_line
 from lapwing_server.limits import Limits
+
+COUNT = 53
+"""Lines: several times what is asked for at once."""
 
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Running]:
-    with Running() as running:
+    with Running(shelf=a_shelf("fake-probe", "other-probe")) as running:
         yield running
 
 
@@ -124,19 +132,28 @@ def test_a_file_gives_one_line_for_each_line(
     assert "5 of 9 lines failed" in shown.err
 
 
-def test_a_good_file_ends_with_0_and_order_is_kept_over_batches(
+def test_a_good_file_ends_with_0_and_order_is_kept(
     server: Running, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "items.jsonl"
-    count = 3 * verb.BATCH + 5
-    path.write_text("".join(json.dumps({"prompt": f"number {i:03d}", "response": "x"}) + "\n" for i in range(count)))
-    before = server.engine.forwards
-    assert run(server, "--jsonl", str(path)) == 0
-    shown = capsys.readouterr()
-    answers = [json.loads(line) for line in shown.out.splitlines()]
-    assert [bytes(answer["token_ids"]) for answer in answers] == [b"number %03dx" % i for i in range(count)]
-    assert server.engine.forwards - before == 4
-    assert shown.err == "", "nothing is said when it is quick and well"
+    path.write_text("".join(json.dumps({"prompt": f"number {i:03d}", "response": "x"}) + "\n" for i in range(COUNT)))
+    for concurrency in ("1", "16"):
+        assert run(server, "--jsonl", str(path), "--concurrency", concurrency) == 0
+        shown = capsys.readouterr()
+        answers = [json.loads(line) for line in shown.out.splitlines()]
+        assert [bytes(answer["token_ids"]) for answer in answers] == [b"number %03dx" % i for i in range(COUNT)]
+        assert shown.err == "", "nothing is said when it is quick and well"
+
+
+def test_a_probe_may_be_named(server: Running, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "items.jsonl"
+    path.write_text(LINES[0] + "\n")
+    for source in (["--prompt", "hello", "--response", "world", "--json"], ["--jsonl", str(path)]):
+        for name in ("fake-probe", "other-probe"):
+            assert run(server, *source, "--probe", name) == 0
+            assert json.loads(capsys.readouterr().out)["probe_name"] == name
+    assert run(server, "--prompt", "hello", "--response", "world", "--probe", "nope") == 1
+    assert "known are fake-probe, other-probe" in capsys.readouterr().err
 
 
 def test_standard_input_is_a_file_too(
@@ -153,14 +170,12 @@ def test_standard_input_is_a_file_too(
 def test_progress_is_told_on_standard_error(
     server: Running, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    clock = iter(range(0, 10_000, 10))
-    monkeypatch.setattr(verb.time, "monotonic", lambda: float(next(clock)))
+    monkeypatch.setattr(progress, "QUIET_SECONDS", 0.0)
     path = tmp_path / "items.jsonl"
-    path.write_text(f"{LINES[0]}\n" * (2 * verb.BATCH))
-    with Client(server.target) as client:
-        assert verb.score_file(client, path, None) == 0
+    path.write_text(f"{LINES[0]}\n" * 32)
+    assert run(server, "--jsonl", str(path)) == 0
     shown = capsys.readouterr()
-    assert shown.err.splitlines() == ["16 lines scored", "32 lines scored"]
+    assert shown.err.splitlines()[0] == "1 scored"
     assert len(shown.out.splitlines()) == 32
 
 
@@ -210,25 +225,7 @@ def test_an_id_that_json_has_no_word_for_is_null(
     assert (code, answer["id"], answer["state"]) == (0, None, "SCORED")
 
 
-def test_a_batch_is_bounded_by_its_bytes(
-    server: Running, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    line = json.dumps({"prompt": "x" * 80, "response": "y"})
-    before = server.engine.forwards
-    monkeypatch.setattr(verb, "BATCH_BYTES", 3 * (len(line) + 1))
-    code, answers, _ = scored(server, tmp_path / "items.jsonl", capsys, *[line] * 7)
-    assert (code, [answer["line"] for answer in answers]) == (0, [1, 2, 3, 4, 5, 6, 7])
-    assert server.engine.forwards - before == 3
-    monkeypatch.undo()
-    scored(server, tmp_path / "items.jsonl", capsys, *[line] * 7)
-    assert server.engine.forwards - before == 4, "control: without the bound they are one batch"
-
-
-@pytest.mark.parametrize("bound", [verb.BATCH_BYTES, 1])
-def test_a_line_that_is_too_large_fails_alone(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], bound: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(verb, "BATCH_BYTES", bound)
+def test_a_line_that_is_too_large_fails_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     large = json.dumps({"prompt": "x" * 2000, "response": "y"})
     with Running(limits=Limits(request_bytes=1000)) as server:
         code, answers, said = scored(server, tmp_path / "items.jsonl", capsys, LINES[0], large, LINES[0])
@@ -236,21 +233,105 @@ def test_a_line_that_is_too_large_fails_alone(
     assert "1 of 3 lines failed" in said
 
 
-def test_when_nothing_more_can_be_scored_the_first_such_line_is_named(
-    server: Running, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("answered", "words"), [(7, "nothing after line 7 is scored: "), (0, "no line is scored: ")])
+def test_when_nothing_more_can_be_scored_it_ends(
+    answered: int, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    calls = iter([Client.score_batch])
+    refusing = Refusing("Score", 0, grpc.StatusCode.PERMISSION_DENIED)
 
-    def once(self: Client, *args: Any, **kwargs: Any) -> Any:
-        for call in calls:
-            return call(self, *args, **kwargs)
-        raise Unavailable("nobody there")
+    def before(method: str, context: grpc.ServicerContext) -> None:
+        refusing.left = len(server.calls) > answered
+        refusing(method, context)
 
-    monkeypatch.setattr(Client, "score_batch", once)
-    code, answers, said = scored(server, tmp_path / "items.jsonl", capsys, *[LINES[0]] * (verb.BATCH + 3))
-    assert (code, len(answers)) == (1, verb.BATCH)
-    assert said.startswith(f"line {verb.BATCH + 1} and all after it are not scored: nobody there (the caller")
-    assert said.count("\n") == 1
+    path = tmp_path / "items.jsonl"
+    path.write_text(f"{LINES[0]}\n" * 1000)
+    with WireServer(before) as server:
+        assert cli.main(["score", "--server", server.target, "--jsonl", str(path), "--concurrency", "1"]) == 1
+        assert len(server.calls) < 20, "it is not asked a thousand times"
+    shown = capsys.readouterr()
+    assert len(shown.out.splitlines()) == answered
+    assert shown.err == f"{words}no (the caller: bring a token with the right scope)\n"
+
+
+# Who we are, and whom we trust.
+
+
+def test_a_token_comes_from_a_file_or_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "token"
+    path.write_text("from-a-file\n")
+    arguments = ["--prompt", "a", "--response", "b"]
+    with WireServer() as server:
+        command = ["score", "--server", server.target, *arguments]
+        assert cli.main(command) == 0
+        monkeypatch.setenv("LAPWING_TOKEN", "from-the-environment")
+        assert cli.main(command) == 0
+        assert cli.main([*command, "--token-file", str(path)]) == 0
+    assert [call.get("authorization") for call in server.metadata] == [
+        None,
+        "Bearer from-the-environment",
+        "Bearer from-a-file",
+    ]
+    shown = capsys.readouterr()
+    assert "from-" not in shown.out + shown.err
+
+
+@pytest.mark.parametrize(
+    ("content", "words"), [(None, "can't be read"), (b" \n", "is empty"), (b"\xff", "can't be")]
+)
+def test_a_token_file_that_holds_none_is_misuse(
+    content: bytes | None, words: str, server: Running, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "token"
+    if content is not None:
+        path.write_bytes(content)
+    assert run(server, "--prompt", "a", "--response", "b", "--token-file", str(path)) == 2
+    assert words in "".join(line.strip("│ ") + " " for line in capsys.readouterr().err.splitlines())
+
+
+def test_a_token_is_no_option(server: Running, capsys: pytest.CaptureFixture[str]) -> None:
+    """Other users of the machine read the options of a command."""
+    assert run(server, "--prompt", "a", "--response", "b", "--token", "secret") == 2
+    assert "No such option" in capsys.readouterr().err
+
+
+def test_an_encrypted_server(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    authority = issue("authority")
+    ours = issue("ours", authority)
+    served = issue("server", authority, hosts=("lapwing.example.org",))
+    for name, data in (("ca", authority.pem), ("cert", ours.pem), ("key", ours.key)):
+        (tmp_path / name).write_bytes(data)
+    trust = ["--tls-ca", str(tmp_path / "ca"), "--tls-name", "lapwing.example.org"]
+    mine = ["--tls-cert", str(tmp_path / "cert"), "--tls-key", str(tmp_path / "key")]
+    with WireServer(credentials=served_by(served, wants=authority)) as server:
+        command = ["score", "--server", server.target, "--prompt", "a", "--response", "b"]
+        assert cli.main([*command, *trust, *mine]) == 0
+        assert "made up with probability 0.500" in capsys.readouterr().out
+        for options, words in (
+            ([*trust], "wants a client certificate"),
+            ([*trust[:2], *mine], "is not to be trusted"),
+            (["--tls"], "is not to be trusted"),
+            ([], "speaks TLS and this client does not"),
+            ([*trust, *mine[:2]], "give both or none of them"),
+        ):
+            assert cli.main([*command, *options]) == 1
+            shown = capsys.readouterr()
+            assert words in shown.err
+            assert shown.err.count("\n") == 1
+
+
+def test_replicas(capsys: pytest.CaptureFixture[str]) -> None:
+    with WireServer() as one, WireServer() as two:
+        servers = f"{one.target},{two.target}"
+        assert cli.main(["score", "--server", servers, "--prompt", "a", "--response", "b"]) == 0
+        assert len(one.calls) + len(two.calls) == 1
+
+
+def test_a_line_is_a_pair() -> None:
+    line = read_line(3, b'{"id": 7, "prompt": "a", "response": "b"}')
+    assert (line.number, line.id, tuple(line), line.error) == (3, 7, ("a", "b"), "")
+    assert tuple(read_line(3, b"[]")) == ()
 
 
 @pytest.mark.parametrize("arguments", [("--prompt", "hello", "--response", "world"), ("--jsonl", "-")])

@@ -13,15 +13,21 @@ from typing import Any
 
 import grpc
 import pytest
-from certificates import Certificate, issue
+from odd_certificates import Certificate, issue
 from wire_server import WAIT, WireServer
 
-from lapwing_client import TLS, AsyncClient, Client, InvalidRequest, LapwingError, TLSError, Unavailable, tls
+from lapwing_client import TLS, AsyncClient, Client, InvalidRequest, LapwingError, TLSError, Unavailable, retries, tls
 
 AUTHORITY, STRANGER = issue("authority"), issue("stranger")
 HOSTS = ("localhost", "127.0.0.1")
 GOOD = issue("server", AUTHORITY, hosts=HOSTS)
 OURS, THEIRS = issue("ours", AUTHORITY), issue("theirs", STRANGER)
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """gRPC takes a handshake that fails for a server that is away, and tries four times."""
+    monkeypatch.setattr(retries, "FIRST_PAUSE", 0.01)
 
 
 def served_by(certificate: Certificate, *, wants: Certificate | None = None) -> grpc.ServerCredentials:

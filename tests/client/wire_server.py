@@ -47,6 +47,7 @@ class WireServer(detector_pb2_grpc.DetectorServicer, probes_pb2_grpc.ProbesServi
         if serving:
             self.serving.set()
         self._stopped = threading.Event()
+        self._local = threading.local()
         self._server = grpc.server(
             futures.ThreadPoolExecutor(threads), handlers=[Health(self)], options=[("grpc.so_reuseport", 0)]
         )
@@ -66,12 +67,18 @@ class WireServer(detector_pb2_grpc.DetectorServicer, probes_pb2_grpc.ProbesServi
     def __exit__(self, *_: object) -> None:
         self.stop()
 
+    @property
+    def request(self) -> Any:
+        """The Score request that `before` is called for."""
+        return self._local.request
+
     def stop(self, grace: float | None = None) -> None:
         """Ends; with a grace after what is in flight."""
         self._stopped.set()
         self._server.stop(grace).wait()
 
     def Score(self, request: Any, context: Any) -> Any:
+        self._local.request = request
         self._called("Score", context)
         return detector_pb2.ScoreResponse(detection=the_detection(request.response.text))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -26,8 +27,9 @@ LAPLACIAN, ATTENTION_SCORE = "laplacian_eigenvalues.v1", "attention_score.v1"
 
 
 def an_identity(name: str = "fake-model") -> ModelIdentity:
-    digest = "ab" * 32
-    return ModelIdentity(name, "", digest, digest, digest, "float32", "none", digest, digest, 3, 3, (0.5, 0.25))
+    digest, sample = "ab" * 32, (0.5, 0.25)
+    weights = hashlib.sha256(np.array(sample, "<f4").tobytes()).hexdigest()
+    return ModelIdentity(name, "", digest, digest, weights, "float32", "none", digest, digest, 3, 3, sample)
 
 
 def a_probe(name: str = "fake-probe", layers: int = 2, heads: int = 3, **changes: Any) -> Probe:

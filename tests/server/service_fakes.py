@@ -141,6 +141,7 @@ class Running:
         if not self._stopped:
             self._stopped = True
             self.call(self.server.stop())
+            self.call(self.loop.shutdown_default_executor())
             self.loop.call_soon_threadsafe(self.loop.stop)
             self._thread.join(WAIT)
             self.loop.close()

@@ -103,6 +103,25 @@ def test_a_deadline_that_can_not_be_reached_is_refused_at_once(deadline: float |
     run(main())
 
 
+@pytest.mark.parametrize(("together", "reachable"), [(5.0, True), (100.0, False)])
+def test_an_item_is_done_when_its_forward_is(together: float, reachable: bool) -> None:
+    """Under load, those who come later make the forward as long as the ones before."""
+
+    async def main() -> None:
+        async with a_desk(FakeEngine(before=Gate())) as desk:
+            desk.scheduler.admission.pace.saw(1.0, 1)
+            desk.scheduler.admission.together.saw(together, 1)
+            first = desk.score("x" * 10)
+            await desk.reached(desk.engine.before)
+            second = desk.score("small", deadline=1100.0)
+            await asyncio.sleep(0)
+            assert desk.scheduler.waiting == reachable
+            desk.engine.before.open()  # type: ignore[attr-defined]
+            await asyncio.gather(first, second, return_exceptions=True)
+
+    run(main())
+
+
 def test_a_large_call_that_takes_turns_does_not_make_a_small_one_late() -> None:
     async def main() -> None:
         async with a_desk(FakeEngine(before=Gate())) as desk:

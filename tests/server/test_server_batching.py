@@ -184,6 +184,36 @@ def test_padding_counts_towards_the_budget() -> None:
     run(main())
 
 
+def test_a_forward_is_no_longer_than_it_is_worth() -> None:
+    """Else all would wait long for what saves next to nothing: scores, and the streams that take turns with them."""
+
+    async def main() -> None:
+        async with a_desk(FakeEngine(before=Gate())) as desk:
+            await held(desk)
+            call = desk.score(*["x" * 100] * 40)
+            await desk.queued(40)
+            desk.engine.before.open()  # type: ignore[attr-defined]
+            await call
+            sizes = [sum(batch) for batch in desk.engine.batches[1:]]
+            assert sizes == [1300, 1300, 1300, 100], "20 times what one costs by itself, and what is begun is finished"
+
+    run(main())
+
+
+def test_the_bound_holds_where_more_would_be_worth_it() -> None:
+    async def main() -> None:
+        async with a_desk(FakeEngine(before=Gate()), batch_tokens=950) as desk:
+            desk.scheduler.admission.wording.saw(1.0, 1)  # one token a character, as this engine has it
+            await held(desk)
+            call = desk.score(*["x" * 100] * 30)
+            await desk.queued(30)
+            desk.engine.before.open()  # type: ignore[attr-defined]
+            await call
+            assert [len(batch) for batch in desk.engine.batches] == [1, 9, 9, 9, 3], "and no small forwards in between"
+
+    run(main())
+
+
 def test_one_bad_item_fails_alone() -> None:
     async def main() -> None:
         async with a_desk(FakeEngine(before=Gate(), poison=ord("!"))) as desk:

@@ -13,12 +13,14 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import grpc
 import pytest
 from service_fakes import WAIT, FakeEngine, Running, wait_until
 
-from lapwing.v1 import detector_pb2
+from lapwing.v1 import detector_pb2, detector_pb2_grpc
 from lapwing_server.limits import Limits
 from lapwing_server.server import Settings
+from lapwing_server.stream import ROOM
 
 PROGRAM = """
 import sys
@@ -118,6 +120,17 @@ def deaf_client(server: Running) -> Iterator[None]:
         yield
     finally:
         client.close()
+
+
+def test_a_client_that_does_not_read_slows_nobody_and_is_not_written_for() -> None:
+    with Running(grace=0.0) as server, deaf_client(server), grpc.insecure_channel(server.target) as channel:
+        wait_until(lambda: server.engine.steps >= ROOM and server.server.scheduler.idle)
+        steps = server.engine.steps
+        assert steps == ROOM + 1, "as many as are kept, and the one that is being sent"
+        request = detector_pb2.GenerateRequest(prompt={"text": "hello"}, max_new_tokens=300)
+        assert len(list(detector_pb2_grpc.DetectorStub(channel).Generate(request))) == 301
+        assert server.engine.steps == steps + 300
+        assert server.server.scheduler.in_flight == 1, "and it may still come back"
 
 
 def test_the_time_limit_of_a_stream_also_binds_a_client_that_does_not_read() -> None:

@@ -10,8 +10,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import grpc
+import numpy as np
 import pytest
-from service_fakes import WAIT, FakeEngine, Gate, Running, refused, told, wait_until
+from service_fakes import WAIT, FakeEngine, Gate, Running, a_probe, refused, told, wait_until
 
 from lapwing.v1 import detection_pb2, detector_pb2, detector_pb2_grpc
 from lapwing_server.limits import Limits
@@ -93,6 +94,15 @@ WRONG = [
     ({"top_p": math.nan}, "top_p"),
     ({"seed": -1}, "seed"),
     ({"false_positive_rate": math.nan}, "false_positive_rate"),
+    ({"stop_strings": ["a", ""]}, "stop_strings[1]"),
+    ({"stop_strings": ["a", "b", "x" * 257]}, "stop_strings[2]"),
+    ({"stop_strings": ["a"] * 17}, "stop_strings"),
+    ({"stop_when_probability_above": 1.0}, "stop_when_probability_above"),
+    ({"stop_when_probability_above": -0.1}, "stop_when_probability_above"),
+    ({"stop_when_probability_above": math.nan}, "stop_when_probability_above"),
+    ({"minimum_tokens": 0}, "minimum_tokens"),
+    ({"minimum_tokens": -5}, "minimum_tokens"),
+    ({"score_every": 0}, "score_every"),
     ({"prompt": {"token_ids": [1, 2, 256]}}, "prompt.token_ids[2]"),
     ({"prompt": {"text": ""}}, "prompt.text"),
     ({"prompt": {}}, "prompt"),
@@ -113,10 +123,64 @@ def test_wrong_input_names_its_field(stub: Any, fields: dict[str, Any], field: s
 
 
 @pytest.mark.parametrize(
-    "fields", [{"max_new_tokens": 1}, {"temperature": 0.0}, {"temperature": 100.0}, {"top_p": 1.0}]
+    "fields",
+    [
+        {"max_new_tokens": 1},
+        {"temperature": 0.0},
+        {"temperature": 100.0},
+        {"top_p": 1.0},
+        {"stop_strings": ["x" * 256] * 16},
+        {"stop_when_probability_above": 0.0},
+        {"minimum_tokens": 1},
+        {"score_every": 1},
+    ],
 )
 def test_the_ends_of_the_ranges_are_inside(stub: Any, fields: dict[str, Any]) -> None:
     assert list(stub.Generate(request(**{"max_new_tokens": 2} | fields)))
+
+
+def ending(stub: Any, **fields: Any) -> tuple[Any, str, list[Any]]:
+    """The generation, its finish reason and its tokens."""
+    *tokens, last = stub.Generate(request(**fields))
+    generation = last.generation
+    return generation, detector_pb2.FinishReason.Name(generation.finish_reason), [event.token for event in tokens]
+
+
+def test_a_stop_string_ends_the_response_and_is_left_out(stub: Any) -> None:
+    generation, reason, tokens = ending(stub, stop_strings=["XYZ", "EF"])
+    assert (generation.text, reason, len(tokens)) == ("ABCD", "FINISH_REASON_STOP_STRING", 6)
+    assert list(generation.token_ids) == list(b"ABCDEF")
+
+
+def test_a_probability_ends_the_response_but_not_before_the_least_number_of_tokens(stub: Any) -> None:
+    probability = ending(stub)[2][4].probability
+    _, reason, tokens = ending(stub, stop_when_probability_above=0.0, minimum_tokens=7)
+    assert (reason, len(tokens)) == ("FINISH_REASON_FLAGGED", 7)
+    _, reason, tokens = ending(stub, stop_when_probability_above=probability - 1e-9)
+    assert (reason, len(tokens)) == ("FINISH_REASON_FLAGGED", 1)
+    _, reason, tokens = ending(stub, stop_when_probability_above=0.999)
+    assert (reason, len(tokens)) == ("FINISH_REASON_LENGTH", 64), "control: it never rises above this"
+
+
+def test_only_every_so_manieth_token_is_scored_and_the_last(stub: Any) -> None:
+    _, _, tokens = ending(stub, max_new_tokens=8, score_every=3)
+    assert [token.HasField("probability") for token in tokens] == [i in (2, 5, 7) for i in range(8)]
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_contributions_come_when_asked_for(stub: Any, wanted: bool) -> None:
+    _, _, tokens = ending(stub, max_new_tokens=4, score_every=2, contributions=wanted)
+    assert [token.HasField("token_contributions") for token in tokens] == [i in (1, 3) and wanted for i in range(4)]
+    if wanted:
+        shares = tokens[1].token_contributions
+        assert list(shares.shape) == [7], "of the prompt, too"
+        total = np.frombuffer(shares.data, "<f4").sum() + a_probe().bias
+        assert total == pytest.approx(tokens[1].logit, abs=1e-6)  # float32 sums of seven numbers
+
+
+def test_timing_names_the_stages(stub: Any) -> None:
+    generation, _, _ = ending(stub, max_new_tokens=2)
+    assert set(generation.detection.stage_seconds) == {"queue", "tokenise", "first_token", "forward", "probe"}
 
 
 def test_leaving_stops_the_model_within_a_token() -> None:

@@ -110,10 +110,13 @@ def test_a_line_that_can_not_be_written_is_lost_in_silence(capfd: pytest.Capture
         def write(self, text: str) -> int:
             raise OSError("no space left")
 
-    configured(stream=Full())
-    OURS.info("%s", SECRET)
-    OURS.info("%d", SECRET)
-    assert capfd.readouterr() == ("", "")
+    handler = logs.configure("info", "json", Full())
+    for template in ("%s", "%d"):
+        record = logging.LogRecord("lapwing.server", logging.INFO, __file__, 1, template, (SECRET,), None)
+        handler.handle(record)
+        assert capfd.readouterr() == ("", "")
+        logging.StreamHandler(Full()).handle(record)
+        assert SECRET in capfd.readouterr().err, "control: the standard one prints its arguments"
 
 
 @pytest.mark.parametrize("terminal", [True, False])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import logging
@@ -61,6 +62,21 @@ def test_nothing_that_somebody_wrote_shows(written: io.StringIO, fails: str) -> 
     assert ("INTERNAL" in said) == (fails not in ("", "template"))
     for place in (written.getvalue(), page, said):
         assert len(place) > 1000
+        assert hits(place) == []
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_a_token_shows_nowhere(written: io.StringIO, tmp_path: Path, right: bool) -> None:
+    """The canary is the bearer token, too."""
+    file, token = tmp_path / "tokens.toml", CANARY if right else "another"
+    digest = hashlib.sha256(token.encode()).hexdigest()
+    file.write_text(f'[[tokens]]\nname = "somebody"\nsha256 = "{digest}"\nscopes = ["score", "read"]\n')
+    with Running(quoting(""), metrics_port=0, tokens_file=file) as server:
+        said = every_way(server.target)
+        page = page_of(server.server.metrics_port)
+    assert ("MISSING_SCOPE" in said, "UNAUTHENTICATED" in said) == (right, not right)
+    assert ('"principal": "somebody"' in written.getvalue()) == right
+    for place in (written.getvalue(), page, said):
         assert hits(place) == []
 
 

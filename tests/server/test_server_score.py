@@ -16,6 +16,7 @@ from service_fakes import CONTEXT, WAIT, FakeEngine, Gate, Running, a_probe, ref
 
 from lapwing.v1 import detection_pb2, detector_pb2, detector_pb2_grpc, tensor_pb2
 from lapwing_server.limits import Limits
+from lapwing_server.shelf import Shelf, Shelved
 
 Prompt, Response = detection_pb2.Prompt, detection_pb2.Response
 
@@ -109,6 +110,77 @@ def test_a_rate_that_the_probe_does_not_store_leaves_flagged_open(stub: Any) -> 
     detection = stub.Score(request(false_positive_rate=0.03)).detection
     assert detection.HasField("probability")
     assert not detection.HasField("flagged")
+
+
+# Probes by name.
+
+
+@pytest.fixture(scope="module")
+def choice() -> Iterator[Any]:
+    """A server with three probes, of which one was rejected."""
+    probes = [a_probe("alpha"), a_probe("beta", bias=1.0)]
+    entries = [*(Shelved(probe.name, probe) for probe in probes), Shelved("gamma", None, "its sha256 differs")]
+    with (
+        Running(shelf=Shelf(tuple(entries), probes[0])) as running,
+        grpc.insecure_channel(running.target) as channel,
+    ):
+        yield detector_pb2_grpc.DetectorStub(channel)
+
+
+def ask_all(stub: Any, probe: str) -> list[detection_pb2.Detection]:
+    """The detections of the three ways to get one."""
+    message, item = request(), detector_pb2.ScoreItem(prompt=Prompt(text="hello"), response=Response(text="world"))
+    *_, last = stub.Generate(detector_pb2.GenerateRequest(prompt=message.prompt, max_new_tokens=1, probe=probe))
+    return [
+        stub.Score(request(probe=probe)).detection,
+        stub.ScoreBatch(detector_pb2.ScoreBatchRequest(items=[item], probe=probe)).results[0].detection,
+        last.generation.detection,
+    ]
+
+
+@pytest.mark.parametrize(("asked", "answers"), [("", "alpha"), ("alpha", "alpha"), ("beta", "beta")])
+def test_a_request_may_name_a_probe(choice: Any, asked: str, answers: str) -> None:
+    detections = ask_all(choice, asked)
+    assert [one.probe_name for one in detections] == [answers] * 3
+    assert [one.bias for one in detections] == [1.0 if answers == "beta" else -0.25] * 3
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "reason"),
+    [
+        ("delta", grpc.StatusCode.NOT_FOUND, "UNKNOWN_PROBE"),
+        ("../alpha", grpc.StatusCode.NOT_FOUND, "UNKNOWN_PROBE"),
+        ("x" * 10_000, grpc.StatusCode.NOT_FOUND, "UNKNOWN_PROBE"),
+        ("gamma", grpc.StatusCode.FAILED_PRECONDITION, "PROBE_REJECTED"),
+    ],
+)
+def test_a_probe_that_can_not_score_is_refused(choice: Any, name: str, code: Any, reason: str) -> None:
+    item = detector_pb2.ScoreItem(prompt=Prompt(text="hello"), response=Response(text="world"))
+    for call, message in (
+        (choice.Score, request(probe=name)),
+        (choice.ScoreBatch, detector_pb2.ScoreBatchRequest(items=[item], probe=name)),
+        (choice.Generate, detector_pb2.GenerateRequest(prompt=Prompt(text="hello"), probe=name)),
+    ):
+        error = refused(call, message)
+        assert (error.code, error.reason) == (code, reason)
+        assert error.field == ("probe" if code is grpc.StatusCode.NOT_FOUND else "")
+
+
+def test_a_request_keeps_the_shelf_that_it_began_with() -> None:
+    gate, probes = Gate(), [a_probe("old"), a_probe("new")]
+    first, second = (Shelf((Shelved(probe.name, probe, ""),), probe) for probe in probes)
+    with Running(FakeEngine(before=gate), shelf=first) as server, grpc.insecure_channel(server.target) as channel:
+        stub = detector_pb2_grpc.DetectorStub(channel)
+        before = [stub.Score.future(request()), stub.Generate(detector_pb2.GenerateRequest(prompt=request().prompt))]
+        wait_until(lambda: server.server.guard.in_flight == 2)
+        assert gate.reached.wait(WAIT)
+        server.server.readiness.swap(second)
+        after = stub.Score.future(request())
+        server.queued(1)
+        gate.open()
+        assert before[0].result(WAIT).detection.probe_name == "old"
+        assert list(before[1])[-1].generation.detection.probe_name == "old"
+        assert after.result(WAIT).detection.probe_name == "new"
 
 
 WRONG = [

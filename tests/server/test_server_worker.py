@@ -1,4 +1,4 @@
-"""The worker and the stream alone, without gRPC."""
+"""The worker alone, without gRPC."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from collections.abc import Iterator
 import pytest
 from service_fakes import WAIT, Gate, wait_until
 
-from lapwing_server.stream import Stream
 from lapwing_server.worker import Worker
 
 
@@ -81,89 +80,3 @@ def test_nothing_of_a_request_is_kept(worker: Worker) -> None:
     worker.post(lambda request=request: None).result(WAIT)  # type: ignore[misc]
     del request
     wait_until(lambda: alive() is None)
-
-
-class Numbers:
-    """Counts up, and knows whether it was closed."""
-
-    def __init__(self) -> None:
-        self.made: list[int] = []
-        self.closed = 0
-
-    def __call__(self) -> Iterator[int]:
-        try:
-            for number in range(1, 6):
-                self.made.append(number)
-                yield number
-        finally:
-            self.closed += 1
-
-
-def test_a_stream_gives_every_event(worker: Worker) -> None:
-    numbers = Numbers()
-
-    async def main() -> list[int]:
-        return [number async for number in Stream(worker, numbers)]
-
-    assert asyncio.run(main()) == [1, 2, 3, 4, 5]
-    assert numbers.closed == 1
-
-
-def test_a_stopped_stream_begins_no_step_and_closes_its_iterator(worker: Worker) -> None:
-    numbers = Numbers()
-
-    async def main() -> list[int]:
-        stream, seen = Stream(worker, numbers), []
-        async for number in stream:
-            seen.append(number)
-            if number == 2:
-                stream.close()
-                stream.close()
-        return seen
-
-    assert asyncio.run(main()) == [1, 2]
-    worker.post(lambda: None).result(WAIT)
-    assert numbers.made == [1, 2]
-    assert numbers.closed == 1
-
-
-def test_a_stopped_stream_closes_an_iterator_that_others_hold(worker: Worker) -> None:
-    numbers = Numbers()
-    held = numbers()
-
-    async def main() -> None:
-        stream = Stream(worker, lambda: held)
-        async for _ in stream:
-            stream.close()
-
-    asyncio.run(main())
-    wait_until(lambda: numbers.closed == 1)
-    assert list(held) == []
-
-
-def test_a_stream_that_was_stopped_before_it_began_never_begins(worker: Worker) -> None:
-    numbers = Numbers()
-
-    async def main() -> list[int]:
-        stream = Stream(worker, numbers)
-        stream.close()
-        return [number async for number in stream]
-
-    assert asyncio.run(main()) == []
-    assert numbers.made == []
-
-
-def test_an_error_of_a_step_ends_the_stream(worker: Worker) -> None:
-    def events() -> Iterator[int]:
-        yield 1
-        raise ValueError("two")
-
-    seen: list[int] = []
-
-    async def main() -> None:
-        async for number in Stream(worker, events):
-            seen.append(number)
-
-    with pytest.raises(ValueError, match="two"):
-        asyncio.run(main())
-    assert seen == [1]

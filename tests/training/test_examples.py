@@ -12,6 +12,7 @@ from training_fakes import LAPLACIAN, WORDS, make_table, write_store
 
 from lapwing_detector.detector import Detector
 from lapwing_detector.language_model import LanguageModel
+from lapwing_detector.log_probabilities import read_with_log_probabilities
 from lapwing_detector.probe import Probe
 from lapwing_training.errors import ModelMismatch
 from lapwing_training.examples import LONGEST_TEXT, worst_examples, worst_rows
@@ -67,6 +68,21 @@ def test_tokens_have_the_shares_that_the_detector_gives(trained: tuple[Probe, La
             assert sum(one["contributions"]) == pytest.approx(found.logit - found.bias, abs=1e-4)
 
 
+def test_a_probe_that_reads_log_probabilities_colours_by_them_too(
+    trained: tuple[Probe, LanguageModel], tmp_path: Path
+) -> None:
+    loaded = trained[1]
+    extract_features(items(), tmp_path / "store", loaded, ExtractOptions((LAPLACIAN,), k=4))
+    probe = train_probe(tmp_path / "store", tmp_path / "probe", replace(OPTIONS, recipe="combined"), loaded)
+    texts = {item.id: item for item in items()}
+    for one in probe.metrics["examples"]["missed"]:
+        ids = Detector(loaded, trained[0]).tokens(texts[one["id"]].prompt, texts[one["id"]].response)
+        [(summary, said)] = read_with_log_probabilities(loaded, [ids])
+        logit, share = probe.score(summary, said)
+        np.testing.assert_allclose(one["contributions"], share.tokens, atol=1e-5)
+        assert sum(one["contributions"]) == pytest.approx(logit - probe.bias, abs=1e-4)
+
+
 def test_a_model_that_is_not_that_of_the_store_is_refused_before_the_fit(
     trained: tuple[Probe, LanguageModel], tmp_path: Path
 ) -> None:
@@ -85,7 +101,7 @@ def test_long_texts_and_messages_are_shortened_and_kept_as_text(trained: tuple[P
     trial = trial_of(fit(table, recipe, 0), table, plan_rows(table, None, guarantee=False, seed=0))
     chat = ({"role": "user", "content": "where?"}, {"role": "assistant", "content": "here"})
     long = {item.id: replace(item, response="x" * 5000, prompt=None, messages=chat) for item in items(80)}
-    [one, *_] = worst_examples(trial, long)["missed"]
+    [one, *_] = worst_examples(trial, long, trained[0])["missed"]
     assert one["prompt"] == "user: where?\nassistant: here"
     assert len(one["response"]) == LONGEST_TEXT + 2
     json.dumps(one)

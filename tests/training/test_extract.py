@@ -1,6 +1,7 @@
+"""What is stored of an item is what eager attention says of its ids; what has no features is listed."""
+
 from __future__ import annotations
 
-import errno
 import json
 import re
 from dataclasses import replace
@@ -10,58 +11,30 @@ import numpy as np
 import pytest
 import torch
 import typer
+from extract_fakes import OPTIONS, eager, items
 from training_fakes import LAPLACIAN, SCORE, WORDS
 from typer.testing import CliRunner, Result
 
 from lapwing_detector.features import FEATURES
 from lapwing_detector.language_model import LanguageModel
-from lapwing_detector.summary import AttentionSummary
-from lapwing_training import files
+from lapwing_detector.token_statistics import TOKEN_STATISTICS, token_statistics
+from lapwing_detector.tokens import TokenIds
+from lapwing_training import extract as extract_module
 from lapwing_training.cli.extract import extract
 from lapwing_training.cli.inspect import inspect
-from lapwing_training.errors import InvalidData, InvalidOption, NotEnoughData, StoreCorrupt, StoreMismatch
-from lapwing_training.extract import ExtractOptions, extract_features
+from lapwing_training.errors import InvalidData, InvalidOption, NotEnoughData, StoreMismatch
+from lapwing_training.extract import ExtractOptions, Reading, extract_features
 from lapwing_training.generate import GenerateOptions, generate_answers
 from lapwing_training.generations import LabelledGeneration, Question, read_generations, write_generations
 from lapwing_training.inspect import inspect_store
 from lapwing_training.prefix import response_cut
 from lapwing_training.shards import WHOLE, read_shard, shard_paths, stage_kind
-from lapwing_training.store import read_items, read_store
-
-OPTIONS = ExtractOptions(k=4, batch_size=3, shard_items=8, stratum="meta.kind")
+from lapwing_training.store import read_store
 
 
 @pytest.fixture(scope="module")
 def loaded(tiny_model: Path) -> LanguageModel:
     return LanguageModel.load(str(tiny_model))
-
-
-def items(count: int = 30) -> list[LabelledGeneration]:
-    rng = np.random.default_rng(0)
-    return [
-        LabelledGeneration(
-            id=f"i{number}",
-            prompt=" ".join(rng.choice(WORDS, rng.integers(1, 9))),
-            response=" ".join(rng.choice(WORDS, rng.integers(1, 6))),
-            label=number % 2,
-            group=f"g{number // 2}",
-            meta={"kind": f"k{number % 3}"},
-            generation={"log_probability": -0.5 - number},
-        )
-        for number in range(count)
-    ]
-
-
-def eager(loaded: LanguageModel, text: str) -> AttentionSummary:
-    """Both sums from the maps themselves, one item at a time."""
-    ids = loaded.tokenizer(text, return_tensors="pt").input_ids
-    loaded.model.set_attn_implementation("eager")
-    with torch.inference_mode():
-        maps = loaded.model(ids, output_attentions=True).attentions
-    loaded.model.set_attn_implementation("sdpa")
-    stacked = torch.stack([layer[0] for layer in maps]).float()
-    diagonal, received = stacked.diagonal(dim1=-2, dim2=-1), stacked.sum(dim=-2)
-    return AttentionSummary(diagonal.numpy(), received.numpy(), (0, 1))
 
 
 def test_stored_features_equal_those_of_eager_attention(loaded: LanguageModel, tmp_path: Path) -> None:
@@ -129,14 +102,14 @@ def test_what_the_item_kept_is_checked(loaded: LanguageModel, tmp_path: Path, ge
 def test_an_item_without_finite_attention_is_listed(
     loaded: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain = LanguageModel.summaries
+    plain = extract_module.read_with_log_probabilities
 
-    def broken(model: LanguageModel, batch: list[tuple[int, ...]]) -> list[AttentionSummary]:
-        summaries = plain(model, batch)
-        summaries[0].diagonal[0, 0, :] = np.nan
-        return summaries
+    def broken(model: LanguageModel, batch: list[TokenIds]) -> list[Reading]:
+        readings = plain(model, batch)
+        readings[0][0].diagonal[0, 0, :] = np.nan
+        return readings
 
-    monkeypatch.setattr(LanguageModel, "summaries", broken)
+    monkeypatch.setattr(extract_module, "read_with_log_probabilities", broken)
     told = extract_features(items(9), tmp_path / "store", loaded, OPTIONS)
     reasons = [reason for reason in read_store(tmp_path / "store").left_out.values() if "finite" in reason]
     assert len(reasons) >= 1
@@ -146,16 +119,16 @@ def test_an_item_without_finite_attention_is_listed(
 def test_a_shard_without_finite_attention_does_not_block_the_others(
     loaded: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain, calls = LanguageModel.summaries, []
+    plain, calls = extract_module.read_with_log_probabilities, []
 
-    def broken(model: LanguageModel, batch: list[tuple[int, ...]]) -> list[AttentionSummary]:
+    def broken(model: LanguageModel, batch: list[TokenIds]) -> list[Reading]:
         calls.append(batch)
-        summaries = plain(model, batch)
-        for summary in summaries[: len(summaries) if len(calls) <= broken_calls else 0]:
+        readings = plain(model, batch)
+        for summary, _ in readings[: len(readings) if len(calls) <= broken_calls else 0]:
             summary.diagonal[0, 0, :] = np.nan
-        return summaries
+        return readings
 
-    monkeypatch.setattr(LanguageModel, "summaries", broken)
+    monkeypatch.setattr(extract_module, "read_with_log_probabilities", broken)
     broken_calls = 3  # the three batches of the first shard
     told = extract_features(items(), tmp_path / "store", loaded, OPTIONS)
     store = read_store(tmp_path / "store")
@@ -168,103 +141,6 @@ def test_a_shard_without_finite_attention_does_not_block_the_others(
     broken_calls = 10_000
     with pytest.raises(NotEnoughData, match=r"none of 30 items can be stored, such as `i\d+`: attention is not finite"):
         extract_features(items(), tmp_path / "none", loaded, OPTIONS)
-
-
-def contents(store: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in store.iterdir()}
-
-
-def test_a_run_that_failed_goes_on_and_ends_with_the_same_bytes(
-    loaded: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    extract_features(items(), tmp_path / "whole", loaded, OPTIONS)
-    plain, calls = LanguageModel.summaries, []
-
-    def failing(model: LanguageModel, batch: list[tuple[int, ...]]) -> list[AttentionSummary]:
-        calls.append(batch)
-        if len(calls) == 5:
-            raise RuntimeError("power cut")
-        return plain(model, batch)
-
-    monkeypatch.setattr(LanguageModel, "summaries", failing)
-    with pytest.raises(RuntimeError, match="power cut"):
-        extract_features(items(), tmp_path / "cut", loaded, OPTIONS)
-    assert len(shard_paths(tmp_path / "cut", WHOLE)) == 1
-    before = len(calls)
-    extract_features(items(), tmp_path / "cut", loaded, OPTIONS)
-    assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
-    whole_run = sum(-(-min(8, 30) // 3) for _ in range(4))
-    assert len(calls) - before < whole_run  # the finished shard was not made again
-
-
-@pytest.mark.parametrize("finished", [True, False])
-@pytest.mark.parametrize("damage", ["flip", "swap"])
-def test_a_damaged_shard_is_made_again_and_the_others_are_kept(
-    loaded: LanguageModel, tmp_path: Path, finished: bool, damage: str
-) -> None:
-    extract_features(items(), tmp_path / "whole", loaded, OPTIONS)
-    extract_features(items(), tmp_path / "store", loaded, OPTIONS)
-    first, path, *_ = shard_paths(tmp_path / "store", WHOLE)
-    data = bytearray((path if damage == "flip" else first).read_bytes())
-    if damage == "flip":
-        data[-5] ^= 1
-    path.write_bytes(data)
-    assert read_shard(path).ids  # control: it can be read all the same
-    if not finished:
-        (tmp_path / "store" / "index.json").unlink()
-    kept = first.stat().st_ino
-    extract_features(items(), tmp_path / "store", loaded, OPTIONS)
-    assert contents(tmp_path / "store") == contents(tmp_path / "whole")
-    assert first.stat().st_ino == kept
-
-
-def test_relabelling_writes_labels_anew_and_no_features(
-    loaded: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    extract_features(items(), tmp_path / "store", loaded, OPTIONS)
-    monkeypatch.setattr(LanguageModel, "summaries", None)  # any forward would fail
-    extract_features([replace(item, label=1) for item in items()], tmp_path / "store", loaded, OPTIONS)
-    assert set(read_store(tmp_path / "store").table.labels.tolist()) == {1}
-
-
-def test_labels_of_other_items_are_refused_and_mended_without_the_model(
-    loaded: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    store = tmp_path / "store"
-    extract_features(items(), store, loaded, OPTIONS)
-    whole = contents(store)
-    monkeypatch.setattr(LanguageModel, "summaries", None)  # any forward would fail
-    extract_features(items()[5:25], store, loaded, OPTIONS)
-    (store / "index.json").write_bytes(whole["index.json"])  # as if killed before the index was written
-    with pytest.raises(StoreCorrupt, match="run lapwing extract again, which keeps the shards"):
-        read_store(store)
-    extract_features(items(), store, loaded, OPTIONS)
-    assert contents(store) == whole
-
-
-def test_relabelling_some_of_the_items_keeps_stages_and_strata(
-    loaded: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    store = tmp_path / "store"
-    extract_features(items(), store, loaded, replace(OPTIONS, stages=(0.5,)))
-    before = read_store(store).table
-    shards = {path: path.read_bytes() for path in store.glob("*.safetensors")}
-    monkeypatch.setattr(LanguageModel, "summaries", None)  # any forward would fail
-    some = [replace(item, label=0, labelling={"rule": "f1"}) for item in items()[5:25]]
-    told = extract_features(some, store, loaded, replace(OPTIONS, stratum=""))
-    table = read_store(store).table
-    assert set(table.ids) == set(before.ids) & {item.id for item in some}
-    assert told["items"] == len(table) < len(before)
-    rows = np.flatnonzero(np.isin(before.ids, table.ids))
-    for name in (SCORE, LAPLACIAN):
-        np.testing.assert_array_equal(table.feature(name, 4), before.take(rows).feature(name, 4))
-    assert set(table.strata) == {"k0", "k1", "k2"}
-    (cut, _), (cut_before, _) = table.at_stage(0.5), before.take(rows).at_stage(0.5)
-    np.testing.assert_array_equal(cut.feature(LAPLACIAN, 4), cut_before.feature(LAPLACIAN, 4))
-    assert read_items(store)[str(table.ids[0])].labelling == {"rule": "f1"}
-    assert {path: path.read_bytes() for path in store.glob("*.safetensors")} == shards
-    extract_features(items(), store, loaded, OPTIONS)  # and back again
-    assert read_store(store).table.ids.tolist() == before.ids.tolist()
 
 
 def test_all_features_are_stored_at_once_each_as_of_eager_attention(loaded: LanguageModel, tmp_path: Path) -> None:
@@ -300,21 +176,48 @@ def test_a_stage_equals_eager_attention_of_the_cut_text(loaded: LanguageModel, t
             assert 1 + len(by_id[id].prompt.split()) + response_cut(fraction, len(words)) < 4
 
 
-def test_stages_that_are_added_later_read_the_cut_texts_only(
+def said_of(loaded: LanguageModel, prompt: str, response: str) -> list[float]:
+    """Log-probabilities of the response's tokens, of all logits of one item alone."""
+    ids = loaded.tokenizer(f"{prompt} {response}", return_tensors="pt").input_ids
+    with torch.inference_mode():
+        scores = loaded.model(ids).logits[0].double().log_softmax(-1)
+    first = ids.shape[1] - len(response.split())
+    return [float(scores[place - 1, ids[0, place]]) for place in range(first, ids.shape[1])]
+
+
+def test_log_probabilities_of_the_response_are_kept_and_serve_its_beginnings_too(
+    loaded: LanguageModel, tmp_path: Path
+) -> None:
+    extract_features(items(), tmp_path / "store", loaded, replace(OPTIONS, stages=(0.25, 0.6)))
+    table = read_store(tmp_path / "store").table
+    by_id = {item.id: item for item in items()}
+    for part in (table, table.take(np.arange(3)), *(table.at_stage(fraction)[0] for fraction in table.stages)):
+        for row, id in enumerate(part.ids.tolist()):
+            words = by_id[id].response.split()[: part.response_tokens[row]]
+            expected = token_statistics(said_of(loaded, by_id[id].prompt, " ".join(words)))
+            np.testing.assert_allclose(part.token_statistics[row], expected, atol=1e-4)
+    ids = list(TOKEN_STATISTICS)
+    np.testing.assert_array_equal(table.statistics(ids[::-1]), table.token_statistics[:, ::-1])
+    assert inspect_store(tmp_path / "store")["log_probabilities"] == len(table)
+    # They stand in the shards of whole texts only.
+    shards = [read_shard(path) for path in sorted((tmp_path / "store").glob("*.safetensors"))]
+    assert {shard.log_probabilities is None for shard in shards[:4]} == {False}
+    assert {shard.log_probabilities for shard in shards[4:]} == {None}
+
+
+def test_an_item_whose_log_probabilities_are_no_numbers_is_listed(
     loaded: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    extract_features(items(), tmp_path / "whole", loaded, replace(OPTIONS, stages=(0.5,)))
-    extract_features(items(), tmp_path / "store", loaded, OPTIONS)
-    plain, read = LanguageModel.summaries, []
+    plain = extract_module.read_with_log_probabilities
 
-    def counted(model: LanguageModel, batch: list[tuple[int, ...]]) -> list[AttentionSummary]:
-        read.extend(batch)
-        return plain(model, batch)
+    def broken(model: LanguageModel, batch: list[TokenIds]) -> list[Reading]:
+        (summary, said), *others = plain(model, batch)
+        return [(summary, np.full_like(said, np.nan)), *others]
 
-    monkeypatch.setattr(LanguageModel, "summaries", counted)
-    extract_features(items(), tmp_path / "store", loaded, replace(OPTIONS, stages=(0.5,)))
-    assert len(read) == len(read_store(tmp_path / "store").table.at_stage(0.5)[0])
-    assert contents(tmp_path / "store") == contents(tmp_path / "whole")
+    monkeypatch.setattr(extract_module, "read_with_log_probabilities", broken)
+    extract_features(items(9), tmp_path / "store", loaded, OPTIONS)
+    assert "logits are not numbers; try --dtype float32" in read_store(tmp_path / "store").left_out.values()
+    assert np.isfinite(read_store(tmp_path / "store").table.token_statistics).all()
 
 
 def test_an_id_that_is_used_twice_is_refused(loaded: LanguageModel, tmp_path: Path) -> None:
@@ -365,34 +268,6 @@ def test_kept_ids_are_split_where_the_prompt_ended(loaded: LanguageModel, tmp_pa
         bad = replace(item, generation={**item.generation, "prompt_tokens": wrong})
         with pytest.raises(InvalidData, match=r"item `a`: generation.prompt_tokens is .*; expected 0 to 6"):
             extract_features([bad], tmp_path / "wrong", loaded, OPTIONS)
-
-
-def test_a_disk_that_fills_up_leaves_whole_files_and_the_run_goes_on(
-    loaded: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    options = replace(OPTIONS, stages=(0.5,))
-    plain, calls, fails_at = files.os.fsync, [], 0
-
-    def full(descriptor: int) -> None:
-        calls.append(descriptor)
-        if len(calls) == fails_at:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        plain(descriptor)
-
-    monkeypatch.setattr(files.os, "fsync", full)
-    extract_features(items(), tmp_path / "whole", loaded, options)
-    writes = len(calls)  # plan, shards, those of the stage, texts, labels, index
-    assert writes >= 8
-    for fails_at in (1, 2, writes // 2, writes - 1, writes):
-        store = tmp_path / str(fails_at)
-        calls.clear()
-        with pytest.raises(OSError, match=r"No space left on device; .*make room"):
-            extract_features(items(), store, loaded, options)
-        assert not (store / "index.json").exists()
-        found = contents(store) if store.exists() else {}
-        assert found.items() <= contents(tmp_path / "whole").items()
-        extract_features(items(), store, loaded, options)
-        assert contents(store) == contents(tmp_path / "whole")
 
 
 def run(*arguments: object) -> Result:

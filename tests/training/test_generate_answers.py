@@ -294,6 +294,8 @@ def test_features_of_the_writing_pass_equal_those_of_reading_the_same_ids(
     assert told["store"]["items"] == len(written.table) > 10
     # float32, and padding and steps change the order of summation.
     np.testing.assert_allclose(written.table.stacked(ALL, 4), read.table.stacked(ALL, 4), atol=1e-4)
+    np.testing.assert_allclose(written.table.token_statistics, read.table.token_statistics, atol=1e-3)
+    assert np.abs(read.table.token_statistics).max() > 0.1
     assert written.left_out == read.left_out
     assert (written.layers, written.mode) == (read.layers, "generated")
     np.testing.assert_array_equal(written.table.response_tokens, read.table.response_tokens)

@@ -136,7 +136,9 @@ def test_relabelling_a_merged_store_asks_no_model(
     for name, some in (("a", items[:5]), ("b", items[5:])):
         extract_features(some, tmp_path / name, loaded, options)
     merge_stores([tmp_path / "a", tmp_path / "b"], tmp_path / "all")
-    monkeypatch.setattr(LanguageModel, "summaries", None)  # any forward would fail
+    monkeypatch.setattr(type(loaded.model), "forward", None)  # any forward would fail
+    parts = [read_store(tmp_path / name).table.token_statistics for name in "ab"]
+    np.testing.assert_array_equal(read_store(tmp_path / "all").table.token_statistics, np.concatenate(parts))
     extract_features([replace(item, label=1) for item in items[1:]], tmp_path / "all", loaded, options)
     assert read_store(tmp_path / "all").table.labels.tolist() == [1] * 7
 

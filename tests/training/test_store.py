@@ -116,7 +116,7 @@ def test_an_unfinished_store_and_no_store_are_told_apart_from_a_store(tmp_path: 
     with pytest.raises(StoreCorrupt, match="not JSON"):
         read_store(store)
     (store / "index.json").write_text('{"schema_version": 99}')
-    with pytest.raises(StoreCorrupt, match="schema version 99, this lapwing reads 2; install a newer lapwing"):
+    with pytest.raises(StoreCorrupt, match="schema version 99, this lapwing reads 2 and 3; install a newer lapwing"):
         read_store(store)
     (store / "index.json").write_text('{"schema_version": 1}')
     with pytest.raises(StoreCorrupt, match=r"schema version 1, .* extract again"):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import zlib
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from lapwing_detector.identity import ModelIdentity
+from lapwing_detector.token_statistics import token_statistics
 from lapwing_training.generations import LabelledGeneration
 from lapwing_training.prefix import Prefix, response_cut
 from lapwing_training.shards import WHOLE, Shard, stage_kind, tokens_digest, write_shard
@@ -48,12 +50,13 @@ def make_table(
     seed: int = 0,
     stages: tuple[float, ...] = (),
     response_tokens: bool = True,
+    said: bool = False,
 ) -> Table:
     """Noise in every head, and a shift of `strength` standard deviations in the planted ones (flat indices).
 
     With `per_group` > 1 the rows of a group share their label, and `group_effect` of every head's noise. Half of the
     tokens are the response's; at each of the `stages` that fraction of the final signal is there, the rest is noise of
-    its own, and a text of fewer than 12 tokens has no features.
+    its own, and a text of fewer than 12 tokens has no features. With `said` there are statistics of `fake_said`.
     """
     rng = np.random.default_rng(seed)
     groups = np.arange(rows) // per_group
@@ -82,7 +85,21 @@ def make_table(
     if not response_tokens:
         return table
     table = replace(table, response_tokens=table.token_counts // 2)
+    if said:
+        table = replace(table, token_statistics=statistics_of(table, np.arange(rows), table.response_tokens))
     return replace(table, prefixes={fraction: make_prefix(table, core, fraction, seed) for fraction in stages})
+
+
+def fake_said(table: Table, row: int) -> np.ndarray:
+    """Log-probabilities of the response's tokens, of the table's mean where that is no more than 0; by id."""
+    parts = np.random.default_rng(zlib.crc32(table.ids[row].encode())).exponential(size=table.response_tokens[row])
+    mean = min(float(np.nan_to_num(table.log_probabilities[row])), -0.01)
+    return (mean * parts / parts.mean()).astype(np.float32)
+
+
+def statistics_of(table: Table, rows: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+    """Of the first so many tokens of each row."""
+    return np.array([token_statistics(fake_said(table, row)[:cut]) for row, cut in zip(rows, tokens, strict=True)])
 
 
 def make_prefix(table: Table, core: np.ndarray, fraction: float, seed: int) -> Prefix:
@@ -94,7 +111,8 @@ def make_prefix(table: Table, core: np.ndarray, fraction: float, seed: int) -> P
     ranked = -np.sort(-0.1 * values - 0.05 * rng.normal(size=(len(rows), core.shape[1], table.k)), axis=-1)
     features = {SCORE: 0.3 * values - 4.0, LAPLACIAN: ranked}
     shaped = {name: one.reshape(len(rows), *table.shape, -1).astype(np.float32) for name, one in features.items()}
-    return Prefix(rows, tokens[rows], cut[rows], shaped)
+    said = None if table.token_statistics is None else statistics_of(table, rows, cut[rows])
+    return Prefix(rows, tokens[rows], cut[rows], shaped, said)
 
 
 def write_store(
@@ -140,7 +158,11 @@ def write_shards(directory: Path, kind: str, table: Table, shard_rows: int) -> d
         part = table.take(np.arange(start, min(start + shard_rows, len(table))))
         tokens = {str(id): tokens_digest([count]) for id, count in zip(part.ids, part.token_counts, strict=True)}
         features = {name: part.feature(name, part.k) for name in part.feature_names}
-        files.append(write_shard(directory, kind, number, Shard(tokens, features, tuple(range(table.shape[0])), {})))
+        said = {str(id): fake_said(part, row) for row, id in enumerate(part.ids)}
+        kept = said if kind == WHOLE and part.token_statistics is not None else None
+        files.append(
+            write_shard(directory, kind, number, Shard(tokens, features, tuple(range(table.shape[0])), {}, kept))
+        )
     return listed(files)
 
 

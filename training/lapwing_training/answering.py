@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 from lapwing_detector.language_model import LanguageModel
 from lapwing_training.errors import NonFiniteLogits
 from lapwing_training.generations import LabelledGeneration, Question
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model wrote."""
+
+    item: LabelledGeneration
+    log_probabilities: tuple[float, ...]
+    """Of each token of the response, under the model itself, before temperature."""
 
 
 def answer(
@@ -18,7 +27,7 @@ def answer(
     loaded: LanguageModel,
     config: Any,
     draws: Callable[[Sequence[str]], Any] | None = None,
-) -> list[LabelledGeneration]:
+) -> list[Answer]:
     """One padded batch; what is sampled depends on the item and the seed, not on who else is in the batch.
 
     Args:
@@ -62,7 +71,7 @@ def _not_finite(question: Question, loaded: LanguageModel) -> NonFiniteLogits:
 
 def _finished(
     question: Question, prompt_ids: Sequence[int], tokens: Sequence[int], scores: Sequence[float], loaded: LanguageModel
-) -> LabelledGeneration:
+) -> Answer:
     # Tokens after the end are padding, and what the model makes of them is nobody's business.
     length = next((place for place, token in enumerate(tokens) if token in loaded.stop_tokens), len(tokens))
     response_ids = list(tokens[:length])
@@ -78,7 +87,8 @@ def _finished(
     }
     asked = {entry.name: getattr(question, entry.name) for entry in fields(Question)}
     text = str(loaded.tokenizer.decode(response_ids, skip_special_tokens=True)).strip()
-    return LabelledGeneration(**asked, response=text, model=loaded.name, mode="generated", generation=generation)
+    item = LabelledGeneration(**asked, response=text, model=loaded.name, mode="generated", generation=generation)
+    return Answer(item, tuple(scores[:length]))
 
 
 def _log_probabilities(output: Any, prompt_length: int) -> list[list[float]]:

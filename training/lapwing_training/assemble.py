@@ -59,6 +59,7 @@ def assemble(
         weights=probe.weights,
         bias=probe.bias,
         selected=probe.selected,
+        statistic_weights=dict(probe.statistic_weights),
         calibration=fitted.calibration,
         thresholds=tuple(_thresholds(judged)),
         stages=tuple(_stages(judged)),

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression
 
 from lapwing_training.fit import LapwingRecipe, LinearProbe, PaperRecipe, Recipe, SinkRecipe
+from lapwing_training.linear_probe import standardiser
 from lapwing_training.metrics import auroc_of
 from lapwing_training.nested import joined, logits_over
 from lapwing_training.options import ATTENTION_SCORE, LAPLACIAN, SINK
@@ -107,7 +108,7 @@ def random_head_scores(
     parts, rng = [], np.random.default_rng(seed)
     for probe, (known, tested) in zip(probes, folds, strict=True):
         train, test = table.take(known), table.take(tested)
-        recipe = LapwingRecipe(probe.features, probe.k)
+        recipe = LapwingRecipe(probe.features, probe.k, statistics=tuple(probe.statistic_weights))
         scores = np.empty((draws, len(test)))
         for draw in range(draws):
             heads = np.sort(rng.choice(probe.selected.size, int(probe.selected.sum()), replace=False))
@@ -123,9 +124,26 @@ def all_head_scores(
     """(tested rows,): features and k of each fold's probe, but no selection; C is chosen anew."""
     parts = []
     for probe, (known, tested) in zip(probes, folds, strict=True):
-        recipe = LapwingRecipe(probe.features, probe.k, heads=np.arange(probe.selected.size))
+        statistics = tuple(probe.statistic_weights)
+        recipe = LapwingRecipe(probe.features, probe.k, heads=np.arange(probe.selected.size), statistics=statistics)
         parts.append(recipe.fit(table.take(known), seed).logit(table.take(tested)))
         advance()
+    return joined(folds, parts)
+
+
+def statistics_scores(table: Table, folds: Sequence[Fold]) -> Floats | None:
+    """(tested rows,): statistics of the log-probabilities alone, in a small logistic regression of each fold.
+
+    None where the store does not hold them.
+    """
+    if table.token_statistics is None:
+        return None
+    parts = []
+    for known, tested in folds:
+        columns = table.token_statistics
+        mean, scale = standardiser(columns[known])
+        model = LogisticRegression(class_weight="balanced").fit((columns[known] - mean) / scale, table.labels[known])
+        parts.append(model.decision_function((columns[tested] - mean) / scale))
     return joined(folds, parts)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lapwing_training.lapwing_recipe import LapwingRecipe
-from lapwing_training.linear_probe import LinearProbe, columns_of, standardise
+from lapwing_training.linear_probe import LinearProbe, standardise
 from lapwing_training.newton import first_newton_steps
 from lapwing_training.progress import Advance, silent
 from lapwing_training.significance import Floats
@@ -88,14 +88,12 @@ def nested_logits(
         order: flat head indices, at least as many as the largest count.
         counts: numbers of heads.
     """
-    assert recipe.k is not None
     assert recipe.strength is not None
     heads = order[: max(counts)]
-    columns, unseen = (columns_of(part, recipe.features, recipe.k, heads) for part in (train, test))
+    columns, unseen = (recipe.columns(part, heads) for part in (train, test))
     mean, scale = recipe.scaler(columns)
     columns, unseen = standardise(columns, mean, scale), standardise(unseen, mean, scale)
-    width = columns.shape[1] // len(heads)
-    sizes = [count * width for count in counts]
+    sizes = [recipe.size(count) for count in counts]
     scored = np.concatenate([columns, unseen])
     steps = first_newton_steps(columns, train.labels, scored, sizes, [recipe.strength])
     logits = np.array([step for [step] in steps])  # (counts, train and test rows)

@@ -46,6 +46,7 @@ def evaluate_fit(fitted: Fitted, trial: Trial, resamples: int, seed: int, advanc
     result["baseline_directions"] = about_baselines["directions"]
     if "combination" in about_baselines:
         result["paired"]["combination"] = about_baselines["combination"]
+    result |= _beside_statistics(fitted, trial, sample, result["comparison"])
     result["thresholds"] = realised(sample, fitted.points, trial.limits(trial.points), trial.logits)
     result["guarantee"] = guarantee(fitted, trial, sample, seed)
     result["comparison"] |= _probes(fitted, trial, sample, seed, result, advance)
@@ -87,10 +88,22 @@ def _scores(fitted: Fitted, trial: Trial) -> tuple[Scores, dict[str, Any]]:
     oriented = {name: trial.spread([sign[name] for sign in signs]) * values[trial.rows] for name, values in raw.items()}
     about: dict[str, Any] = {"directions": baselines.directions(raw, table.labels, trial.plan.fitted)}
     both = None
-    if "log_probability" in raw:
+    # A probe that reads log-probabilities by itself is a combination already.
+    if "log_probability" in raw and not fitted.probe.statistic_weights:
         both = combined(trial, raw["log_probability"])
         about["combination"] = _combination(raw["log_probability"], trial.held_out, table, trial.plan.fitted).to_dict()
     return Scores(trial.logits, trial.probabilities, oriented, both), about
+
+
+def _beside_statistics(fitted: Fitted, trial: Trial, sample: Sample, comparison: dict[str, Any]) -> dict[str, Any]:
+    """Adds statistics of the log-probabilities alone; for a probe that reads them, too, what attention adds to them."""
+    alone = baselines.statistics_scores(trial.table, trial.folds)
+    if alone is None:
+        return {}
+    comparison["token_statistics"] = {"kind": "combination", **sample.judge(alone)}
+    if not fitted.probe.statistic_weights:
+        return {}
+    return {"paired": {"of": "token_statistics", **sample.difference(trial.logits, alone)}}
 
 
 def combined(trial: Trial, log_probabilities: Floats) -> Floats:

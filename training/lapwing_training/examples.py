@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,8 @@ from lapwing_training.nested import Trial
 from lapwing_training.significance import Floats
 
 if TYPE_CHECKING:
-    from lapwing_detector.detector import Detector
+    from lapwing_detector.language_model import LanguageModel
+    from lapwing_detector.probe import Probe
 
 MOST = 10
 """Examples of either side."""
@@ -23,22 +25,22 @@ LONGEST_TEXT, LONGEST_TOKENS = 4000, 400
 
 
 def worst_examples(
-    trial: Trial, items: Mapping[str, LabelledGeneration], detector: Detector | None = None
+    trial: Trial, items: Mapping[str, LabelledGeneration], probe: Probe, language_model: LanguageModel | None = None
 ) -> dict[str, list[dict[str, Any]]]:
     """The made-up answers with the lowest held-out probabilities, and the others with the highest.
 
     Args:
         trial: rows that are judged.
         items: texts by id.
-        detector: colours the tokens by the saved probe, which in nested cross-validation was fitted on these rows, too;
-            without it tokens are null.
+        probe: colours the tokens; in nested cross-validation it was fitted on these rows, too.
+        language_model: reads them; without it tokens are null.
 
     Returns:
         JSON values.
     """
     rows = worst_rows(trial.probabilities, trial.logits, trial.tested.labels)
     return {
-        side: [_example(trial, row, items[str(trial.tested.ids[row])], detector) for row in of_side]
+        side: [_example(trial, row, items[str(trial.tested.ids[row])], probe, language_model) for row in of_side]
         for side, of_side in rows.items()
     }
 
@@ -58,8 +60,10 @@ def worst_rows(probabilities: Floats, logits: Floats, labels: NDArray[Any]) -> d
     }
 
 
-def _example(trial: Trial, row: int, item: LabelledGeneration, detector: Detector | None) -> dict[str, Any]:
-    tokens, contributions = (None, None) if detector is None else _coloured(item, detector)
+def _example(
+    trial: Trial, row: int, item: LabelledGeneration, probe: Probe, language_model: LanguageModel | None
+) -> dict[str, Any]:
+    tokens, contributions = (None, None) if language_model is None else _coloured(item, probe, language_model)
     return {
         "id": item.id,
         "prompt": _shortened(_prompt(item)),
@@ -71,18 +75,22 @@ def _example(trial: Trial, row: int, item: LabelledGeneration, detector: Detecto
     }
 
 
-def _coloured(item: LabelledGeneration, detector: Detector) -> tuple[list[str] | None, list[float] | None]:
+def _coloured(
+    item: LabelledGeneration, probe: Probe, language_model: LanguageModel
+) -> tuple[list[str] | None, list[float] | None]:
     """The last tokens of prompt and response with their shares in the logit; none where it can't be scored."""
+    from lapwing_detector.log_probabilities import read_with_log_probabilities
     from lapwing_training.work import token_ids_of
 
-    ids = token_ids_of(item, detector.language_model)
-    found = detector.score(ids.prompt_ids, ids.response_ids)
-    if found.logit is None:
+    ids = token_ids_of(item, language_model)
+    if not ids.response_ids or len(ids.all) < probe.needed_tokens:
         return None, None
-    decode = detector.tokenizer.decode
-    tokens = [str(decode([token])) for token in found.token_ids[-LONGEST_TOKENS:]]
-    shares = found.token_contributions[-LONGEST_TOKENS:]
-    return tokens, [round(share, 6) for share in shares.astype(np.float64).tolist()]
+    [(summary, said)] = read_with_log_probabilities(language_model, [ids], probe.heads or None)
+    logit, share = probe.score(summary, said)
+    if not math.isfinite(logit):
+        return None, None
+    tokens = [str(language_model.tokenizer.decode([token])) for token in ids.all[-LONGEST_TOKENS:]]
+    return tokens, [round(one, 6) for one in share.tokens[-LONGEST_TOKENS:].astype(np.float64).tolist()]
 
 
 def _prompt(item: LabelledGeneration) -> str:

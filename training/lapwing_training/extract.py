@@ -13,7 +13,9 @@ from tqdm import tqdm
 
 from lapwing_detector.features import FEATURES
 from lapwing_detector.language_model import LanguageModel
+from lapwing_detector.log_probabilities import LogProbabilities, read_with_log_probabilities
 from lapwing_detector.summary import AttentionSummary
+from lapwing_detector.tokens import TokenIds
 from lapwing_training.errors import InvalidOption, StoreCorrupt
 from lapwing_training.feature_rows import Part
 from lapwing_training.files import digest
@@ -35,6 +37,10 @@ from lapwing_training.store_plan import open_plan, plan_of
 from lapwing_training.work import Length, Work, plan_work
 
 NOT_FINITE = "attention is not finite; try --dtype float32"
+NO_NUMBERS = "logits are not numbers; try --dtype float32"
+
+Reading = tuple[AttentionSummary, LogProbabilities | None]
+"""Of one text."""
 
 DEFAULT_FEATURES = (ATTENTION_SCORE, LAPLACIAN)
 DEFAULT_K = 10
@@ -113,10 +119,10 @@ def extract_features(
     return finish_store(directory, files, stages, generations, work, loaded, options)
 
 
-def lacking(read: Mapping[str, Sequence[int]], held: Sequence[ShardFile]) -> list[str]:
+def lacking(read: Mapping[str, TokenIds], held: Sequence[ShardFile]) -> list[str]:
     """Ids of the items whose features, of just these token ids, are in none of the shards."""
     known = {id: tokens for file in held for id, tokens in file.shard.tokens.items()}
-    return [id for id, ids in read.items() if known.get(id) != tokens_digest(ids)]
+    return [id for id, ids in read.items() if known.get(id) != tokens_digest(ids.all)]
 
 
 @dataclass(frozen=True)
@@ -129,7 +135,7 @@ class Extraction:
     progress: Any
     """A bar, advanced by items."""
 
-    def complete(self, kind: str, read: Mapping[str, tuple[int, ...]], held: Sequence[ShardFile]) -> list[ShardFile]:
+    def complete(self, kind: str, read: Mapping[str, TokenIds], held: Sequence[ShardFile]) -> list[ShardFile]:
         """All shards of a kind, so that every item is in one of them.
 
         Args:
@@ -147,57 +153,69 @@ class Extraction:
             stale.unlink()
         return files
 
-    def _shard(
-        self, kind: str, number: int, read: Mapping[str, tuple[int, ...]], held: Sequence[ShardFile]
-    ) -> ShardFile:
-        tokens = {id: tokens_digest(ids) for id, ids in read.items()}
+    def _shard(self, kind: str, number: int, read: Mapping[str, TokenIds], held: Sequence[ShardFile]) -> ShardFile:
+        tokens = {id: tokens_digest(ids.all) for id, ids in read.items()}
         for file in held:
             if file.number == number and file.shard.tokens == tokens:
                 self.progress.update(len(read))
                 return file
-        shard = shard_of(tokens, self._summaries(list(read.values())), self.options)
-        return write_shard(self.directory, kind, number, shard)
+        readings = self._whole(list(read.values())) if kind == WHOLE else self._cut(list(read.values()))
+        return write_shard(self.directory, kind, number, shard_of(tokens, readings, self.options))
 
-    def _summaries(self, texts: Sequence[tuple[int, ...]]) -> Iterator[AttentionSummary]:
+    def _whole(self, texts: Sequence[TokenIds]) -> Iterator[Reading]:
+        for batch in self._batches(texts):
+            yield from read_with_log_probabilities(self.loaded, batch)
+
+    def _cut(self, texts: Sequence[TokenIds]) -> Iterator[Reading]:
+        """Without log-probabilities: those of the whole response serve for its beginning, too."""
+        for batch in self._batches(texts):
+            yield from ((summary, None) for summary in self.loaded.summaries([ids.all for ids in batch]))
+
+    def _batches(self, texts: Sequence[TokenIds]) -> Iterator[Sequence[TokenIds]]:
         for start in range(0, len(texts), self.options.batch_size):
             batch = texts[start : start + self.options.batch_size]
-            yield from self.loaded.summaries(batch)
+            yield batch
             self.progress.update(len(batch))
 
 
 def shard_of(
     tokens: Mapping[str, str],
-    summaries: Iterable[AttentionSummary],
+    readings: Iterable[Reading],
     options: ExtractOptions,
     left_out: Mapping[str, str] | None = None,
 ) -> Shard:
-    """Features of the items that have finite ones.
+    """What was read of the items whose numbers are finite.
 
     Args:
         tokens: digest of the token ids of each item, by id.
-        summaries: one for each of them.
+        readings: one for each of them; all have log-probabilities, or none.
         options: which features.
         left_out: reason by id, for items that are passed over.
     """
     reasons = dict(left_out or {})
     rows: dict[str, list[NDArray[np.float32]]] = {name: [] for name in options.features}
+    said: dict[str, NDArray[np.float32] | None] = {}
     shape: tuple[int, ...] = ()
     layers: tuple[int, ...] = ()
-    for id, summary in zip(tokens, summaries, strict=True):
+    for id, (summary, log_probabilities) in zip(tokens, readings, strict=True):
         shape, layers = summary.diagonal.shape[:2], summary.layers
         if id in reasons:
             continue
         values = {name: FEATURES[name].compute(summary, options.k) for name in options.features}
         if not all(np.isfinite(one).all() for one in values.values()):
             reasons[id] = NOT_FINITE
-            continue
-        for name, one in values.items():
-            rows[name].append(one)
+        elif log_probabilities is not None and np.isnan(log_probabilities).any():
+            reasons[id] = NO_NUMBERS
+        else:
+            said[id] = log_probabilities
+            for name, one in values.items():
+                rows[name].append(one)
     features: dict[str, Part] = {  # each (items, layers, heads, width)
         name: np.array(kept, np.float32).reshape(len(kept), *shape, FEATURES[name].width(options.k))
         for name, kept in rows.items()
     }
-    return Shard(tokens, features, layers, reasons)
+    known = {id: one for id, one in said.items() if one is not None}
+    return Shard(tokens, features, layers, reasons, known if len(known) == len(said) else None)
 
 
 def _completed(options: ExtractOptions, directory: Path) -> ExtractOptions:

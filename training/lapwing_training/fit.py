@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from lapwing_detector.token_statistics import TOKEN_STATISTICS
 from lapwing_training.errors import InvalidOption
 from lapwing_training.lapwing_recipe import LapwingRecipe
 from lapwing_training.linear_probe import LinearProbe
@@ -16,6 +17,7 @@ from lapwing_training.sink_recipe import SinkRecipe
 __all__ = [
     "DEFAULT_FEATURES",
     "RECIPES",
+    "SELECTING",
     "LapwingRecipe",
     "LinearProbe",
     "PaperRecipe",
@@ -28,10 +30,13 @@ DEFAULT_FEATURES = {
     "lapwing": (ATTENTION_SCORE, LAPLACIAN),
     "paper": (LAPLACIAN,),
     "sink": ("sink_scores.v1",),
+    "combined": (ATTENTION_SCORE, LAPLACIAN),
 }
 """What each recipe reads unless it is told otherwise."""
 
 RECIPES = tuple(DEFAULT_FEATURES)
+SELECTING = ("lapwing", "combined")
+"""Those that rank heads and read the first of them."""
 
 
 def make_recipe(
@@ -49,7 +54,7 @@ def make_recipe(
         features: ids; None: the recipe's own.
         k: values per head of a ranked feature; None: chosen inside (`sink`: the store's).
         stored_k: the store's.
-        selection: how `lapwing` ranks heads.
+        selection: how `lapwing` and `combined` rank heads.
         heads: how many it reads; None: chosen inside.
 
     Raises:
@@ -59,7 +64,7 @@ def make_recipe(
         raise InvalidOption(f"recipe is `{name}`; known recipes: {', '.join(RECIPES)}")
     named = DEFAULT_FEATURES[name] if features is None else tuple(features)
     require_features(named)
-    if name != "lapwing" and (selection != "fdr" or heads is not None):
+    if name not in SELECTING and (selection != "fdr" or heads is not None):
         raise InvalidOption(f"recipe `{name}` selects no heads by rank; leave out --selection and --heads")
     if name == "paper":
         return PaperRecipe(named, k)
@@ -71,4 +76,5 @@ def make_recipe(
         raise InvalidOption(f"heads is {heads}; it must be at least 1")
     if heads is not None and selection == "all":
         raise InvalidOption(f"heads is {heads}, but selection `all` reads every head; leave one of the two out")
-    return LapwingRecipe(named, k, selection, count=heads)
+    statistics = tuple(TOKEN_STATISTICS) if name == "combined" else ()
+    return LapwingRecipe(named, k, selection, count=heads, statistics=statistics)

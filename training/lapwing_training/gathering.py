@@ -7,11 +7,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from lapwing_detector.capture import Captured, capture_attention
 from lapwing_detector.language_model import LanguageModel
+from lapwing_detector.log_probabilities import read_with_log_probabilities
 from lapwing_detector.rotary import switching_points
+from lapwing_training.answering import Answer
 from lapwing_training.errors import StoreCorrupt
-from lapwing_training.extract import ExtractOptions, extract_features, shard_of
+from lapwing_training.extract import ExtractOptions, Reading, extract_features, shard_of
 from lapwing_training.generations import LabelledGeneration
 from lapwing_training.shards import WHOLE, tokens_digest, whole_shards, write_shard
 from lapwing_training.store import read_items
@@ -66,17 +70,17 @@ class Gathering:
             done += len(batch)
         return done
 
-    def batch(self, number: int, answer: Callable[[], Answers]) -> Answers:
+    def batch(self, number: int, answer: Callable[[], list[Answer]]) -> list[Answer]:
         """Answers of one batch, whose features are kept before they are given back.
 
         Raises:
             OSError: there is no room.
         """
-        answers, summaries = self._read_again(answer()) if self._alone else self._while_written(answer)
-        length = self.options.length(self.loaded)
-        reasons = {item.id: length.against(len(_ids(item))) for item in answers}
+        answers, readings = self._read_again(answer()) if self._alone else self._while_written(answer)
+        items, length = [one.item for one in answers], self.options.length(self.loaded)
+        reasons = {item.id: length.against(len(_ids(item))) for item in items}
         left_out = {id: reason for id, reason in reasons.items() if reason is not None}
-        shard = shard_of(_tokens(answers), summaries, self.options, left_out)
+        shard = shard_of(_tokens(items), readings, self.options, left_out)
         written = write_shard(self.directory, WHOLE, number, shard)
         for stale in self.directory.glob(f"{WHOLE}-{number:05d}-*.safetensors"):
             if stale != written.path:
@@ -110,12 +114,15 @@ class Gathering:
         """Whether each text must be read by itself, since in a batch all have the frequencies of the longest."""
         return bool(switching_points(self.loaded.model.config.get_text_config()))
 
-    def _while_written(self, answer: Callable[[], Answers]) -> tuple[Answers, Sequence[Any]]:
+    def _while_written(self, answer: Callable[[], list[Answer]]) -> tuple[list[Answer], Sequence[Reading]]:
         with self.captured:
-            return answer(), self.captured.summaries()
+            answers, summaries = answer(), self.captured.summaries()
+        said = [np.array(one.log_probabilities, np.float32) for one in answers]
+        return answers, list(zip(summaries, said, strict=True))
 
-    def _read_again(self, answers: Answers) -> tuple[Answers, Sequence[Any]]:
-        return answers, self.loaded.summaries([_ids(item) for item in answers])
+    def _read_again(self, answers: list[Answer]) -> tuple[list[Answer], Sequence[Reading]]:
+        texts = [token_ids_of(one.item, self.loaded) for one in answers]
+        return answers, read_with_log_probabilities(self.loaded, texts)
 
 
 def _ids(item: LabelledGeneration) -> tuple[int, ...]:

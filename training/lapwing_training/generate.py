@@ -110,7 +110,8 @@ def generate_answers(
             ids = prompts[start : start + options.batch_size]
             answering = partial(answer, batch, ids, loaded, config, draws)
             number = start // options.batch_size
-            written.append(answering() if gathering is None else gathering.batch(number, answering))
+            answers = answering() if gathering is None else gathering.batch(number, answering)
+            written.append([one.item for one in answers])
             progress.update(len(batch))
     write_text(path, written.path.read_text(encoding="utf-8"))
     told = {} if gathering is None else {"store": gathering.finish(read_generations(path))}

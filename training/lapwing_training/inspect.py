@@ -45,6 +45,7 @@ def inspect_store(directory: str | Path) -> dict[str, Any]:
                 for fraction, names in index["stages"].items()
             },
             "stratum": index["stratum"],
+            "log_probabilities": sum(file["log_probabilities"] for file in files),
             "left_out": dict(Counter(index["left_out"].values()).most_common()),
             "files": files,
         }
@@ -65,6 +66,7 @@ def describe(found: Mapping[str, Any]) -> str:
         ),
         ("tokens", _lengths(found["tokens"])),
         ("response", _lengths(found["response_tokens"])),
+        ("said", f"log-probabilities of the response's tokens of {found['log_probabilities']:,} items"),
     ]
     if len(set(found["modes"])) > 1:
         lines.append(("modes", ", ".join(f"{count:,} {mode}" for mode, count in found["modes"].items())))
@@ -87,11 +89,13 @@ def _files(path: Path, index: Mapping[str, Any]) -> list[dict[str, Any]]:
     for name, expected in waiting(list(files_in(index).items()), "verify"):
         file = whole_shard(path / name)
         whole = file is not None and file.digest == expected
-        items = len(file.shard.ids) if file is not None else 0
-        found.append({"name": name, "items": items, "bytes": _bytes(path / name), "whole": whole})
+        items, said = (len(file.shard.ids), len(file.shard.log_probabilities or ())) if file is not None else (0, 0)
+        about = {"items": items, "log_probabilities": said, "bytes": _bytes(path / name), "whole": whole}
+        found.append({"name": name, **about})
     texts = path / ITEMS
     whole = texts.is_file() and digest_of(texts) == index["texts"]
-    return [*found, {"name": ITEMS, "items": len(index["items"]["id"]), "bytes": _bytes(texts), "whole": whole}]
+    about = {"items": len(index["items"]["id"]), "log_probabilities": 0, "bytes": _bytes(texts), "whole": whole}
+    return [*found, {"name": ITEMS, **about}]
 
 
 def _model(identity: Mapping[str, Any]) -> dict[str, str]:

@@ -1,4 +1,7 @@
-"""The default recipe: standardised features of selected heads, logistic regression with an L2 penalty."""
+"""The default recipe: standardised features of selected heads, logistic regression with an L2 penalty.
+
+The same with statistics of the response's token log-probabilities beside the heads is the recipe `combined`.
+"""
 
 from __future__ import annotations
 
@@ -36,6 +39,11 @@ MOST_COLUMNS = 2048
 """No more heads are tried than have so many values together: beyond, a fit that chooses takes minutes."""
 
 
+FREEDOM = 10.0
+"""A statistic of log-probabilities may weigh so many times what a head's feature may for the same penalty: it stands
+alone against many heads, and would be shrunk with them."""
+
+
 @dataclass(frozen=True, order=True)
 class Choice:
     """What a fit is to be made with; in the order of simplicity, fewest heads first."""
@@ -65,14 +73,21 @@ class LapwingRecipe:
     count: int | None = None
     """Number of heads; where the selection leaves fewer, others follow by effect."""
 
-    name = "lapwing"
+    statistics: tuple[str, ...] = ()
+    """Ids of statistics of the log-probabilities that are read, too; heads are ranked without regard to them."""
+
+    @property
+    def name(self) -> str:
+        """`combined` where more than attention is read."""
+        return "combined" if self.statistics else "lapwing"
 
     def fit(self, table: Table, seed: int) -> LinearProbe:
         """Choose k, the number of heads and C by grouped cross-validation, rank the heads of all rows, fit.
 
         Raises:
             NotEnoughData: too few groups for the folds.
-            InvalidOption: a feature, a k or a selection that there is not, or more heads than there are.
+            InvalidOption: a feature, a k or a selection that there is not, more heads than there are, or statistics
+                of which the table holds none.
         """
         choice = self.choose(table, seed)
         given = replace(self, k=choice.k)
@@ -125,7 +140,7 @@ class LapwingRecipe:
             return (self.count,)
         if self.selection == "all":
             return (layers * heads,)
-        width = sum(FEATURES[name].width(k) for name in self.features)
+        width = replace(self, k=k).width
         counts = head_counts(layers * heads)
         return tuple(count for count in counts if count * width <= MOST_COLUMNS) or counts[:1]
 
@@ -141,16 +156,15 @@ class LapwingRecipe:
         most = max(choice.count for choice in choices)
         heads = self.heads if scalars is None else self.rank(fitted, scalars[rows[0]], seed).heads[:most]
         assert heads is not None
-        columns, unseen = self._columns(fitted, heads), self._columns(tested, heads)
+        columns, unseen = self.columns(fitted, heads), self.columns(tested, heads)
         mean, scale = self.scaler(columns)
-        width = columns.shape[1] // len(heads)
         counts = sorted({min(choice.count, len(heads)) for choice in choices})
         strengths = sorted({choice.strength for choice in choices})
         steps = first_newton_steps(
             standardise(columns, mean, scale),
             fitted.labels,
             standardise(unseen, mean, scale),
-            [count * width for count in counts],
+            [self.size(count) for count in counts],
             strengths,
         )
         scores = {
@@ -168,15 +182,15 @@ class LapwingRecipe:
         vary most, are shrunk least.
 
         Args:
-            columns: (rows, heads * width)
+            columns: (rows, size) as of `columns`.
         """
         assert self.k is not None
         mean, deviation = standardiser(columns)
         widths = [FEATURES[name].width(self.k) for name in self.features]
-        starts = np.cumsum([0, *widths[:-1]])
-        by_head = deviation.reshape(-1, sum(widths))  # (heads, width)
+        starts, first = np.cumsum([0, *widths[:-1]]), len(self.statistics)
+        by_head = deviation[first:].reshape(-1, sum(widths))  # (heads, width)
         shared = np.repeat(np.add.reduceat(by_head, starts, axis=1), widths, axis=1)
-        return mean, np.sqrt(by_head * shared).ravel()
+        return mean, np.concatenate([deviation[:first] / FREEDOM, np.sqrt(by_head * shared).ravel()])
 
     def fit_chosen(
         self, table: Table, heads: NDArray[np.int64], strength: float, significant: int | None = None
@@ -191,20 +205,37 @@ class LapwingRecipe:
         """
         if self.k is None:
             return replace(self, k=table.k).fit_chosen(table, heads, strength, significant)
-        columns = precise(self._columns(table, heads))
+        columns = precise(self.columns(table, heads))
         mean, scale = self.scaler(columns)
         model = regression(columns.shape[1], strength)
         model.fit(standardise(columns, mean, scale), table.labels)
-        shape = (*table.shape, columns.shape[1] // len(heads))
+        shape, first = (*table.shape, self.width), len(self.statistics)
         coefficients = model.coef_[0].astype(np.float64) / scale
-        folded, bias = fold(coefficients, float(model.intercept_[0]), mean, shape, heads)
+        intercept = float(model.intercept_[0]) - float(coefficients[:first] @ mean[:first])
+        folded, bias = fold(coefficients[first:], intercept, mean[first:], shape, heads)
+        of_statistics = dict(zip(self.statistics, coefficients[:first].tolist(), strict=True))
         chosen: dict[str, Any] = {"heads": len(heads), "C": strength, "k": self.k, "significant_heads": significant}
         chosen["selection"] = self.selection if self.heads is None else "given"
-        return LinearProbe(self.features, self.k, folded, bias, mask_of(heads, shape), chosen).on_unit_scale(table)
+        probe = LinearProbe(self.features, self.k, folded, bias, mask_of(heads, shape), chosen, of_statistics)
+        return probe.on_unit_scale(table)
 
-    def _columns(self, table: Table, heads: NDArray[np.int64]) -> NDArray[np.float32]:
+    def columns(self, table: Table, heads: NDArray[np.int64]) -> NDArray[np.float32]:
+        """(rows, size): statistics, then head by head in the given order; a copy that may be worked in."""
         assert self.k is not None
-        return columns_of(table, self.features, self.k, heads)
+        of_heads = columns_of(table, self.features, self.k, heads)
+        if not self.statistics:
+            return of_heads
+        return np.concatenate([table.statistics(self.statistics).astype(np.float32), of_heads], axis=1)
+
+    @property
+    def width(self) -> int:
+        """Columns of a head."""
+        assert self.k is not None
+        return sum(FEATURES[name].width(self.k) for name in self.features)
+
+    def size(self, heads: int) -> int:
+        """Columns of so many heads, with the statistics in front."""
+        return len(self.statistics) + heads * self.width
 
 
 def regression(columns: int, strength: float) -> LogisticRegression:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -38,6 +38,9 @@ class LinearProbe:
     chosen: Mapping[str, Any]
     """What was chosen inside, for the record."""
 
+    statistic_weights: Mapping[str, float] = field(default_factory=dict)
+    """Of statistics of the response's token log-probabilities, by id; empty where attention alone is read."""
+
     def on_unit_scale(self, fitted: Table) -> LinearProbe:
         """The same ranking, its logits of mean 0 and standard deviation 1 over the rows that it was fitted on.
 
@@ -49,16 +52,24 @@ class LinearProbe:
         raw = self.logit(fitted)
         scale = float(raw.std())
         scale = scale if scale > 1e-9 else 1.0  # no spread but rounding: all weights are about zero
-        scaled = replace(self, weights=(self.weights / scale).astype(np.float32), bias=0.0)
+        statistics = {id: weight / scale for id, weight in self.statistic_weights.items()}
+        weights = (self.weights / scale).astype(np.float32)
+        scaled = replace(self, weights=weights, bias=0.0, statistic_weights=statistics)
         # From the rounded weights, so that the mean is 0 whatever was rounded.
         bias = -float(scaled.logit(fitted).mean())
         record = {**self.chosen, "logit_scale": scale, "logit_centre": float(raw.mean())}
         return replace(scaled, bias=bias, chosen=record)
 
     def logit(self, table: Table) -> Floats:
-        """(rows,) before calibration; positive speaks for hallucination. Reads the selected heads only."""
+        """(rows,) before calibration; positive speaks for hallucination. Reads the selected heads only.
+
+        Raises:
+            InvalidOption: the table lacks what the probe reads.
+        """
         heads = np.flatnonzero(self.selected)
         logits = np.full(len(table), self.bias)
+        if self.statistic_weights:
+            logits += table.statistics(tuple(self.statistic_weights)) @ np.array(list(self.statistic_weights.values()))
         if not len(heads):
             return logits
         weights = self.weights.reshape(self.selected.size, -1)[heads].astype(np.float64)

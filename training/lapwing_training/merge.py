@@ -13,8 +13,9 @@ from lapwing_training.files import copy_atomically, digest_of
 from lapwing_training.generations import LabelledGeneration
 from lapwing_training.progress import waiting
 from lapwing_training.shards import NAME, read_shard, shard_name
-from lapwing_training.store import COLUMNS, Store, read_index, read_items, read_store, write_index
+from lapwing_training.store import Store, read_index, read_items, read_store, write_index
 from lapwing_training.store_plan import open_plan, plan_of
+from lapwing_training.store_table import COLUMNS
 
 SAME = ("features", "k", "stages", "layers", "heads", "stratum")
 """Entries of the index that all stores must agree on."""

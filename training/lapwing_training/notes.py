@@ -37,6 +37,8 @@ def mode_note(fitted_on: str | None, here: str) -> list[str]:
 def _of_the_fit(fitted: Fitted) -> Iterator[str]:
     if fitted.probe.chosen.get("significant_heads") == 0:
         yield "No head separates the classes at q < .05; the strongest were taken all the same."
+    if fitted.probe.statistic_weights:
+        yield "It reads more than attention: the log-probabilities of the response's tokens, too."
     if fitted.calibration.slope == 0.0:
         yield "The out-of-fold logits carry no signal: every probability is the base rate."
 

@@ -30,6 +30,9 @@ class Prefix:
     features: Mapping[str, Values]
     """By feature id, (some rows, layers, heads, width(k))."""
 
+    token_statistics: NDArray[np.float64] | None = None
+    """(some rows, statistics) of the log-probabilities of what is left of the response; None where nobody kept them."""
+
     def take(self, rows: NDArray[Any], count: int) -> Prefix:
         """The prefixes of some rows of a table of `count` rows, by index or by mask."""
         place = np.full(count, -1, dtype=np.int64)
@@ -41,6 +44,7 @@ class Prefix:
             token_counts=self.token_counts[own],
             response_tokens=self.response_tokens[own],
             features={name: FeatureRows.of(values).take(own) for name, values in self.features.items()},
+            token_statistics=None if self.token_statistics is None else self.token_statistics[own],
         )
 
 

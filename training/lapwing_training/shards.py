@@ -1,15 +1,16 @@
-"""One file of a feature store: features of some items as safetensors, named by its content. Knows no labels."""
+"""One file of a feature store: what was read of some items as safetensors, named by its content. Knows no labels."""
 
 from __future__ import annotations
 
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as tensors_to
 
@@ -17,6 +18,9 @@ from lapwing_training.errors import StoreCorrupt
 from lapwing_training.feature_rows import Part, Stored
 from lapwing_training.files import digest, digest_of, write_atomically
 from lapwing_training.progress import waiting
+
+SAID = "log_probabilities"
+"""Tensor of the log-probabilities of all items, one after the other, and what `about` calls their numbers."""
 
 WHOLE = "shard"
 """Kind of the shards that hold features of whole texts."""
@@ -39,6 +43,10 @@ class Shard:
 
     left_out: Mapping[str, str]
     """Reason by id, for items that have no finite features."""
+
+    log_probabilities: Mapping[str, NDArray[np.float32]] | None = None
+    """By id, of the response's tokens that something stands before; of items that are not left out. None where nobody
+    kept them, as in shards of cut texts, whose tokens are the first ones of the whole."""
 
     @property
     def ids(self) -> tuple[str, ...]:
@@ -80,8 +88,13 @@ def write_shard(directory: Path, kind: str, number: int, shard: Shard) -> ShardF
     Raises:
         OSError: there is no room.
     """
-    about = {"tokens": dict(shard.tokens), "layers": list(shard.layers), "left_out": dict(shard.left_out)}
+    about: dict[str, Any] = {"tokens": dict(shard.tokens), "layers": list(shard.layers)}
+    about["left_out"] = dict(shard.left_out)
     tensors = {name: np.ascontiguousarray(_in_memory(part), dtype="<f4") for name, part in shard.features.items()}
+    if shard.log_probabilities is not None:
+        said = [shard.log_probabilities[id] for id in shard.ids]
+        about[SAID] = [len(one) for one in said]
+        tensors[SAID] = np.concatenate([*said, np.empty(0)]).astype("<f4")
     # One entry only: safetensors keeps no order among several.
     data = tensors_to(tensors, metadata={"shard": json.dumps(about, ensure_ascii=False)})
     content = digest(data)
@@ -105,6 +118,7 @@ def read_shard(path: Path) -> Shard:
         with safe_open(path, "numpy"):  # which checks that the header fits the file
             described, start = _header(path)
         about = json.loads(described.pop("__metadata__")["shard"])
+        said = described.pop(SAID, None)
         shard = Shard(
             tokens=dict(about["tokens"]),
             features={name: _stored(path, start, entry) for name, entry in described.items()},
@@ -112,6 +126,8 @@ def read_shard(path: Path) -> Shard:
             left_out=dict(about["left_out"]),
         )
         _require_rows(shard)
+        if said is not None:
+            shard = replace(shard, log_probabilities=_log_probabilities(path, start, said, shard.ids, about[SAID]))
     except (SafetensorError, OSError, LookupError, TypeError, ValueError, RecursionError) as error:
         raise StoreCorrupt(
             f"{path} is not a readable shard ({error}); remove it and make it again with the command that made it"
@@ -153,6 +169,17 @@ def _stored(path: Path, start: int, entry: Mapping[str, Any]) -> Stored:
     if entry["dtype"] != "F32" or len(entry["shape"]) != 4:
         raise ValueError(f"a tensor of {entry['dtype']} {entry['shape']}, expected F32 (items, layers, heads, width)")
     return Stored(path.absolute(), start + int(entry["data_offsets"][0]), tuple(entry["shape"]))
+
+
+def _log_probabilities(
+    path: Path, start: int, entry: Mapping[str, Any], ids: Sequence[str], counts: Sequence[int]
+) -> dict[str, NDArray[np.float32]]:
+    """Read at once: they are few beside the features."""
+    if entry["dtype"] != "F32" or entry["shape"] != [sum(counts)] or min(counts, default=0) < 0:
+        raise ValueError(f"{SAID} of {entry['dtype']} {entry['shape']}, expected F32 [{sum(counts)}]")
+    values = np.fromfile(path, "<f4", sum(counts), offset=start + int(entry["data_offsets"][0]))
+    parts = np.split(values.astype(np.float32), np.cumsum(counts)[:-1]) if counts else []
+    return dict(zip(ids, parts, strict=True))
 
 
 def _require_rows(shard: Shard) -> None:

@@ -7,28 +7,20 @@
 from __future__ import annotations
 
 import gzip
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from lapwing_detector.features import FEATURES
 from lapwing_training.errors import StoreCorrupt
-from lapwing_training.feature_rows import FeatureRows
 from lapwing_training.files import digest, digest_of, from_json, to_json, write_text
 from lapwing_training.generations import LabelledGeneration, parse_line, write_generations
-from lapwing_training.prefix import Prefix, response_cut
 from lapwing_training.progress import waiting
-from lapwing_training.shards import Shard, ShardFile, read_shard
-from lapwing_training.store_plan import INDEX, ITEMS, LABELS, SCHEMA_VERSION
-from lapwing_training.table import UNKNOWN, Table
-
-COLUMNS = ("id", "group", "split", "stratum", "token_count", "response_tokens", "log_probability", "mode")
-"""Of the index: a list each, with an entry for each item."""
+from lapwing_training.shards import ShardFile
+from lapwing_training.store_plan import INDEX, ITEMS, LABELS, READABLE, SCHEMA_VERSION
+from lapwing_training.store_table import table_of
+from lapwing_training.table import Table
 
 
 @dataclass(frozen=True)
@@ -65,7 +57,7 @@ def read_store(directory: str | Path) -> Store:
         for name, expected in waiting(list(files_in(index).items()), "verify"):
             require_digest(path / name, expected)
         return Store(
-            table=_table(path, index, labels["labels"]),
+            table=table_of(path, index, labels["labels"]),
             layers=tuple(index["layers"]),
             identity=index["identity"],
             left_out=index["left_out"],
@@ -157,83 +149,6 @@ def _items(path: Path) -> Iterator[LabelledGeneration]:
     return (parse_line(line, LabelledGeneration, path) for line in text.split("\n") if line)
 
 
-def _table(path: Path, index: Mapping[str, Any], labels: Mapping[str, int | None]) -> Table:
-    items: Mapping[str, list[Any]] = index["items"]
-    if len({len(items[name]) for name in COLUMNS}) != 1:
-        raise StoreCorrupt(f"{path / INDEX} has columns of different lengths; remove it and extract again")
-    shards = [read_shard(path / name) for name in index["shards"]]
-    places = _places(path, shards)
-    if not set(items["id"]) <= places.keys():
-        raise StoreCorrupt(f"{path / INDEX} and the shards list different items; remove both and extract again")
-    table = Table(
-        ids=np.array(items["id"], dtype=np.str_),
-        groups=np.array(items["group"], dtype=np.str_),
-        labels=np.array([_label(path, id, labels.get(id)) for id in items["id"]], dtype=np.int8),
-        splits=np.array([split or "" for split in items["split"]], dtype=np.str_),
-        strata=np.array(items["stratum"], dtype=np.str_),
-        token_counts=np.array(items["token_count"], dtype=np.int64),
-        log_probabilities=np.array(items["log_probability"], dtype=np.float64),  # null becomes NaN
-        features=_features(path, index, shards, [places[id] for id in items["id"]]),
-        k=int(index["k"]),
-        response_tokens=np.array(items["response_tokens"], dtype=np.int64),
-    )
-    if labels.keys() != set(items["id"]):
-        raise StoreCorrupt(
-            f"{path / INDEX} and {path / LABELS} list different items; "
-            "run lapwing extract again, which keeps the shards"
-        )
-    prefixes = {float(fraction): _prefix(path, index, table, float(fraction)) for fraction in index["stages"]}
-    return replace(table, prefixes=prefixes)
-
-
-def _prefix(path: Path, index: Mapping[str, Any], table: Table, fraction: float) -> Prefix:
-    shards = [read_shard(path / name) for name in index["stages"][str(fraction)]]
-    places = _places(path, shards)
-    rows = np.array([row for row, id in enumerate(table.ids.tolist()) if id in places], dtype=np.int64)
-    assert table.response_tokens is not None
-    whole = table.response_tokens[rows]
-    left = np.array([response_cut(fraction, tokens) for tokens in whole.tolist()], dtype=np.int64)
-    return Prefix(
-        rows=rows,
-        token_counts=table.token_counts[rows] - whole + left,
-        response_tokens=left,
-        features=_features(path, index, shards, [places[id] for id in table.ids[rows].tolist()]),
-    )
-
-
-def _places(path: Path, shards: Sequence[Shard]) -> dict[str, tuple[int, int]]:
-    """Which shard and which of its rows each item lies in."""
-    places = {id: (part, row) for part, shard in enumerate(shards) for row, id in enumerate(shard.ids)}
-    if len(places) != sum(len(shard.ids) for shard in shards):
-        raise StoreCorrupt(f"{path} holds features of an item in two shards; remove it and extract again")
-    return places
-
-
-def _features(
-    path: Path, index: Mapping[str, Any], shards: Sequence[Shard], places: Sequence[tuple[int, int]]
-) -> dict[str, FeatureRows]:
-    part, place = np.array(places, dtype=np.int64).reshape(-1, 2).T
-    features = {}
-    for name in index["features"]:
-        expected = (len(index["layers"]), index["heads"], FEATURES[name].width(index["k"]))
-        parts = tuple(shard.features[name] for shard in shards)
-        for wrong in (one.shape[1:] for one in parts if one.shape[1:] != expected):
-            raise StoreCorrupt(
-                f"{path / INDEX}: {name} should be {expected} for each item, the shards hold {wrong}; "
-                "remove the index and extract again"
-            )
-        features[name] = FeatureRows(parts, part, place)
-    return features
-
-
-def _label(path: Path, id: str, label: Any) -> int:
-    if label is None:
-        return UNKNOWN
-    if type(label) is not int or label not in (0, 1):
-        raise StoreCorrupt(f"{path / LABELS}: the label of `{id}` is {json.dumps(label)[:40]}; expected 0, 1 or null")
-    return label
-
-
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         value = from_json(path.read_text(encoding="utf-8"))
@@ -244,10 +159,11 @@ def _read_json(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise StoreCorrupt(f"{path} is not JSON ({error}); run lapwing extract again") from None
     version = value.get("schema_version") if isinstance(value, dict) else None
-    if version != SCHEMA_VERSION:
+    if type(version) is not int or version not in READABLE:
         newer = type(version) is int and version > SCHEMA_VERSION
         mend = "install a newer lapwing" if newer else "extract again into a new directory"
-        raise StoreCorrupt(f"{path} has schema version {version}, this lapwing reads {SCHEMA_VERSION}; {mend}")
+        known = " and ".join(map(str, READABLE))
+        raise StoreCorrupt(f"{path} has schema version {version}, this lapwing reads {known}; {mend}")
     return dict(value)
 
 

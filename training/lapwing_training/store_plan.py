@@ -10,9 +10,12 @@ from lapwing_detector.identity import ModelIdentity
 from lapwing_training.errors import StoreMismatch
 from lapwing_training.files import from_json, to_json, write_text
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
+READABLE = (2, 3)
+"""The second is read, too: it is the third without log-probabilities."""
+
 PLAN, INDEX, LABELS, ITEMS = "plan.json", "index.json", "labels.json", "items.jsonl.gz"
-SHARED = ("schema_version", "model", "dtype", "features", "k")
+SHARED = ("model", "dtype", "features", "k")
 """What two plans agree on when the features of one serve the other."""
 
 
@@ -25,8 +28,8 @@ def plan_of(identity: ModelIdentity, features: Sequence[str], k: int, **made: An
         k: eigenvalues kept per head.
         made: whatever else decides what the shards hold.
     """
-    shared = (SCHEMA_VERSION, identity.digest, identity.dtype, list(features), k)
-    return {**dict(zip(SHARED, shared, strict=True)), **made}
+    shared = (identity.digest, identity.dtype, list(features), k)
+    return {"schema_version": SCHEMA_VERSION, **dict(zip(SHARED, shared, strict=True)), **made}
 
 
 def open_plan(directory: Path, plan: Mapping[str, Any], lacking: Sequence[str] | None = None) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lapwing_detector.features import FEATURES
+from lapwing_detector.token_statistics import TOKEN_STATISTICS
 from lapwing_training.errors import InvalidOption, NonFiniteFeatures, NotEnoughData
 from lapwing_training.feature_rows import FeatureRows, Values
 from lapwing_training.prefix import Prefix
@@ -51,6 +52,10 @@ class Table:
 
     response_tokens: NDArray[np.int64] | None = None
     """(rows,) of `token_counts`, those of the response."""
+
+    token_statistics: Floats | None = None
+    """(rows, statistics) in the order of `TOKEN_STATISTICS`, of the log-probabilities of the response's tokens; None
+    where the store does not hold them."""
 
     prefixes: Mapping[float, Prefix] = field(default_factory=dict)
     """By fraction of the response; read through `at_stage`."""
@@ -105,6 +110,7 @@ class Table:
             response_tokens=prefix.response_tokens,
             log_probabilities=np.full(len(prefix.rows), np.nan),
             features=prefix.features,
+            token_statistics=prefix.token_statistics,
             prefixes={},
         )
         return cut, prefix.rows
@@ -172,6 +178,20 @@ class Table:
                     "must be: extract again in float32, or leave these items out"
                 )
         return rows
+
+    def statistics(self, ids: Sequence[str]) -> Floats:
+        """(rows, statistics) of the log-probabilities of the response's tokens, some of them by id.
+
+        Raises:
+            InvalidOption: the store does not hold them.
+        """
+        if self.token_statistics is None:
+            raise InvalidOption(
+                "the store holds no log-probabilities of the tokens of every item, which this recipe reads beside "
+                "attention; make it anew with lapwing extract into a new directory, or with lapwing generate --store"
+            )
+        places = list(TOKEN_STATISTICS)
+        return self.token_statistics[:, [places.index(id) for id in ids]]
 
     def _read(self, features: Sequence[str], k: int, heads: NDArray[np.int64] | None) -> NDArray[np.float32]:
         rows = [self._rows(name, k) for name in features]

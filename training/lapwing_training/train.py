@@ -6,7 +6,7 @@ import os
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from threadpoolctl import threadpool_limits
 from tqdm import tqdm
@@ -19,7 +19,7 @@ from lapwing_training.drift import REFERENCE, Reference
 from lapwing_training.errors import InvalidOption, ModelMismatch
 from lapwing_training.evaluate import evaluate_fit, evaluation_steps
 from lapwing_training.examples import worst_examples
-from lapwing_training.fit import make_recipe
+from lapwing_training.fit import LapwingRecipe, make_recipe
 from lapwing_training.nested import fit, trial_of
 from lapwing_training.notes import notes
 from lapwing_training.plan import OUTER_FOLDS, plan_rows
@@ -50,7 +50,8 @@ def train_probe(
         NotEnoughData: too few rows, groups or classes.
         InvalidData: a group on both sides of a given split.
         NonFiniteFeatures: NaN among the features.
-        InvalidOption: a feature, a k, a recipe or a selection that does not exist.
+        InvalidOption: a feature, a k, a recipe or a selection that does not exist, or log-probabilities that the store
+            does not hold.
         ModelMismatch: the language model is not that of the store.
         StoreCorrupt: a store that is damaged or unfinished.
     """
@@ -62,6 +63,8 @@ def train_probe(
         require_model(store, language_model)
     table = store.table.labelled()
     recipe = make_recipe(options.recipe, options.features, options.k, table.k, options.selection, options.heads)
+    if isinstance(recipe, LapwingRecipe) and recipe.statistics:
+        table.statistics(recipe.statistics)  # whether they are there is told before anything is fitted
     plan = plan_rows(table, options.test_share, options.guarantee, options.seed)
     # Many small products: on a shared machine threads that wait for each other made this seven times as slow.
     threads = max(1, (os.cpu_count() or 1) // 2)
@@ -76,7 +79,7 @@ def train_probe(
         judged["significance"][feature]["strongest"] = strongest_heads(found, store.layers)
     judged["notes"] = notes(fitted, judged)
     probe = assemble(name, fitted, trial, store, statistics, judged, options)
-    judged["examples"] = worst_examples(trial, items, _detector(language_model, probe))
+    judged["examples"] = worst_examples(trial, items, probe, language_model)
     probe = replace(probe, metrics=judged)
     files = {
         "report.md": training_report(probe).encode(),
@@ -128,11 +131,3 @@ def require_model(store: Store, language_model: LanguageModel) -> None:
             f"the store comes from {theirs.name} with {what} {expected[:12]}, the model {mine.name} brings "
             f"{found[:12]}; give that model with --model, or none"
         )
-
-
-def _detector(language_model: LanguageModel | None, probe: Probe) -> Any:
-    if language_model is None:
-        return None
-    from lapwing_detector.detector import Detector
-
-    return Detector(language_model, probe)

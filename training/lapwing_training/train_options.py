@@ -44,7 +44,7 @@ class TrainOptions:
         """The command line that makes the same probe; paths by their last name only, since they will be other ones."""
         given = {
             "--recipe": self.recipe,
-            "--selection": self.selection if self.recipe == "lapwing" else None,
+            "--selection": self.selection if self.recipe in ("lapwing", "combined") else None,
             "--features": ",".join(self.features) if self.features else None,
             "--k": self.k,
             "--heads": self.heads,

@@ -108,7 +108,8 @@ def _scores(probe: Probe, table: Table) -> Scores:
 
 def probe_logits(probe: Probe, table: Table) -> Floats:
     """(rows,), read block by block."""
-    return LinearProbe(probe.features, probe.k, probe.weights, probe.bias, probe.selected, {}).logit(table)
+    read = (probe.features, probe.k, probe.weights, probe.bias, probe.selected)
+    return LinearProbe(*read, chosen={}, statistic_weights=probe.statistic_weights).logit(table)
 
 
 def _unseen(table: Table, seen: Any, store_path: Path) -> Table:

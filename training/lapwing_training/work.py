@@ -44,17 +44,17 @@ class Work:
 
     length: Length
 
-    def read(self, fraction: float = 1.0) -> dict[str, tuple[int, ...]]:
+    def read(self, fraction: float = 1.0) -> dict[str, TokenIds]:
         """What is read of each item whose text, cut at this fraction of the response, is long enough.
 
         Shortest first, so that a batch holds little padding.
         """
         cut = {
-            id: ids.prompt_ids + ids.response_ids[: response_cut(fraction, len(ids.response_ids))]
+            id: TokenIds(ids.prompt_ids, ids.response_ids[: response_cut(fraction, len(ids.response_ids))])
             for id, ids in self.tokens.items()
         }
-        kept = {id: ids for id, ids in cut.items() if self.length.against(len(ids)) is None}
-        return dict(sorted(kept.items(), key=lambda entry: len(entry[1])))
+        kept = {id: ids for id, ids in cut.items() if self.length.against(len(ids.all)) is None}
+        return dict(sorted(kept.items(), key=lambda entry: len(entry[1].all)))
 
 
 def plan_work(generations: Sequence[LabelledGeneration], loaded: LanguageModel, length: Length) -> Work:

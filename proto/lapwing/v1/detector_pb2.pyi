@@ -192,16 +192,18 @@ class AttentionSummarySlice(_message.Message):
     def __init__(self, first_layer: _Optional[int] = ..., first_head: _Optional[int] = ..., first_token: _Optional[int] = ..., diagonal: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., received: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ...) -> None: ...
 
 class AttentionRowsSlice(_message.Message):
-    __slots__ = ("first_layer", "first_head", "first_token", "weights")
+    __slots__ = ("first_layer", "first_head", "first_token", "weights", "diagonal")
     FIRST_LAYER_FIELD_NUMBER: _ClassVar[int]
     FIRST_HEAD_FIELD_NUMBER: _ClassVar[int]
     FIRST_TOKEN_FIELD_NUMBER: _ClassVar[int]
     WEIGHTS_FIELD_NUMBER: _ClassVar[int]
+    DIAGONAL_FIELD_NUMBER: _ClassVar[int]
     first_layer: int
     first_head: int
     first_token: int
     weights: _tensor_pb2.Tensor
-    def __init__(self, first_layer: _Optional[int] = ..., first_head: _Optional[int] = ..., first_token: _Optional[int] = ..., weights: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ...) -> None: ...
+    diagonal: _tensor_pb2.Tensor
+    def __init__(self, first_layer: _Optional[int] = ..., first_head: _Optional[int] = ..., first_token: _Optional[int] = ..., weights: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., diagonal: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ...) -> None: ...
 
 class AttentionScoreNow(_message.Message):
     __slots__ = ()

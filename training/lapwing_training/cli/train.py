@@ -18,16 +18,21 @@ def train(
     store: Annotated[Path, typer.Argument(help="Feature store from lapwing extract.")],
     out: Annotated[Path, typer.Option(help="Probe directory to write.")],
     recipe: Annotated[
-        str, typer.Option(help="lapwing: selected heads; paper: all heads, PCA, as published; sink: L1 on sink scores.")
+        str,
+        typer.Option(
+            help="lapwing: selected heads; paper: all heads, PCA, as published; sink: L1 on sink scores; "
+            "combined: lapwing, and the log-probabilities of the response's tokens, which is more than attention."
+        ),
     ] = "lapwing",
     selection: Annotated[
-        str, typer.Option(help="How lapwing ranks heads: fdr, top-m, l1, stability, or all for no selection.")
+        str,
+        typer.Option(help="How lapwing and combined rank heads: fdr, top-m, l1, stability, or all."),
     ] = "fdr",
     features: Annotated[
         str, typer.Option(help="Comma-separated, such as laplacian_eigenvalues,attention_score; the recipe's without.")
     ] = "",
     k: Annotated[int, typer.Option(help="Values a head of a ranked feature; 0: chosen inside.")] = 0,
-    heads: Annotated[int, typer.Option(help="Heads that lapwing reads; 0: chosen inside.")] = 0,
+    heads: Annotated[int, typer.Option(help="Heads that lapwing and combined read; 0: chosen inside.")] = 0,
     test_share: Annotated[
         float | None,
         typer.Option(help="Share of the groups that is only tested on; nested cross-validation without it."),

@@ -45,7 +45,7 @@ def model_card(probe: Probe) -> str:
     notes = tuple(one_line(note, 1000) for note in metrics.get("notes", ()))
     parts = [
         f"# {probe.name}",
-        "A Lapwing probe: how likely it is that a model's answer is made up, read from the model's own attention.",
+        f"A Lapwing probe: how likely it is that a model's answer is made up, read from {_source(probe)}.",
         markdown.plain(summary.described(probe)),
         "## Use",
         "```python\nfrom lapwing_detector import Detector\n\n"
@@ -90,8 +90,14 @@ def _heading(probe: Probe) -> str:
 
 def _beneath(probe: Probe) -> str:
     return (
-        f"How likely it is that an answer of {one_line(probe.identity.name)} is made up, read from its own attention."
+        f"How likely it is that an answer of {one_line(probe.identity.name)} is made up, read from "
+        f"{_source(probe, 'its')}."
     )
+
+
+def _source(probe: Probe, whose: str = "the model's") -> str:
+    more = " and from the log-probabilities of its tokens" if probe.reads_log_probabilities else ""
+    return f"{whose} own attention{more}"
 
 
 def _transfer_heading(result: Mapping[str, Any]) -> str:

@@ -46,8 +46,16 @@ READING = {
 
 def heatmaps(probe: Probe) -> tuple[Pictures, ...]:
     """One row of pictures for each statistic that the probe holds: AttnScore left, the Laplacian eigenvalues right."""
-    found = ((title, caption, tuple(_maps(probe, statistic))) for statistic, (title, caption) in READING.items())
+    found = (
+        (title, caption + _more(probe, statistic), tuple(_maps(probe, statistic)))
+        for statistic, (title, caption) in READING.items()
+    )
     return tuple(Pictures(pictures, caption, title) for title, caption, pictures in found if pictures)
+
+
+def _more(probe: Probe, statistic: str) -> str:
+    of_probe = statistic in ("WEIGHT", "SELECTED") and probe.reads_log_probabilities
+    return " The probe reads more than these: log-probabilities of the response's tokens, too." if of_probe else ""
 
 
 def _maps(probe: Probe, statistic: str) -> Iterator[Picture]:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from lapwing_detector.probe import Probe
 from lapwing_detector.probe_files import library_versions
+from lapwing_detector.token_statistics import TOKEN_STATISTICS
 from lapwing_training.report.blocks import Block, Code, Table, Text
 from lapwing_training.report.words import one_line, title
 
@@ -36,6 +37,8 @@ def _data(probe: Probe) -> Iterator[tuple[str, object]]:
             yield name, training[key]
     if "trained_as" in training:
         yield "recipe", title(str(training["trained_as"]))
+    for id, weight in probe.statistic_weights.items():
+        yield f"weight of {TOKEN_STATISTICS[id].title}", f"{weight:.4g}"
     if training.get("chosen"):
         yield (
             "chosen inside",

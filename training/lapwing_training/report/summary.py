@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from lapwing_detector.probe import Probe
+from lapwing_detector.token_statistics import TOKEN_STATISTICS
 from lapwing_training.report.words import (
     about,
     feature_title,
@@ -34,6 +35,7 @@ def described(probe: Probe) -> str:
     recipe = f"Recipe {probe.training['recipe']} on" if "recipe" in probe.training else "Reads"
     words = [
         f"{recipe} {features}, k = {probe.k}: {int(probe.selected.sum())} of {probe.selected.size} heads.",
+        *reads_more(probe),
         f"Model: {one_line(probe.identity.name)}.",
     ]
     if probe.metrics.get("protocol") == "nested" and test:
@@ -43,6 +45,14 @@ def described(probe: Probe) -> str:
         words.append(f"Fitted on {about(held_out)}; judged on {about(test)}.")
         words.append(f"AUROC {interval(test['auroc'])} on held-out rows, {interval(held_out['auroc'])} out of fold.")
     return " ".join(words)
+
+
+def reads_more(probe: Probe) -> tuple[str, ...]:
+    """A sentence for a probe that reads more than attention, and nothing for others."""
+    if not probe.reads_log_probabilities:
+        return ()
+    names = [TOKEN_STATISTICS[id].title for id in probe.statistic_weights]
+    return (f"It reads more than attention: the log-probabilities of the response's tokens, too ({', '.join(names)}).",)
 
 
 def in_words(metrics: Mapping[str, Any]) -> list[str]:
@@ -148,7 +158,8 @@ def paired(metrics: Mapping[str, Any]) -> Iterator[str]:
     """Differences of AUROCs in the same resamples."""
     both = metrics.get("paired")
     if both:
-        text = f"Attention added to log-probability changes the AUROC by {interval(both['difference'])}"
+        beside = title(both["of"]) if "of" in both else "log-probability"
+        text = f"Attention added to {beside} changes the AUROC by {interval(both['difference'])}"
         if "difference_within" in both:
             text += f", and its mean within the strata by {interval(both['difference_within'])}"
         yield f"{text} (paired)."

@@ -13,6 +13,7 @@ TITLES = {
     "log_probability": "mean token log-probability",
     "summed_attention_score": "AttnScore summed over heads",
     "log_probability+attention": "log-probability + attention",
+    "token_statistics": "log-probability statistics alone",
     "random_heads": "random heads, same number",
     "all_heads": "all heads, no selection",
     "shuffled_labels": "shuffled labels (must be .5)",
@@ -29,7 +30,8 @@ def title(name: str) -> str:
     recipe, _, features = name.partition("/")
     if not features:
         return TITLES.get(name, name)
-    return f"{recipe}: {' + '.join(feature_title(feature) for feature in features.split('+'))}"
+    read = [feature_title(feature) for feature in features.split("+")]
+    return f"{recipe}: {' + '.join([*read, 'log-probabilities'] if recipe == 'combined' else read)}"
 
 
 def feature_title(feature: str) -> str:
