@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 ATLAS := lapwing-atlas
+SOAKED = $(shell grep -rl LAPWING_SOAK tests --include='test_*.py' | sort)
 SHIPPED := detector/lapwing_detector/atlas
 
 # Nothing here asks the network for models or data.
@@ -21,8 +22,8 @@ demo: $(INSTALLED)  ## the main job: a model answers, every token is scored, hea
 test: $(INSTALLED)  ## all tests
 	$(BIN)/python -m pytest
 
-soak: $(INSTALLED)  ## the tests that kill and resume, many times over
-	LAPWING_SOAK=1 $(BIN)/python -m pytest tests/training/test_kills.py tests/training/test_judge.py
+soak: $(INSTALLED)  ## the tests that go on for long: kills, swaps, restarts, and a quarter of an hour of mixed load
+	LAPWING_SOAK=1 $(BIN)/python -m pytest $(SOAKED)
 
 check: $(INSTALLED)  ## style, types, and whether the generated stubs are those of the .proto files
 	$(BIN)/ruff check .

@@ -16,7 +16,7 @@ ARRAYS = {"torch", "transformers", "numpy", "safetensors", "huggingface_hub", "j
 LEARNING = {"sklearn", "scipy", "threadpoolctl"}
 ALLOWED = {
     "proto/lapwing": {"lapwing"} | WIRE,
-    "client/lapwing_client": {"lapwing", "lapwing_client", "typer"} | WIRE,
+    "client/lapwing_client": {"lapwing", "lapwing_client", "rich", "typer"} | WIRE,
     "detector/lapwing_detector": {"lapwing_detector", "matplotlib", "tqdm"} | ARRAYS,
     "training/lapwing_training": {"lapwing_training", "lapwing_detector", "matplotlib", "tqdm"}
     | {"datasets", "openai", "rapidfuzz"}

@@ -20,8 +20,9 @@ PING, PING_TIMEOUT = 30.0, 10.0
 """Seconds of silence in a call after which the server is asked whether it is there, and that it has to answer. A
 server that allows fewer pings (gRPC's own default is one in five minutes) makes gRPC ask less often."""
 
-FIRST_RECONNECT, LONGEST_RECONNECT = 0.25, 5.0
-"""Seconds between attempts to connect: a replica that comes back after a restart is found soon."""
+FIRST_RECONNECT, LONGEST_RECONNECT = 0.1, 0.5
+"""Seconds between attempts to connect: a replica that comes back is found while calls are still tried again, for the
+next one to restart may go at once."""
 
 LOOK_SECONDS = 2.0
 """What finding out about a failed connection may take at each address."""

@@ -7,7 +7,9 @@ from typing import Any
 from lapwing.v1 import detector_pb2, probes_pb2
 from lapwing_client.errors import Cancelled, LapwingError, Unavailable
 
-ATTEMPTS = 4
+ATTEMPTS = 5
+"""The most that gRPC makes. They take a second and a half: longer than a replica that came back goes unseen."""
+
 FIRST_PAUSE, LONGEST_PAUSE, FACTOR = 0.1, 2.0, 2
 """Seconds between attempts, and by what they grow."""
 

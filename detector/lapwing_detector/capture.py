@@ -23,7 +23,7 @@ from lapwing_detector.forward import Forward, dropping, require_evaluation, requ
 from lapwing_detector.generation_run import Endings, Pending, Run
 from lapwing_detector.layers import AttentionLayer, attention_layers, eager_layers, kept_heads
 from lapwing_detector.reading import Reader
-from lapwing_detector.rotary import require_same_frequencies, switching_points
+from lapwing_detector.rotary import reach_of, require_same_frequencies, switching_points
 from lapwing_detector.sequences import Sequences
 from lapwing_detector.summary import AttentionSummary
 from lapwing_detector.switch import AttentionSwitch, shadow
@@ -224,7 +224,7 @@ class Captured:
         given = {**dict(zip(self._parameters, args, strict=False)), **kwargs}
         cache = given.get("past_key_values")
         past = past_length(cache)
-        reach = _reach(given, past) if self._switching else 0
+        reach = reach_of(given, past) if self._switching else 0
         require_evaluation(self._dropping)
         require_unpacked(given)
         if past > 0:
@@ -392,12 +392,3 @@ class Captured:
                 self._model(input_ids=pending.tokens[:, None], past_key_values=cache, use_cache=True, **inputs)
         finally:
             self._run = None
-
-
-def _reach(inputs: Mapping[str, Any], past: int) -> int:
-    """Highest position of a forward, plus 1."""
-    positions = inputs.get("position_ids")
-    if positions is not None:
-        return int(positions.max()) + 1
-    fed = next(value for name in ("input_ids", "inputs_embeds") if (value := inputs.get(name)) is not None)
-    return past + int(fed.shape[1])

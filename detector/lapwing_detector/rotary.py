@@ -42,3 +42,12 @@ def require_same_frequencies(points: Mapping[str, int], before: int, after: int)
                 f"{kind} rotary embeddings have other frequencies beyond {most} tokens, and the cache was filled "
                 f"at {before}, so going on to {after} is not what one forward computes; {MEND}"
             )
+
+
+def reach_of(inputs: Mapping[str, Any], past: int) -> int:
+    """Highest position of a forward, plus 1."""
+    positions = inputs.get("position_ids")
+    if positions is not None:
+        return int(positions.max()) + 1
+    fed = next(value for name in ("input_ids", "inputs_embeds") if (value := inputs.get(name)) is not None)
+    return past + int(fed.shape[1])

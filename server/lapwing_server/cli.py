@@ -41,7 +41,7 @@ def serve(
     Example: lapwing serve --host 0.0.0.0 --tls-cert server.pem --tls-key server.key --tokens-file tokens.toml
     """
     try:
-        found = read(({"log_level": "debug"} if verbose else {}) | given(flags), config)
+        found = read(given(flags), config, verbose=verbose)
         logs.configure(found.settings.log_level, found.settings.log_format)
         serve_found(found)
     except (UnusableSettings, UnusableFile) as error:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
 import secrets
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Final
 
 import typer
 from pydantic import ValidationError
 
-from lapwing_server.security.tokens import TokenGrant, digest_of, read, told
+from lapwing_server.security.tokens import TokenGrant, digest_of, told
+from lapwing_server.security.tokens_file import add
 from lapwing_server.security.watched import UnusableFile
+
+LONGEST: Final = 36_500
+"""Days; a hundred years."""
 
 
 def token(
@@ -24,9 +27,15 @@ def token(
     into: Annotated[
         Path | None, typer.Option(metavar="PATH", help="File to add the token to, made when it is not there.")
     ] = None,
-    days: Annotated[int | None, typer.Option(min=1, help="Days until it expires; never without it.")] = None,
+    days: Annotated[
+        int | None, typer.Option(min=1, max=LONGEST, help="Days until it expires; never without it.")
+    ] = None,
     requests_per_second: Annotated[
         float | None, typer.Option(help="Calls in a second, in the long run; the server's setting without it.")
+    ] = None,
+    burst: Annotated[
+        int | None,
+        typer.Option(help="Calls at once, with --requests-per-second; as many as in one second without it."),
     ] = None,
     streams: Annotated[
         int | None, typer.Option(help="Streams at the same time; the server's limit without it.")
@@ -35,10 +44,11 @@ def token(
     """Make a token for a server.
 
     Prints the token, which is stored nowhere, and the lines for the TOML file of lapwing serve --tokens-file, which
-    know only its SHA-256. Take a token back by deleting its lines: the server reads the file anew when it changes.
-    Clients that show a certificate (--tls-client-ca) can be named there without a token:
+    know only its SHA-256. Take a token back by deleting its lines: the server sees within seconds that
+    the file changed.
 
-    [[certificates]] name = "scorer.example.org" scopes = ["score"]
+    Clients that show a certificate (--tls-client-ca) can be named in the file without a token, each by its name and
+    scopes under the heading [[certificates]].
 
     Example: lapwing token ci --scope score --scope read --into tokens.toml
     """
@@ -50,6 +60,7 @@ def token(
         "scopes": scope,
         "expires": expires,
         "requests_per_second": requests_per_second,
+        "burst": burst,
         "streams": streams,
     }
     try:
@@ -74,15 +85,3 @@ def as_toml(grant: TokenGrant) -> str:
 def literal(value: object) -> str:
     """The value as TOML writes it."""
     return value.isoformat() if isinstance(value, datetime) else json.dumps(value)
-
-
-def add(lines: str, path: Path) -> None:
-    """Appends the lines by one write, so that a server that reads meanwhile sees all or nothing.
-
-    Raises:
-        UnusableFile: the file is not as it should be before.
-        OSError: it can't be written.
-    """
-    before = path.exists() and bool(read(path).tokens or read(path).certificates)
-    with os.fdopen(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600), "ab", buffering=0) as file:
-        file.write(("\n" * before + lines + "\n").encode())

@@ -27,7 +27,7 @@ NAME: Final = re.compile(r"[A-Za-z0-9._:/+=-]{1,64}")
 
 
 @dataclass(slots=True)
-class Call:
+class CallRecord:
     """What the log says of one call. Nothing in it is what somebody wrote."""
 
     method: str
@@ -50,7 +50,7 @@ class Call:
         return {"request_id": self.request_id, **named, **self.notes}
 
 
-current_call: ContextVar[Call | None] = ContextVar("current_call", default=None)
+current_call: ContextVar[CallRecord | None] = ContextVar("current_call", default=None)
 """The call whose handler runs; None outside of one, and in the worker."""
 
 

@@ -11,14 +11,16 @@ from typing import Annotated, Any, Final, Literal, TypeVar, Union, get_args, get
 import typer
 from pydantic.fields import FieldInfo
 
-from lapwing_server.setting_sources import flag, settable
+from lapwing_server.setting_names import flag, settable
 from lapwing_server.settings import Settings
 
 SECTIONS: Final = {
     "Listening": ("host", "port", "insecure", "reflection", "grace", "keepalive", "keepalive_timeout"),
     "Model and probes": ("model", "device", "dtype", "probes", "probe"),
-    "Who may do what": ("tls_cert", "tls_key", "tls_client_ca", "tokens_file", "requests_per_second", "burst"),
-    "Metrics and log": ("metrics_port", "metrics_host", "log_format", "log_level"),
+    "Who may do what": (
+        *("tls_cert", "tls_key", "tls_client_ca", "tokens_file", "open_admin", "requests_per_second", "burst"),
+    ),
+    "Metrics and log": ("metrics_port", "metrics_host", "metrics_insecure", "log_format", "log_level"),
 }
 """Settings under their headings in the help; all others are limits."""
 
@@ -59,15 +61,21 @@ def parameter(setting: tuple[str, FieldInfo]) -> inspect.Parameter:
     spelling = f"{flag(name)}/--no-{flag(name)[2:]}" if kind is bool else flag(name)
     option = typer.Option(
         spelling,
-        help=" ".join((info.description or "").split()),
+        help=help_of(info),
         metavar=None if kind is bool else metavar(kind),
-        show_default=False if info.default in (None, False) else str(info.default),
+        show_default=False,
         rich_help_panel=section(name),
     )
     hint: Any = bool | None if kind is bool else str | None
     return inspect.Parameter(
         argument(name), inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[hint, option]
     )
+
+
+def help_of(info: FieldInfo) -> str:
+    """What the setting is for, and its default; typer knows none, since a flag that is not given overrides nothing."""
+    text = " ".join((info.description or "").split())
+    return text if info.default is None or info.default is False else f"{text} Default: {info.default}."
 
 
 def kind_of(annotation: Any) -> Any:

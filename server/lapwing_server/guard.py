@@ -13,10 +13,10 @@ from typing import Any, Final, Protocol
 import grpc
 from grpc import StatusCode
 
-from lapwing_server.context import REQUEST_ID, Call, Context, Handler, at_end, current_call, request_id_of
+from lapwing_server.context import REQUEST_ID, CallRecord, Context, Handler, at_end, current_call, request_id_of
 from lapwing_server.metrics import METHODS, OTHER, Metrics
 from lapwing_server.mishap import to_refusal
-from lapwing_server.parsing import parser, well_formed, well_formed_each
+from lapwing_server.parsing import Parser
 from lapwing_server.refusal import Refusal, answer
 
 log = logging.getLogger("lapwing.server")
@@ -42,11 +42,14 @@ Admit = Callable[[str, Context], Named]
 class Guard(grpc.aio.ServerInterceptor):
     """Wraps every handler of the server."""
 
-    def __init__(self, metrics: Metrics | None = None, admit: Admit | None = None) -> None:
+    def __init__(
+        self, metrics: Metrics | None = None, admit: Admit | None = None, parser: Parser | None = None
+    ) -> None:
         self.in_flight = 0
         """Calls of our own services that are not answered yet; of all others none is waited for."""
         self.metrics = metrics or Metrics()
         self.admit = admit
+        self._parser = parser or Parser()
         self._idle = asyncio.Event()
         self._idle.set()
         self._handlers: dict[str, Handler] = {}
@@ -77,7 +80,7 @@ class Guard(grpc.aio.ServerInterceptor):
             self.in_flight += 1
             self._idle.clear()
 
-    def leave(self, method: str, call: Call) -> None:
+    def leave(self, method: str, call: CallRecord) -> None:
         """Counts and logs a call that ended."""
         seconds = time.monotonic() - call.begun
         self.metrics.in_flight(method, -1)
@@ -93,41 +96,45 @@ class Guard(grpc.aio.ServerInterceptor):
             log.log(level, "%s %s", call.method, call.code, extra=known)
 
     def _guarded(self, handler: Any, method: str) -> Handler:
-        kind = (
-            ("stream" if handler.request_streaming else "unary")
-            + "_"
-            + ("stream" if handler.response_streaming else "unary")
-        )
-        behavior = getattr(handler, kind)
-        checked = well_formed_each if handler.request_streaming else well_formed
+        """The handler as one that takes a stream, whatever it takes: such a one gRPC calls before it reads a request.
+
+        On the wire the two are the same.
+        """
+        answers = "stream" if handler.response_streaming else "unary"
+        behavior = getattr(handler, f"{'stream' if handler.request_streaming else 'unary'}_{answers}")
         if not (inspect.iscoroutinefunction(behavior) or inspect.isasyncgenfunction(behavior)):
             raise TypeError(f"{method} is a plain function and would run in gRPC's thread pool; make it async")
+        parse = handler.request_deserializer or (lambda data: data)
 
-        async def unary(request: Any, context: Context) -> Any:
-            async with Watched(self, method, context):
-                return await behavior(checked(request), context)
+        async def request(requests: AsyncIterator[bytes], context: Context) -> Any:
+            if handler.request_streaming:
+                return self._parser.each(requests, method, parse)
+            return await self._parser.only(context, method, parse)
 
-        async def stream(request: Any, context: Context) -> AsyncIterator[Any]:
-            async with Watched(self, method, context):
-                async for response in behavior(checked(request), context):
+        async def unary(requests: AsyncIterator[bytes], context: Context) -> Any:
+            async with GuardedCall(self, method, context):
+                return await behavior(await request(requests, context), context)
+
+        async def stream(requests: AsyncIterator[bytes], context: Context) -> AsyncIterator[Any]:
+            async with GuardedCall(self, method, context):
+                async for response in behavior(await request(requests, context), context):
                     yield response
 
-        make: Callable[..., Handler] = getattr(grpc, f"{kind}_rpc_method_handler")
+        make: Callable[..., Handler] = getattr(grpc, f"stream_{answers}_rpc_method_handler")
         return make(
             stream if inspect.isasyncgenfunction(behavior) else unary,  # a stream may also write by itself
-            request_deserializer=parser(handler.request_deserializer),
             response_serializer=handler.response_serializer,
         )
 
 
-class Watched:
+class GuardedCall:
     """The inside of one call, from the first look at who calls to the answer."""
 
     __slots__ = ("_call", "_context", "_guard", "_method")
 
     def __init__(self, guard: Guard, method: str, context: Context) -> None:
         self._guard, self._method, self._context = guard, method, context
-        self._call = Call(METHODS.get(method, OTHER), request_id_of(context))
+        self._call = CallRecord(METHODS.get(method, OTHER), request_id_of(context))
 
     async def __aenter__(self) -> None:
         call, context = self._call, self._context
@@ -144,9 +151,7 @@ class Watched:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is None:
-            self._call.code = "OK"
-        elif isinstance(error, grpc.aio.AbortError):
+        if error is None or isinstance(error, grpc.aio.AbortError):
             self._call.code = code_name(self._context)
         elif isinstance(error, Exception):
             await self._refuse(error)
@@ -161,7 +166,7 @@ class Watched:
 
 
 def code_name(context: Context) -> str:
-    """The code that a handler itself ended a call with."""
+    """The code that a handler itself ended a call with: OK as long as it set none."""
     code = context.code()
     return code.name if isinstance(code, StatusCode) else "OK"
 

@@ -28,6 +28,9 @@ class Limits(BaseModel):
     request_bytes: Count = 8 * 2**20
     """Bytes of one message. A finite bound also bounds what a compressed message may unpack to."""
 
+    calls_per_connection: Count = 1000
+    """Calls of one connection at the same time; further ones wait at the client."""
+
     batch_items: Count = 64
     """Items of one ScoreBatch."""
 
@@ -39,6 +42,12 @@ class Limits(BaseModel):
 
     streams_per_client: Count = 8
     """Streams of one client (of one token or certificate, else of one address) at the same time."""
+
+    public_streams: Count = 1000
+    """Streams at the same time that need no token: of the health, and of the reflection."""
+
+    public_streams_per_client: Count = 100
+    """Those of one address."""
 
     stream_seconds: Seconds = 600.0
     """Wall clock of one stream."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,20 @@ class Registrar:
         self._server.add_generic_rpc_handlers(handlers)
 
     def add_registered_method_handlers(self, service: str, handlers: Mapping[str, Handler]) -> None:
-        """Called by generated code for each service."""
+        """Called by generated code for each service.
+
+        Raises:
+            TypeError: a handler is a plain function, which gRPC would run in a pool of threads.
+        """
+        for method, handler in handlers.items():
+            if not is_asynchronous(handler):
+                raise TypeError(f"/{service}/{method} is a plain function; make it async")
         self._methods |= {f"/{service}/{method}" for method in handlers}
         self._server.add_registered_method_handlers(service, dict(handlers))
+
+
+def is_asynchronous(handler: Handler) -> bool:
+    """Whether the event loop runs it itself."""
+    kinds = (handler.unary_unary, handler.unary_stream, handler.stream_unary, handler.stream_stream)
+    [behavior] = filter(None, kinds)
+    return inspect.iscoroutinefunction(behavior) or inspect.isasyncgenfunction(behavior)

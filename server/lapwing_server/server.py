@@ -16,6 +16,7 @@ from lapwing.v1 import detector_pb2, detector_pb2_grpc, probes_pb2, probes_pb2_g
 from lapwing_detector.errors import DetectorError
 from lapwing_detector.head_map import escaped
 from lapwing_server import logs
+from lapwing_server.addresses import bracketed
 from lapwing_server.attention_stream import AttentionReader
 from lapwing_server.detector_service import DetectorService
 from lapwing_server.engine import Loaded
@@ -24,14 +25,15 @@ from lapwing_server.health import Health
 from lapwing_server.metrics import Metrics
 from lapwing_server.metrics_server import MetricsServer
 from lapwing_server.mishap import report
+from lapwing_server.parsing import Parser
 from lapwing_server.probes_service import ProbesService
 from lapwing_server.readiness import Readiness
 from lapwing_server.registrar import Registrar
 from lapwing_server.scheduler import Scheduler
 from lapwing_server.security import authenticator, credentials
 from lapwing_server.security.scopes import require_listed
+from lapwing_server.security.watched import Watcher
 from lapwing_server.settings import Settings as Settings
-from lapwing_server.settings import bracketed
 from lapwing_server.shelf import LONGEST_REASON
 from lapwing_server.swapping import Swapper
 from lapwing_server.worker import Worker
@@ -52,10 +54,12 @@ class Server:
 
     def __init__(self, load: Callable[[], Loaded], settings: Settings | None = None) -> None:
         self.settings = settings or Settings()
-        self._credentials = credentials(self.settings)
+        self.watcher = Watcher()
+        self._credentials = credentials(self.settings, self.watcher)
         self.metrics = Metrics()
-        self.authenticator = authenticator(self.settings, self.metrics.shed)
-        self.guard = Guard(self.metrics, self.authenticator.admit)
+        self.authenticator = authenticator(self.settings, self.metrics.shed, self.watcher)
+        self._parser = Parser(self.settings.limits)
+        self.guard = Guard(self.metrics, self.authenticator.admit, self._parser)
         self.readiness = Readiness(limits=self.settings.limits)
         self.worker = Worker("lapwing-worker")
         self.scheduler = Scheduler(self.worker, self.settings.limits, self.metrics)
@@ -83,6 +87,7 @@ class Server:
             self.metrics_port = self._page.start()
             log.info("metrics on http://%s:%d/metrics", bracketed(self.settings.metrics_host), self.metrics_port)
         await self._grpc.start()
+        self.watcher.start()
         self._loading = asyncio.create_task(self._prepare())
         return port
 
@@ -94,6 +99,7 @@ class Server:
     async def stop(self) -> None:
         """Says NOT_SERVING, lets calls in flight finish, ends."""
         self.readiness.stop()
+        self.watcher.stop()
         await self._health.close()
         if self._loading is not None:
             self._loading.cancel()
@@ -104,6 +110,7 @@ class Server:
         await self._grpc.stop(None)
         await stopping
         idle.cancel()
+        self._parser.close()
         self.worker.close()
         self._artist.close()
         self._reader.close()
@@ -145,9 +152,9 @@ class Server:
             log.error("not serving: %s", error)
             self.readiness.fail(escaped(str(error), LONGEST_REASON))
         except Exception as error:
-            error_id = report(error, "loading")
-            log.error("not serving: %s", error)
-            self.readiness.fail(f"loading failed with {type(error).__name__}, error {error_id}; the log has the rest")
+            message = f"loading failed with {type(error).__name__}, error {report(error, 'loading')}"
+            log.error("not serving: %s; --log-level debug has its words", message)
+            self.readiness.fail(f"{message}; the log has the rest")
         else:
             self.scheduler.begin(loaded.engine)
             self.readiness.succeed(loaded)

@@ -2,36 +2,24 @@
 
 from __future__ import annotations
 
-import logging
 import os
-import re
-import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Final
 
-import pydantic_settings
-from pydantic import BaseModel, ValidationError
-from pydantic.fields import FieldInfo
-from pydantic_settings import EnvSettingsSource, TomlConfigSettingsSource
+from pydantic import ValidationError
 
-from lapwing_server.settings import PATHS_OF_SECRETS, Contradiction, Settings
-
-log = logging.getLogger("lapwing.server")
-
-PREFIX: Final = "LAPWING_"
-CONFIG: Final = "LAPWING_CONFIG"
-"""Names the TOML file where no flag does."""
-
-OTHERS: Final = frozenset(
-    {"LAPWING_REGISTRY", "LAPWING_SERVER", "LAPWING_TOKEN", "LAPWING_SOAK", "LAPWING_IMAGE"}
-    | {"LAPWING_WRITE_ARCHITECTURES"}
-)
-"""Variables that other commands and the tests read; in the environment of a server they mean nothing."""
+from lapwing_server.contradictions import Contradiction
+from lapwing_server.setting_names import flag, settable, suggestion
+from lapwing_server.settings import PATHS_OF_SECRETS, Settings
+from lapwing_server.toml_text import NoToml, parsed
+from lapwing_server.variables import CONFIG, source_of, variables
 
 NOT_SHOWN: Final = "(not shown: it may be the secret itself)"
+
+Layer = tuple[Mapping[str, Any], Callable[[str], str]]
+"""Settings, nested, and what to call the source of each by its dotted name."""
 
 
 class UnusableSettings(ValueError):
@@ -46,6 +34,9 @@ class Found:
     origins: Mapping[str, str]
     """Source by name, such as {"port": "LAPWING_PORT"}, of all that were given; the rest are defaults."""
 
+    ignored: tuple[str, ...] = ()
+    """Variables that look like settings and that Kubernetes set."""
+
     def lines(self) -> Iterator[str]:
         """What the log says of them at start."""
         values = flat(self.settings.model_dump())
@@ -53,33 +44,49 @@ class Found:
             yield f"setting {name} is {shown(name, values[name])} (from {origin})"
         rest = ", ".join(f"{name} {shown(name, value)}" for name, value in values.items() if name not in self.origins)
         yield f"all other settings have their defaults: {rest}"
+        if self.ignored:
+            yield (
+                f"no settings of ours, but Kubernetes' word on a Service: {', '.join(self.ignored)} are ignored "
+                "(enableServiceLinks: false keeps them away)"
+            )
 
 
-def read(flags: Mapping[str, Any], config: Path | None = None) -> Found:
+def read(flags: Mapping[str, Any], config: Path | None = None, *, verbose: bool = False) -> Found:
     """The settings of a server.
 
     Args:
         flags: what the command line gives, by dotted name, such as {"limits.batch_items": "8"}.
         config: the TOML file; the one that LAPWING_CONFIG names without it.
+        verbose: whether the log level is debug where no flag says another.
 
     Raises:
         UnusableSettings: one is unknown or has an unusable value, or some exclude each other.
     """
     config = config or (Path(named) if (named := os.environ.get(CONFIG)) else None)
-    problems = list(unknown_variables())
-    layers = [(from_file(config), str(config)), (from_environment(), ""), (nested(flags), "--")]
+    environment = variables()
+    problems = list(environment.problems)
+    try:
+        in_file = from_file(config)
+    except UnusableSettings as error:  # the rest is not judged without what it says
+        raise UnusableSettings("\n".join([*problems, str(error)])) from error
+    layers: list[Layer] = [
+        (in_file, lambda name: str(config)),
+        (environment.values, source_of),
+        ({"log_level": "debug"} if verbose else {}, lambda name: "--verbose"),
+        (nested(flags), flag),
+    ]
     merged: dict[str, Any] = {}
     origins: dict[str, str] = {}
     for values, source in layers:
         merged = merge(merged, values)
-        origins |= {name: origin(name, source) for name in flat(values)}
+        origins |= {name: source(name) for name in flat(values)}
     try:
         settings = Settings(**merged)
     except ValidationError as error:
         problems += [told(problem, origins) for problem in error.errors(include_url=False)]
     if problems:
         raise UnusableSettings("\n".join(problems))
-    return Found(settings, origins)
+    return Found(settings, origins, environment.ignored)
 
 
 def from_file(config: Path | None) -> dict[str, Any]:
@@ -87,58 +94,11 @@ def from_file(config: Path | None) -> dict[str, Any]:
     if config is None:
         return {}
     try:
-        return dict(TomlConfigSettingsSource(Settings, toml_file=config.resolve(strict=True))())
+        return parsed(config.read_bytes())
     except OSError as error:
         raise UnusableSettings(f"config is {str(config)!r}: it can't be read ({error.strerror})") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UnusableSettings(f"config is {str(config)!r}: it is no TOML{place_in(error)}") from error
-
-
-def from_environment() -> dict[str, Any]:
-    """What the variables say."""
-    try:
-        return dict(EnvSettingsSource(Settings)())
-    except pydantic_settings.exceptions.SettingsError as error:
-        raise UnusableSettings('limits (from LAPWING_LIMITS): expected JSON, such as {"batch_items": 8}') from error
-
-
-def unknown_variables() -> Iterator[str]:
-    """A line for each variable that is meant for us and unknown; its value, whatever it may be, is not shown."""
-    known = {variable(name) for name in [*settable(Settings), *Settings.model_fields]}
-    for name in sorted(os.environ):
-        if name.upper().startswith(PREFIX) and name.upper() not in known | OTHERS | {CONFIG}:
-            yield f"{name}: there is no such setting{suggestion(name.upper(), known)}"
-
-
-def settable(model: type[BaseModel], prefix: str = "") -> dict[str, FieldInfo]:
-    """Every setting by dotted name."""
-    found: dict[str, FieldInfo] = {}
-    for name, info in model.model_fields.items():
-        if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
-            found |= settable(info.annotation, f"{prefix}{name}.")
-        else:
-            found[prefix + name] = info
-    return found
-
-
-def variable(name: str) -> str:
-    """The variable of a setting: limits.batch_items -> LAPWING_LIMITS__BATCH_ITEMS."""
-    return PREFIX + name.replace(".", "__").upper()
-
-
-def flag(name: str) -> str:
-    """The flag of a setting: limits.batch_items -> --limits-batch-items."""
-    return "--" + name.replace(".", "-").replace("_", "-")
-
-
-def origin(name: str, source: str) -> str:
-    """How to call the place where a setting was given: its flag, its variable, or the file."""
-    if source == "--":
-        return flag(name)
-    if source:
-        return source
-    given = {key.upper() for key in os.environ}
-    return variable(name) if variable(name) in given else variable(name.partition(".")[0])
+    except NoToml as error:
+        raise UnusableSettings(f"config is {str(config)!r}: it {error}") from error
 
 
 def nested(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -184,21 +144,9 @@ def told(problem: Any, origins: Mapping[str, str]) -> str:
     return f"{name}{source} is {shown(name, problem['input'])}: {expected}"
 
 
-def suggestion(name: str, known: set[str]) -> str:
-    """The known name that looks most like it."""
-    near = get_close_matches(name, known, 1)
-    return f"; did you mean {near[0]}?" if near else "; lapwing serve --help names them all"
-
-
 def shown(name: str, value: Any) -> str:
     """The value as it may be printed."""
     if name in PATHS_OF_SECRETS and value is not None and not os.path.isfile(str(value)):
         return NOT_SHOWN
     text = repr(str(value) if isinstance(value, Path) else value)
     return text if len(text) <= 200 else text[:199] + "…"
-
-
-def place_in(error: Exception) -> str:
-    """Where in a file something is wrong, without quoting it."""
-    found = re.search(r"\(at (line \d+, column \d+|end of document)\)", str(error))
-    return f", {found[1]}" if found else ""

@@ -1,20 +1,20 @@
-"""How to serve: every setting with its default, and which of them exclude each other.
+"""How to serve: every setting with its default.
 
 Knows nothing of flags, variables and files.
 """
 
 from __future__ import annotations
 
-import ipaddress
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
-from lapwing_server.limits import Count, Limits, Seconds, no_truth
+from lapwing_server.addresses import bracketed
+from lapwing_server.contradictions import contradictions
+from lapwing_server.limits import Count, Limits, no_truth
 
 
 def existing(path: Path) -> Path:
@@ -33,24 +33,14 @@ def readable(path: Path) -> Path:
 
 Port = Annotated[int, BeforeValidator(no_truth), Field(ge=0, le=65535)]
 Rate = Annotated[float, BeforeValidator(no_truth), Field(gt=0, le=1e6, allow_inf_nan=False)]
+Keepalive = Annotated[float, BeforeValidator(no_truth), Field(ge=0.001, le=2_147_483, allow_inf_nan=False)]
+"""Seconds that gRPC counts in milliseconds, in 32 bits."""
+
 ExistingPath = Annotated[Path, AfterValidator(existing)]
 File = Annotated[Path, AfterValidator(readable)]
 
 PATHS_OF_SECRETS = ("tls_cert", "tls_key", "tls_client_ca", "tokens_file")
 """Somebody may paste the secret itself in place of its path, so what is no path of a file is never shown."""
-
-
-class Contradiction(ValueError):
-    """Settings that exclude each other.
-
-    Args:
-        names: of the settings.
-        message: what is wrong and how to mend it.
-    """
-
-    def __init__(self, names: tuple[str, ...], message: str) -> None:
-        super().__init__(message)
-        self.names = names
 
 
 class Settings(BaseSettings):
@@ -84,10 +74,10 @@ class Settings(BaseSettings):
     grace: Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)] = 30.0
     """Seconds that calls in flight have to finish at the end."""
 
-    keepalive: Seconds = 30.0
+    keepalive: Keepalive = 30.0
     """Seconds of silence after which a client is asked whether it is still there."""
 
-    keepalive_timeout: Seconds = 10.0
+    keepalive_timeout: Keepalive = 10.0
     """Seconds that it has to answer."""
 
     model: Annotated[str, Field(min_length=1)] | None = None
@@ -116,7 +106,11 @@ class Settings(BaseSettings):
 
     tokens_file: File | None = None
     """TOML file of who may do what: see lapwing token --help. Read anew when it changes. Without it whoever reaches the
-    server may score and read, and change its probes only where it listens on loopback and asks for no certificates."""
+    server may score and read, and nobody may change its probes."""
+
+    open_admin: bool = False
+    """Let whoever reaches the server change its probes, too: for a machine of one's own. Only on loopback, and not
+    behind a proxy, whose clients all come from there."""
 
     requests_per_second: Rate | None = None
     """Calls of one client (of one token or certificate, else of one address) in a second, in the long run."""
@@ -129,6 +123,9 @@ class Settings(BaseSettings):
 
     metrics_host: Annotated[str, Field(min_length=1)] = "127.0.0.1"
     """Address of the metrics."""
+
+    metrics_insecure: bool = False
+    """Let others reach the metrics, which are not encrypted and ask for no token; --insecure implies it."""
 
     log_format: Literal["auto", "json", "text"] = "auto"
     """One JSON object a line, text for people, or text on a terminal and else JSON."""
@@ -169,57 +166,15 @@ class Settings(BaseSettings):
 
     @property
     def options(self) -> list[tuple[str, int]]:
-        """The same for gRPC."""
+        """What gRPC is told: (name of a channel argument, value)."""
         return [
             ("grpc.so_reuseport", 0),  # a second server on a port must fail, not take half of the calls
-            ("grpc.max_receive_message_length", self.limits.request_bytes),
+            # Far above what is taken: what gRPC itself refuses is told no reason, and our clients would try it again.
+            ("grpc.max_receive_message_length", min(4 * self.limits.request_bytes + 2**20, 2**31 - 1)),
             ("grpc.max_send_message_length", -1),
+            ("grpc.max_concurrent_streams", self.limits.calls_per_connection),
             ("grpc.keepalive_time_ms", int(self.keepalive * 1000)),
             ("grpc.keepalive_timeout_ms", int(self.keepalive_timeout * 1000)),
             ("grpc.http2.ping_timeout_ms", int(self.keepalive_timeout * 1000)),  # of a ping in flight; else a minute
             ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
         ]
-
-
-def contradictions(settings: Settings) -> Iterator[Contradiction]:
-    """All pairs of settings that exclude each other, the gravest first."""
-    one = settings
-    if (one.tls_cert is None) != (one.tls_key is None):
-        given, missing = ("tls_cert", "tls_key") if one.tls_cert else ("tls_key", "tls_cert")
-        yield Contradiction((given, missing), f"{given} needs {missing}: give both, or neither")
-    if one.tls_client_ca and not one.encrypted:
-        yield Contradiction(("tls_client_ca", "tls_cert"), "tls_client_ca needs tls_cert and tls_key: there is no TLS")
-    if one.insecure and one.encrypted:
-        yield Contradiction(("insecure", "tls_cert"), "insecure is without encryption, tls_cert with it: drop one")
-    if not (one.encrypted or is_loopback(one.host)):
-        if one.tokens_file:
-            message = f"tokens would travel readable by others to {one.host!r}: give tls_cert and tls_key"
-            yield Contradiction(("tokens_file", "host"), message)
-        if not one.insecure:
-            message = (
-                f"others can reach {one.host!r}, and there is no encryption: give --tls-cert and --tls-key, "
-                "keep 127.0.0.1 behind a proxy, or say --insecure"
-            )
-            yield Contradiction(("host",), message)
-    if one.model and not one.probes:
-        message = "--model needs --probes: the embedded probe was fitted on the embedded model only"
-        yield Contradiction(("model", "probes"), message)
-    if one.burst and not one.requests_per_second:
-        yield Contradiction(("burst", "requests_per_second"), "burst needs requests_per_second: nothing is limited")
-    if one.metrics_port is None and one.metrics_host != "127.0.0.1":
-        yield Contradiction(("metrics_host", "metrics_port"), "metrics_host needs metrics_port: no metrics are served")
-    if one.metrics_port and one.metrics_port == one.port:
-        yield Contradiction(("metrics_port", "port"), f"metrics_port and port are both {one.port}: give two")
-
-
-def bracketed(host: str) -> str:
-    """The host as it stands before a port."""
-    return f"[{host}]" if ":" in host else host
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches the address."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from attention_fakes import HEADS, LAYERS, Maps, local_score, some_maps, summary_of
+from attention_fakes import FLOAT16, HEADS, LAYERS, Maps, local_score, some_maps, summary_of
 from engine_fakes import an_identity
 from service_fakes import WAIT, Gate, Running, wait_until
 
@@ -67,6 +67,11 @@ def some_chunks(max_bytes: int = 2**20) -> AttentionChunks:
     return AttentionChunks(LAYERS, HEADS, 0, TOKENS, False, summary.diagonal, summary.received, max_bytes)
 
 
+def coarse_chunk() -> dict[str, Any]:
+    """Rows in float16, with the diagonal in float32."""
+    return rows_chunk(MAPS.astype(np.float16), diagonal=summary_chunk().diagonal)
+
+
 # What goes.
 
 
@@ -81,6 +86,7 @@ SENT: dict[str, Callable[[], list[Any]]] = {
     "rows": lambda: [rows_chunk()],
     "an object with rows": lambda: [SimpleNamespace(**rows_chunk())],
     "blocks of both ends": lambda: [summary_chunk(MAPS, 0, 6), summary_chunk(MAPS, 6)],
+    "rows and their diagonal": lambda: [rows_chunk(diagonal=summary_chunk().diagonal)],
     "row by row": lambda: [rows_chunk(MAPS, row, row + 1) for row in range(TOKENS)],
     "another library's": lambda: [rows_chunk(weights=in_a_buffer(MAPS))],
     "columns first": lambda: [rows_chunk(weights=np.asfortranarray(MAPS))],
@@ -101,7 +107,7 @@ def test_anything_with_a_buffer_is_scored_as_by_the_library(client: Client, chun
 
 def test_float16_rows_are_near(client: Client) -> None:
     detection = client.score_attention([rows_chunk(MAPS.astype(np.float16))], **KNOWN)
-    assert detection.logit == pytest.approx(local_score(MAPS), abs=15 * 2**-11)  # see the server's test of it
+    assert detection.logit == pytest.approx(local_score(MAPS), abs=FLOAT16)
     assert detection.logit != local_score(MAPS)
 
 
@@ -156,6 +162,8 @@ WRONG: list[tuple[Any, str]] = [
     (rows_chunk(weights=MAPS.astype(">f4")), "rows.weights"),
     (rows_chunk(weights=MAPS.tolist()), "rows.weights"),
     (rows_chunk(weights=MAPS[0]), "rows.weights"),
+    (rows_chunk(diagonal=MAPS[..., 0].astype(np.float16)), "rows.diagonal"),
+    (rows_chunk(diagonal=MAPS[..., 1:, 0]), "rows.diagonal"),
     (vars(summary_chunk()) | {"diagonal": summary_chunk().diagonal.astype(np.float16)}, "summary.diagonal"),
     (vars(summary_chunk()) | {"diagonal": summary_chunk().diagonal[:1]}, "summary.diagonal"),
     (vars(summary_chunk()) | {"received": b"1234"}, "summary.received"),
@@ -343,7 +351,7 @@ def messages_of(chunk: Any) -> Messages:
 
 
 @pytest.mark.parametrize("most", [150, 500, 10**6])
-@pytest.mark.parametrize("make", [summary_chunk, rows_chunk])
+@pytest.mark.parametrize("make", [summary_chunk, rows_chunk, coarse_chunk])
 def test_large_slices_go_in_several_messages(
     client: Client, monkeypatch: pytest.MonkeyPatch, make: Callable[[], Any], most: int
 ) -> None:
@@ -352,7 +360,8 @@ def test_large_slices_go_in_several_messages(
     found = messages_of(make())
     assert max(found.sizes) <= most + 60, "and what says where they belong"
     assert (len(found.sizes) == 1) == (most == 10**6)
-    assert client.score_attention([make()], **KNOWN).logit == pytest.approx(local_score(MAPS), abs=1e-5)
+    near = FLOAT16 if make is coarse_chunk else 1e-5
+    assert client.score_attention([make()], **KNOWN).logit == pytest.approx(local_score(MAPS), abs=near)
 
 
 def test_rows_are_cut_where_their_own_tokens_are() -> None:

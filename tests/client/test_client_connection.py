@@ -18,6 +18,7 @@ from wire_server import WireServer
 
 from lapwing_client import (
     Client,
+    Deadline,
     DeadlineExceeded,
     InvalidRequest,
     LapwingError,
@@ -25,9 +26,11 @@ from lapwing_client import (
     Unavailable,
 )
 from lapwing_client.addresses import is_local
+from lapwing_client.connection import channel_options
 from lapwing_detector.errors import ProbeCorrupt
 from lapwing_server.engine import Loaded
 from lapwing_server.refusal import Refusal
+from lapwing_server.server import Settings
 
 # Time.
 
@@ -45,6 +48,41 @@ def test_every_call_has_a_deadline(call: str) -> None:
             calls[call]()
         gate.open()
         assert client.score("hello", "world", timeout=WAIT).probability, "a call may be given its own"
+
+
+def test_calls_that_share_a_deadline_share_its_time() -> None:
+    gate = threading.Event()
+
+    def before(method: str, context: object) -> None:
+        gate.wait(WAIT)
+
+    with WireServer(before) as server, Client(server.target) as client:
+        deadline = Deadline(0.2)
+        for call in (client.score, client.score_batch, client.generate):
+            arguments = {"score": ("a", "b"), "score_batch": ([("a", "b")],), "generate": ("a",)}[call.__name__]
+            with pytest.raises(DeadlineExceeded):
+                list(call(*arguments, timeout=deadline))  # type: ignore[operator, call-overload]
+        assert len(server.calls) <= 1, "no time was left for the others"
+        gate.set()
+        assert client.score("a", "b", timeout=WAIT).logit == 1
+
+
+def test_all_pages_share_one_deadline() -> None:
+    def before(method: str, context: object) -> None:
+        if len(server.calls) > 1:
+            threading.Event().wait(0.4)
+
+    with WireServer(before) as server, Client(server.target) as client:
+        with pytest.raises(DeadlineExceeded):
+            client.probes(timeout=0.3)
+        assert server.calls[:2] == ["ListProbes"] * 2
+
+
+def test_a_deadline_may_be_the_clients_own() -> None:
+    with WireServer() as server, Client(server.target, timeout=Deadline(0.0)) as client:
+        with pytest.raises(DeadlineExceeded):
+            client.score("a", "b")
+        assert client.score("a", "b", timeout=Deadline(WAIT)).logit == 1
 
 
 # Leaving.
@@ -251,6 +289,14 @@ def test_the_token_is_sent_with_every_call() -> None:
         client.probes()
     assert {call.get("authorization") for call in server.metadata} == {"Bearer secret"}
     assert {"GetServerInfo", "Score", "Generate", "ListProbes"} <= set(server.calls)
+
+
+def test_a_silent_server_is_asked_no_oftener_than_it_allows() -> None:
+    """Else it would end the connection, for too many pings."""
+    ours, theirs = dict(channel_options(True)), dict(Settings().options)
+    assert ours["grpc.keepalive_time_ms"] >= theirs["grpc.http2.min_recv_ping_interval_without_data_ms"]
+    assert ours["grpc.keepalive_timeout_ms"] < ours["grpc.keepalive_time_ms"]
+    assert "grpc.keepalive_permit_without_calls" not in ours
 
 
 @pytest.mark.parametrize("retry", [True, False])

@@ -31,6 +31,7 @@ from lapwing_client import (
 from lapwing_client.deadline import Deadline
 from lapwing_client.many import FOR_ALL, LOOK_AHEAD, Window
 from lapwing_client.plans import Ask, Pause
+from lapwing_client.retries import ATTEMPTS
 
 BUSY, BROKEN = grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.INTERNAL
 
@@ -233,7 +234,7 @@ def test_an_error_that_all_would_get_is_raised(
 ) -> None:
     with WireServer(Refusing("Score", 100, code)) as server, pytest.raises(kind_of_error):
         collected(kind, server.target, pairs(10_000), concurrency=2)
-    assert len(server.calls) <= 4 * 2 * LOOK_AHEAD
+    assert len(server.calls) <= ATTEMPTS * 2 * LOOK_AHEAD
 
 
 def test_a_closed_client_is_an_error_for_all() -> None:
@@ -281,7 +282,7 @@ def test_the_concurrency_is_checked_before_anything_begins(concurrency: Any) -> 
 
 @both
 def test_an_overloaded_server_is_asked_again(kind: str) -> None:
-    """gRPC gives up after four attempts; here it goes on for as long as the deadline allows."""
+    """gRPC gives up after five attempts; here it goes on for as long as the deadline allows."""
     refusing = Refusing("Score", 11, BUSY, milliseconds=1, retry_after=0.001)
     with WireServer(refusing) as server:
         [(_, outcome)] = collected(kind, server.target, [("a", "b")])

@@ -68,21 +68,21 @@ def scores(server: WireServer) -> int:
 
 
 @pytest.mark.parametrize("code", [UNAVAILABLE, EXHAUSTED, grpc.StatusCode.CANCELLED])
-def test_a_call_that_was_refused_thrice_succeeds(code: grpc.StatusCode) -> None:
-    with WireServer(Refusing("Score", 3, code, milliseconds=1)) as server, Client(server.target) as client:
+def test_a_call_that_was_refused_four_times_succeeds(code: grpc.StatusCode) -> None:
+    with WireServer(Refusing("Score", 4, code, milliseconds=1)) as server, Client(server.target) as client:
         assert client.score("a", "b").logit == 1
-    assert scores(server) == ATTEMPTS == 4
+    assert scores(server) == ATTEMPTS == 5
 
 
-def test_four_refusals_are_the_end() -> None:
-    refusing = Refusing("Score", 9, EXHAUSTED, milliseconds=1, retry_after=0.001)
+def test_five_refusals_are_the_end() -> None:
+    refusing = Refusing("Score", 99, EXHAUSTED, milliseconds=1, retry_after=0.001)
     with WireServer(refusing) as server, Client(server.target) as client:
         with pytest.raises(Overloaded) as caught:
             client.score("a", "b")
-        assert (caught.value.retry_after, scores(server)) == (0.001, 4)
+        assert (caught.value.retry_after, scores(server)) == (0.001, 5)
         with pytest.raises(Overloaded):
             client.score("a", "b")
-    assert scores(server) == 8, "there is no memory between calls"
+    assert scores(server) == 10, "there is no memory between calls"
 
 
 def test_a_server_may_say_never() -> None:
@@ -155,7 +155,7 @@ def test_replicas_take_turns_also_without_retries() -> None:
 @pytest.mark.parametrize("code", [UNAVAILABLE, grpc.StatusCode.CANCELLED])
 def test_a_stream_that_was_not_begun_is_begun_again(code: grpc.StatusCode, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(retries, "FIRST_PAUSE", 0.001)
-    with WireServer(Refusing("Generate", 3, code)) as server, Client(server.target) as client:
+    with WireServer(Refusing("Generate", 4, code)) as server, Client(server.target) as client:
         assert len(list(client.generate("a"))) == 4
     assert server.calls == ["Generate"] * ATTEMPTS
 
@@ -167,7 +167,7 @@ def test_the_asynchronous_client_begins_it_again_too(monkeypatch: pytest.MonkeyP
         async with AsyncClient(target) as client:
             return len([event async for event in client.generate("a")])
 
-    with WireServer(Refusing("Generate", 3, UNAVAILABLE)) as server:
+    with WireServer(Refusing("Generate", 4, UNAVAILABLE)) as server:
         assert asyncio.run(read(server.target)) == 4
     assert server.calls == ["Generate"] * ATTEMPTS
 
@@ -175,7 +175,7 @@ def test_the_asynchronous_client_begins_it_again_too(monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize(
     ("refusing", "retry", "calls", "kind"),
     [
-        (Refusing("Generate", 9, UNAVAILABLE), True, 4, Unavailable),
+        (Refusing("Generate", 9, UNAVAILABLE), True, 5, Unavailable),
         (Refusing("Generate", 9, UNAVAILABLE), False, 1, Unavailable),
         (Refusing("Generate", 9, EXHAUSTED, milliseconds=1, retry_after=0.001), True, 1, Overloaded),
     ],
@@ -225,7 +225,7 @@ def test_a_stream_that_is_left_while_it_waits_is_not_begun_again(monkeypatch: py
 def test_the_pauses_grow_and_end() -> None:
     beginning = Beginning(True)
     gone = Unavailable("gone")
-    assert [beginning.pause_after(gone) for _ in range(5)] == [0.1, 0.2, 0.4, None, None]
+    assert [beginning.pause_after(gone) for _ in range(6)] == [0.1, 0.2, 0.4, 0.8, None, None]
     assert Beginning(True).pause_after(Overloaded("busy", retry_after=0.1)) is None
     assert Beginning(False).pause_after(gone) is None
     begun = Beginning(True)

@@ -89,7 +89,7 @@ def test_control_a_forger_who_changes_nothing_is_let_in(registry: Registry) -> N
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"schema_version": 2}, "schema version 2, known is 1; update lapwing"),
+        ({"schema_version": 99}, "schema version 99, known are .*; update lapwing"),
         ({"name": "../../etc"}, "must match"),
         ({"name": "beta"}, "its content is"),
         ({"revision": "../../../x"}, "its content is"),

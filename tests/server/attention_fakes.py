@@ -25,6 +25,10 @@ LAYERS, HEADS = (1, 2), 3
 READ_HEADS = 5
 MOST_BYTES = 2**20
 
+FLOAT16 = 10 * 2**-11
+"""How near a score comes by rows in float16: each of them rounds a weight, and so each mean of weights, by up to 2^-11;
+the weights of the probe add up to 9.3."""
+
 Maps = NDArray[Any]
 Request = detector_pb2.ScoreAttentionRequest
 DTYPES = {"float32": tensor_pb2.DATA_TYPE_FLOAT32, "float16": tensor_pb2.DATA_TYPE_FLOAT16}
@@ -97,6 +101,15 @@ def some_rows(
     )
 
 
+def coarse_rows(
+    maps: Maps, first: int = 0, last: int | None = None, layers: slice = slice(0, 2), heads: slice = slice(0, HEADS)
+) -> detector_pb2.AttentionRowsSlice:
+    """The same in float16, with the diagonal in float32 beside it."""
+    part = some_rows(maps.astype(np.float16), first, last, layers, heads)
+    part.diagonal.CopyFrom(a_summary(maps, first, last, layers, heads).diagonal)
+    return part
+
+
 def places() -> Iterator[tuple[slice, slice]]:
     """Every head by itself, the last one first: order matters within a head only."""
     for layer in reversed(range(len(LAYERS))):
@@ -127,8 +140,10 @@ def a_shadow(**changes: Any) -> Probe:
     return replace(probe, **changes)
 
 
-def an_assembly(most_bytes: int = MOST_BYTES, shadows: tuple[Probe, ...] = (), **fields: Any) -> Assembly:
-    probe = a_probe()
+def an_assembly(
+    most_bytes: int = MOST_BYTES, shadows: tuple[Probe, ...] = (), probe: Probe | None = None, **fields: Any
+) -> Assembly:
+    probe = probe or a_probe()
     header = read_header(a_header(**fields), probe, an_identity(), CONTEXT)
     return Assembly(header, probe, shadows, most_bytes=most_bytes)
 
@@ -140,11 +155,11 @@ def add(assembly: Assembly, part: Any) -> None:
         assembly.add_rows(part)
 
 
-def logit_of(assembly: Assembly) -> float:
-    tokens = assembly.require_whole()
-    summary = assembly.summary(a_probe(), tokens)
+def logit_of(assembly: Assembly, probe: Probe | None = None) -> float:
+    probe = probe or a_probe()
+    summary = assembly.summary(probe, assembly.require_whole())
     assert summary is not None
-    return a_probe().score(summary)[0]
+    return probe.score(summary)[0]
 
 
 def outcome_of(call: Callable[[], Any]) -> Refusal | None:
@@ -192,6 +207,13 @@ READ = (1, 1)
 
 UNREAD = (0, 0)
 
-MAKE = {"summary": a_summary, "rows": some_rows}
+MAKE = {"summary": a_summary, "rows": some_rows, "coarse": coarse_rows}
+
+
+def a_logarithmic_probe() -> Probe:
+    """One that takes the mean logarithm of the diagonal of the heads that the other one reads."""
+    weights = np.where(a_probe().selected, 0.25, 0.0).astype(np.float32)[..., None]
+    return a_probe(features=("attention_score.v1",), weights=weights)
+
 
 assert (len(LAYERS), HEADS) == a_probe().selected.shape

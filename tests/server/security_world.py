@@ -8,11 +8,11 @@ from typing import Any
 
 import grpc
 from certificates import Authority, Pair, replace
+from door_fakes import entry
 from google.protobuf import descriptor_pool, message_factory
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from service_fakes import WAIT, told
-from test_server_tokens import entry
 
 from lapwing.v1 import detector_pb2, probes_pb2
 

@@ -107,10 +107,13 @@ class Running:
     ) -> None:
         self.engine = engine or FakeEngine()
         loaded = Loaded(self.engine, shelf or a_shelf())
+        own = settings.keys().isdisjoint(("host", "tls_client_ca", "tokens_file"))  # nobody else reaches it
         self.loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self.loop.run_forever, name="test-event-loop")
         self._thread.start()
-        self.server: Server = self.call(self._make(load or (lambda: loaded), Settings(**{"port": 0} | settings)))
+        self.server: Server = self.call(
+            self._make(load or (lambda: loaded), Settings(**{"port": 0, "open_admin": own} | settings))
+        )
         self.port: int = self.call(self.server.start())
         self._stopped = False
         if ready:

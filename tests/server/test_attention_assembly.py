@@ -11,15 +11,18 @@ from typing import Any
 import numpy as np
 import pytest
 from attention_fakes import (
+    FLOAT16,
     MAKE,
     READ_HEADS,
     UNREAD,
     Maps,
+    a_logarithmic_probe,
     a_shadow,
     a_summary,
     add,
     an_assembly,
     changed,
+    coarse_rows,
     local_score,
     logit_of,
     places,
@@ -93,9 +96,32 @@ def test_many_increments_stay_as_exact_as_one_sum() -> None:
 def test_rows_in_float16_are_near() -> None:
     maps, assembly = some_maps(TOKENS), an_assembly()
     add(assembly, some_rows(maps.astype(np.float16)))
-    # Each weight is rounded by up to 2^-11 of it, and so is each eigenvalue; the weights of the probe add up to 15.
-    off = abs(logit_of(assembly) - local_score(maps))
-    assert 1e-6 < off < 15 * 2**-11
+    assert 1e-6 < abs(logit_of(assembly) - local_score(maps)) < FLOAT16
+
+
+def test_rows_in_float16_need_the_diagonal_for_a_probe_that_takes_logarithms() -> None:
+    maps, probe = some_maps(TOKENS), a_logarithmic_probe()
+    maps[:, :, 5, 4] += maps[:, :, 5, 5] - 1e-9
+    maps[:, :, 5, 5] = 1e-9  # whose logarithm is -21; that of float16's 0 counts as -28
+    expected = local_score(maps, probe)
+    assembly = an_assembly(probe=probe)
+    assert refusal_of(lambda: add(assembly, some_rows(maps.astype(np.float16)))) == ("rows.diagonal", "INVALID_INPUT")
+    add(assembly, coarse_rows(maps))
+    assert logit_of(assembly, probe) == pytest.approx(expected, abs=1e-5), "of the diagonal nothing is lost"
+    lost = maps.astype(np.float16).astype(np.float32)
+    assert abs(local_score(lost, probe) - expected) > 0.1, "control: without it much would be"
+    assembly = an_assembly(probe=probe)
+    add(assembly, some_rows(maps))
+    assert logit_of(assembly, probe) == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_shadow_that_takes_logarithms_has_no_score_of_rows_in_float16_alone() -> None:
+    maps, shadow = some_maps(TOKENS), a_logarithmic_probe()
+    for part, scored in ((some_rows(maps.astype(np.float16)), False), (coarse_rows(maps), True)):
+        assembly = an_assembly(shadows=(shadow,))
+        add(assembly, part)
+        assert (assembly.summary(shadow, assembly.require_whole()) is not None) is scored
+        assert logit_of(assembly) == pytest.approx(local_score(maps), abs=FLOAT16)
 
 
 def test_any_cut_into_blocks_gives_the_same_sums() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from attention_fakes import (
+    FLOAT16,
     MAKE,
     MOST_BYTES,
     READ,
@@ -21,6 +22,7 @@ from attention_fakes import (
     add,
     an_assembly,
     changed,
+    coarse_rows,
     local_score,
     logit_of,
     more,
@@ -67,7 +69,15 @@ WRONG_NUMBERS: list[tuple[str, str, Callable[[Any], Any], str]] = [
     ("rows", "weights", put(*READ, 5, 6, value=1e-8), "NOT_ATTENTION"),
     ("rows", "weights", more(*READ, 5, 3, by=1e-3), "NOT_ATTENTION"),
     ("rows", "weights", more(*READ, 5, 5, by=-1e-3), "NOT_ATTENTION"),
+    ("coarse", "diagonal", put(*READ, 3, value=math.nan), "NON_FINITE"),
+    ("coarse", "diagonal", put(*READ, 3, value=math.inf), "NON_FINITE"),
+    ("coarse", "diagonal", put(*READ, 3, value=-1e-6), "NOT_ATTENTION"),
+    ("coarse", "diagonal", put(*READ, 0, value=1.01), "NOT_ATTENTION"),
+    ("coarse", "diagonal", more(*READ, 3, by=1e-2), "NOT_ATTENTION"),
 ]
+
+SCORES_OF = {"summary": 1e-5, "rows": 1e-5, "coarse": FLOAT16}
+"""How near to the library's score."""
 
 
 @pytest.mark.parametrize(("part", "name", "change", "reason"), WRONG_NUMBERS)
@@ -78,9 +88,9 @@ def test_numbers_that_are_of_no_attention_map_are_refused(
     wrong = changed(MAKE[part](maps), name, change)
     with pytest.raises(Refusal, match="head 1 of layer 2") as caught:
         add(assembly, wrong)
-    assert (caught.value.field, caught.value.reason) == (f"{part}.{name}", reason)
+    assert (caught.value.field, caught.value.reason) == (f"{part}.{name}".replace("coarse", "rows"), reason)
     add(assembly, MAKE[part](maps))  # nothing of the refused one was added
-    assert logit_of(assembly) == pytest.approx(local_score(maps), abs=1e-5)
+    assert logit_of(assembly) == pytest.approx(local_score(maps), abs=SCORES_OF[part])
 
 
 @pytest.mark.parametrize(("part", "name", "change", "reason"), WRONG_NUMBERS)
@@ -95,7 +105,16 @@ def test_control_the_same_in_a_head_that_nobody_reads_is_taken(
         array[UNREAD] = heads[READ]
 
     add(assembly, changed(MAKE[part](maps), name, elsewhere))
-    assert logit_of(assembly) == pytest.approx(local_score(maps), abs=1e-5)
+    assert logit_of(assembly) == pytest.approx(local_score(maps), abs=SCORES_OF[part])
+
+
+def test_a_diagonal_below_zero_is_refused_however_near_it_is_to_the_weights() -> None:
+    maps = some_maps(TOKENS)
+    maps[:, :, 5, 4] += maps[:, :, 5, 5]
+    maps[:, :, 5, 5] = 0.0
+    wrong = changed(coarse_rows(maps), "diagonal", put(*READ, 5, value=-1e-6))
+    assert refusal_of(lambda: add(an_assembly(), wrong)) == ("rows.diagonal", "NOT_ATTENTION")
+    add(an_assembly(), coarse_rows(maps))
 
 
 def move_below_the_diagonal(array: Any) -> None:
@@ -190,6 +209,9 @@ WRONG_SHAPES: list[tuple[str, str, list[int], str]] = [
     ("rows", "weights", [3, 2, 13, 13], "rows.first_layer"),
     ("rows", "weights", [2, 3, 13, 12], "rows.weights.data"),
     ("rows", "weights", [2**62, 2**62, 2**62, 2**62], "rows.weights.data"),
+    ("coarse", "diagonal", [3, 2, 13], "rows.diagonal.shape"),
+    ("coarse", "diagonal", [2, 39], "rows.diagonal.shape"),
+    ("coarse", "diagonal", [2, 3, 12], "rows.diagonal.data"),
 ]
 
 
@@ -206,6 +228,7 @@ def test_a_wrong_shape_names_its_field(part: str, name: str, shape: list[int], f
         ("summary", "received", "FLOAT16"),  # sums of 4,096 rows would go by steps of 4
         ("summary", "received", "BFLOAT16"),
         ("rows", "weights", "BFLOAT16"),
+        ("coarse", "diagonal", "FLOAT16"),
         ("rows", "weights", "UNSPECIFIED"),
         ("rows", "weights", "INT32"),
     ],
@@ -213,7 +236,8 @@ def test_a_wrong_shape_names_its_field(part: str, name: str, shape: list[int], f
 def test_a_type_that_is_not_taken_names_its_field(part: str, name: str, dtype: str) -> None:
     wrong = MAKE[part](some_maps(TOKENS))
     getattr(wrong, name).dtype = f"DATA_TYPE_{dtype}"
-    assert refusal_of(lambda: add(an_assembly(), wrong)) == (f"{part}.{name}.dtype", "INVALID_INPUT")
+    field = f"{part}.{name}.dtype".replace("coarse", "rows")
+    assert refusal_of(lambda: add(an_assembly(), wrong)) == (field, "INVALID_INPUT")
 
 
 @pytest.mark.parametrize(
@@ -271,7 +295,7 @@ def test_a_sound_slice_with_one_byte_changed_is_refused_by_name_or_near() -> Non
         refusal = outcome_of(lambda: add(assembly, part))
         if refusal is None:
             outcomes["taken"] += 1
-            assert logit_of(assembly) == pytest.approx(expected, abs=15 * 2**-11)
+            assert logit_of(assembly) == pytest.approx(expected, abs=FLOAT16)
         else:
             outcomes["refused"] += 1
             assert refusal.field == "rows.weights"

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from attention_fakes import FLOAT16
 from engine_fakes import FakeEngine, a_probe
 from service_fakes import Running
 from test_server_real import a_model
@@ -29,9 +31,6 @@ SAME_NUMBERS = 1e-5
 
 ANOTHER_WAY = 1e-4
 """Attention computed another way: step by step against one forward, or by transformers' eager attention."""
-
-FLOAT16 = 15 * 2**-11
-"""Each eigenvalue is a mean of weights, each rounded by up to 2^-11 of it; the weights of the probe add up to 15."""
 
 PROMPT, NEW = [256, *b"Where is the lapwing at home?"], 24
 SCRIPT = Path(__file__).parents[2] / "client" / "examples" / "own_model.py"
@@ -136,14 +135,22 @@ def test_every_running_score_is_that_of_the_prefix(world: World) -> None:
     assert len({round(logit, 3) for _, logit in seen[1:] if logit is not None}) > NEW // 2, "control: they differ"
 
 
-def eager_rows(model: Any, dtype: Any) -> Iterator[dict[str, Any]]:
-    """The model's own attention maps, as transformers gives them out step by step."""
+@contextmanager
+def eager(model: Any) -> Iterator[None]:
+    """Inside, the model computes whole maps."""
     model.set_attn_implementation("eager")
     try:
-        result = generate(model, output_attentions=True, return_dict_in_generate=True)
-        last = model(result.sequences, output_attentions=True).attentions  # the newest token's row is not among them
+        with torch.no_grad():
+            yield
     finally:
         model.set_attn_implementation("sdpa")
+
+
+def eager_rows(model: Any, dtype: Any) -> Iterator[dict[str, Any]]:
+    """The model's own attention maps, as transformers gives them out step by step."""
+    with eager(model):
+        result = generate(model, output_attentions=True, return_dict_in_generate=True)
+        last = model(result.sequences, output_attentions=True).attentions  # the newest token's row is not among them
     steps = [*result.attentions, tuple(layer[:, :, -1:] for layer in last)]
     first = 0
     for step in steps:
@@ -158,8 +165,7 @@ def eager_rows(model: Any, dtype: Any) -> Iterator[dict[str, Any]]:
 def test_rows_of_the_models_own_maps(world: World, dtype: Any, tolerance: float) -> None:
     with capture_attention(world.model) as captured:
         generate(world.model)
-    with torch.no_grad():
-        chunks = list(eager_rows(world.model, dtype))
+    chunks = list(eager_rows(world.model, dtype))
     detection = world.client.score_attention(chunks, layers=(0, 1), heads=3, **world.header)
     assert detection.response_tokens == NEW
     assert detection.logit == pytest.approx(world.here(captured), abs=tolerance)
@@ -175,8 +181,7 @@ def test_a_model_in_bfloat16_is_known_and_scored(world: World) -> None:
         generate(model)
     detection = world.client.score_attention(captured.chunks(), model=identity, prompt_tokens=len(PROMPT))
     assert detection.logit == pytest.approx(world.here(captured), abs=SAME_NUMBERS)
-    with torch.no_grad():
-        rows = list(eager_rows(model, np.float32))
+    rows = list(eager_rows(model, np.float32))
     assert max(abs(chunk["weights"].sum(-1) - 1).max() for chunk in rows) > 1e-3, "rounded by the model itself"
     options = {"layers": (0, 1), "heads": 3, "prompt_tokens": len(PROMPT)}
     assert world.client.score_attention(rows, model=identity, **options).logit
@@ -237,6 +242,32 @@ def test_the_embedded_model(atlas: tuple[Any, Client, str]) -> None:
     again = client.score(prompt, ids[len(prompt) : summary.token_count])
     assert detection.logit == pytest.approx(again.logit, abs=ANOTHER_WAY)
     assert detection.probability == pytest.approx(again.probability, abs=ANOTHER_WAY)
+
+
+def test_the_embedded_model_by_rows_in_float16(atlas: tuple[Any, Client, str]) -> None:
+    """Its probe takes logarithms of the diagonal, of which float16 would lose a good part."""
+    loaded, client, _ = atlas
+    probe, model, tokens = loaded.shelf.active, loaded.engine.model, 24
+    ids = torch.arange(100, 100 + tokens)[None]
+    with capture_attention(model) as captured, torch.no_grad():
+        model(ids)
+    summary = captured.summaries()[0]
+    with eager(model):
+        maps = model(ids, output_attentions=True).attentions
+    chunk = {
+        "first_layer": 0,
+        "first_head": 0,
+        "first_token": 0,
+        "weights": torch.stack([layer[0] for layer in maps]).half().numpy(),
+        "diagonal": summary.diagonal,
+    }
+    known = {"model": probe.identity, "layers": range(6), "heads": 8, "prompt_tokens": 5}
+    found, expected = client.score_attention([chunk], **known).logit, probe.score(summary)[0]
+    of_sums = float(np.abs(probe.weights[..., 1:]).sum())  # its first feature is of the diagonal alone
+    assert found == pytest.approx(expected, abs=of_sums * 2**-11)
+    with pytest.raises(InvalidRequest) as caught:
+        client.score_attention([chunk | {"diagonal": None}], **known)
+    assert caught.value.field == "rows.diagonal"
 
 
 @pytest.mark.parametrize("arguments", [(), ("--live",)], ids=["afterwards", "live"])

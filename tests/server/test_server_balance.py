@@ -131,7 +131,6 @@ ENDS: dict[str, Callable[[Running, Any, str], None]] = {
 
 def balance(server: Running) -> dict[str, int]:
     """What a call may leave behind."""
-    gc.collect()
     inner = server.server
     return {
         "calls": inner.guard.in_flight,
@@ -159,9 +158,11 @@ def settled(server: Running, baseline: dict[str, int]) -> bool:
 def test_a_call_leaves_nothing_behind(server: Running, stub: Any, how: str, method: str) -> None:
     ok(server, stub, method)  # what the first call of a kind makes for all
     server.settle()
+    gc.collect()
     baseline = balance(server)
     assert [baseline[name] for name in ("calls", "waiting", "in flight", "places")] == [0] * 4
     ENDS[how](server, stub, method)
+    gc.collect()
     wait_until(lambda: settled(server, baseline))
     wait_until(lambda: server.server.scheduler.idle)
 

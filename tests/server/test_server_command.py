@@ -19,9 +19,9 @@ from test_server_lifecycle import NOT_SERVING, check, info_of, start_and_stop
 
 from lapwing.v1 import detector_pb2, detector_pb2_grpc
 from lapwing_client.cli import main
+from lapwing_server.addresses import is_loopback
 from lapwing_server.engine import real_detector
 from lapwing_server.server import Settings
-from lapwing_server.settings import is_loopback
 
 EVERYWHERE = "0.0.0.0"  # noqa: S104
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from lapwing_server import logs
-from lapwing_server.context import Call, answered_by, current_call, note
+from lapwing_server.context import CallRecord, answered_by, current_call, note
 
 SECRET = "what somebody wrote"
 OURS = logging.getLogger("lapwing.server")
@@ -152,7 +152,7 @@ def test_what_is_not_known_is_refused(level: str, format: str) -> None:
 
 def test_a_line_of_a_call_says_whose() -> None:
     stream = configured()
-    reset = current_call.set(Call("Score", "id-7", principal="somebody"))
+    reset = current_call.set(CallRecord("Score", "id-7", principal="somebody"))
     answered_by("a-probe", "0123")
     note(tokens=5)
     OURS.info("inside")

@@ -93,7 +93,7 @@ def test_a_shadow_revision_of_the_active_name_scores_unseen(registry: Registry, 
 
 
 def too_new(registry: Registry, probe: Probe) -> None:
-    resign(registry.root / probe.name / probe.revision, schema_version=2)
+    resign(registry.root / probe.name / probe.revision, schema_version=99)
 
 
 def missing(registry: Registry, probe: Probe) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 from certificates import replace
 from google.rpc import error_details_pb2, status_pb2
 from security_world import OK, TOKENS_FILE, World, a_world, code_of, token_of, tokens_text
-from service_fakes import WAIT, Running, told
+from service_fakes import WAIT, Running, told, wait_until
 from test_server_lifecycle import start_and_stop
 
 from lapwing.v1 import detector_pb2, detector_pb2_grpc
@@ -39,6 +40,7 @@ def test_a_new_certificate_is_shown_without_a_restart_and_a_broken_one_is_not(
     renewed = world.stranger.issue("server.example.org")
 
     def trusted(server: Running) -> list[bool]:
+        server.server.watcher.look()
         roots = (world.authority.pem, world.stranger.pem)
         return [reaches(world.channel(server.port, "tls", root)) for root in roots]
 
@@ -64,6 +66,7 @@ def test_a_new_certificate_is_shown_without_a_restart_and_a_broken_one_is_not(
 
 def test_new_authorities_of_clients_are_taken_without_a_restart(world: World) -> None:
     def let_in(server: Running) -> list[bool]:
+        server.server.watcher.look()
         return [reaches(world.channel(server.port, "tls", pair=pair)) for pair in (world.client, world.foreign)]
 
     with Running(**world.settings("mtls")) as server:
@@ -81,17 +84,45 @@ def test_tokens_come_and_go_without_a_restart(connection: str, world: World) -> 
     path = world.folder / TOKENS_FILE
     settings = world.settings(connection) | {"tokens_file": path}
 
-    def known(channel: grpc.Channel) -> list[bool]:
+    def known(server: Running, channel: grpc.Channel) -> list[bool]:
+        server.server.watcher.look()
         return [code_of(channel, "GetServerInfo", token_of(name)) is OK for name in ("reader", "user", "expired")]
 
     with Running(**settings) as server, world.channel(server.port, connection) as channel:
-        assert known(channel) == [True, True, False]
+        assert known(server, channel) == [True, True, False]
         replace(path, tokens_text("user").encode())
-        assert known(channel) == [False, True, False]
+        assert known(server, channel) == [False, True, False]
         replace(path, b"[[tokens]]\nname = ")
-        assert known(channel) == [False, True, False]
+        assert known(server, channel) == [False, True, False]
         replace(path, tokens_text("reader", "expired").replace("2020", "2120").encode())
-        assert known(channel) == [True, False, True]
+        assert known(server, channel) == [True, False, True]
+
+
+def test_the_server_itself_sees_that_files_changed(world: World) -> None:
+    """Nobody but its own watcher looks here."""
+    path = world.folder / TOKENS_FILE
+    with Running(**world.settings("tls"), tokens_file=path) as server, world.channel(server.port, "tls") as channel:
+        assert code_of(channel, "GetServerInfo", token_of("reader")) is OK
+        replace(path, tokens_text("user").encode())
+        wait_until(lambda: code_of(channel, "GetServerInfo", token_of("reader")) is not OK)
+        world.stranger.issue("server.example.org").write(world.folder / "cert.pem", world.folder / "key.pem")
+        wait_until(lambda: reaches(world.channel(server.port, "tls", world.stranger.pem)))
+
+
+def test_a_disk_that_hangs_holds_up_no_call(world: World) -> None:
+    """In place of the file there is a pipe, which nobody writes to, so that whoever reads it waits."""
+    path = world.folder / TOKENS_FILE
+    with Running(tokens_file=path) as server, world.channel(server.port, "plain") as channel:
+        path.unlink()
+        os.mkfifo(path)
+        try:
+            wait_until(lambda: server.server.watcher.files[0]._looking_since is not None)
+            codes = [code_of(channel, "GetServerInfo", token_of(name)) for name in ("reader", "nobody") * 3]
+            assert codes == [OK, grpc.StatusCode.UNAUTHENTICATED] * 3
+            assert server.server.watcher.files[0]._looking_since is not None, "control: it hangs all the while"
+            server.close()
+        finally:
+            os.close(os.open(path, os.O_WRONLY))
 
 
 def test_control_a_server_on_a_broken_file_does_not_start(world: World) -> None:

@@ -10,7 +10,7 @@ import pytest
 import typer
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
-from training_fakes import LAPLACIAN, make_table, write_store
+from training_fakes import LAPLACIAN, make_table, statistics_of, write_store
 from typer.testing import CliRunner
 
 from lapwing_detector.probe import Probe
@@ -181,7 +181,14 @@ def test_a_transfer_is_judged_and_told_like_any_other(trained: Path, tmp_path: P
     result = evaluate_probe(trained, write_store(tmp_path / "fresh", fresh), resamples=40)
     assert result["test"]["auroc"]["low"] > 0.6
     assert "log_probability+attention" not in result["comparison"]
-    assert "AUROC" in transfer_report(result)
+    assert [one["statistic"] for one in result["drift"]["statistics"]] == list(STATISTICS)
+    assert min(one["p_value"] for one in result["drift"]["statistics"]) > 1e-3
+    assert "lowest log-odds: median" in transfer_report(result)
+    # Control: a model that is surer of everything is not the same.
+    surer = replace(fresh, log_probabilities=0.2 * fresh.log_probabilities)
+    surer = replace(surer, token_statistics=statistics_of(surer, np.arange(400), surer.response_tokens))
+    moved = evaluate_probe(trained, write_store(tmp_path / "surer", surer), resamples=5)["drift"]["statistics"]
+    assert max(one["p_value"] for one in moved) < 1e-6
 
 
 def test_it_ranks_heads_as_lapwing_does() -> None:

@@ -20,6 +20,7 @@ from scipy import stats
 from lapwing_detector.calibration import Calibration
 from lapwing_detector.probe import Probe
 from lapwing_detector.probe_files import read
+from lapwing_detector.token_statistics import TOKEN_STATISTICS
 from lapwing_training.calibrate import fit_calibration
 from lapwing_training.errors import InvalidData, NotEnoughData
 from lapwing_training.fit import LinearProbe
@@ -48,15 +49,19 @@ class Reference:
     token_counts: NDArray[np.int64]
     """(rows,)"""
 
+    statistics: NDArray[np.float32] | None = None
+    """(rows, statistics) of log-probabilities that the probe reads; None where it reads attention alone."""
+
     @classmethod
     def of(cls, probe: LinearProbe | Probe, table: Table, seed: int) -> Reference:
         """Rows of the table, for the heads that the probe reads."""
         some = table.take(independent_rows(table.groups, MOST_ROWS, seed))
-        return cls(selected_scalars(probe, some), some.token_counts)
+        return cls(selected_scalars(probe, some), some.token_counts, read_statistics(probe, some))
 
     def to_bytes(self) -> bytes:
         """Safetensors; the same rows give the same bytes."""
-        return bytes(tensors_to({"scalars": self.scalars, "token_counts": self.token_counts}))
+        tensors: dict[str, NDArray[Any]] = {"scalars": self.scalars, "token_counts": self.token_counts}
+        return bytes(tensors_to(tensors if self.statistics is None else tensors | {"statistics": self.statistics}))
 
     @classmethod
     def load(cls, directory: Path) -> Reference | None:
@@ -69,7 +74,7 @@ class Reference:
             return None
         try:
             tensors = tensors_from(read(directory, REFERENCE))
-            return cls(tensors["scalars"], tensors["token_counts"])
+            return cls(tensors["scalars"], tensors["token_counts"], tensors.get("statistics"))
         except (SafetensorError, KeyError) as error:
             raise InvalidData(
                 directory / REFERENCE, None, f"not as lapwing train writes it ({error}); fetch the probe again"
@@ -88,6 +93,17 @@ def selected_scalars(probe: LinearProbe | Probe, table: Table) -> NDArray[np.flo
     """(rows, features, selected heads), the heads in the order of their flat index."""
     scalars = table.scalars(probe.features, probe.k)  # (rows, features, layers, heads)
     return np.ascontiguousarray(scalars[:, :, probe.selected], dtype=np.float32)
+
+
+def read_statistics(probe: LinearProbe | Probe, table: Table) -> NDArray[np.float32] | None:
+    """(rows, statistics) of log-probabilities that the probe reads; None where it reads none."""
+    ids = ids_of(probe)
+    return np.ascontiguousarray(table.statistics(ids), dtype=np.float32) if ids else None
+
+
+def ids_of(probe: LinearProbe | Probe) -> tuple[str, ...]:
+    """The statistics that the probe reads; a saved one keeps no order of its weights."""
+    return tuple(id for id in TOKEN_STATISTICS if id in probe.statistic_weights)
 
 
 def drift_of(
@@ -121,6 +137,8 @@ def drift_of(
         found["rows"] = {"before": len(reference.token_counts), "here": len(rows)}
         found["heads"] = head_drift(probe, reference, selected_scalars(probe, rows))
         found["length"] = length_drift(reference.token_counts, rows.token_counts)
+        if reference.statistics is not None:
+            found["statistics"] = statistics_drift(probe, reference.statistics, read_statistics(probe, rows))
     return found
 
 
@@ -152,6 +170,25 @@ def head_drift(probe: Probe, reference: Reference, scalars: NDArray[np.float32])
         for feature, head in zip(*np.unravel_index(order, distance.shape), strict=True)
     ]
     return {"tested": distance.size, "drifted": int((q_value < LEVEL).sum()), "list": listed}
+
+
+def statistics_drift(
+    probe: Probe, before: NDArray[np.float32], here: NDArray[np.float32] | None
+) -> list[dict[str, Any]]:
+    """The same test of each statistic of log-probabilities that the probe reads, and their medians; empty for none."""
+    if here is None:
+        return []
+    result = stats.ks_2samp(before, here, axis=0, method="asymp")
+    return [
+        {
+            "statistic": id,
+            "distance": float(result.statistic[place]),
+            "p_value": float(result.pvalue[place]),
+            "median_before": float(np.median(before[:, place])),
+            "median_here": float(np.median(here[:, place])),
+        }
+        for place, id in enumerate(ids_of(probe))
+    ]
 
 
 def length_drift(before: NDArray[np.int64], here: NDArray[np.int64]) -> dict[str, Any]:

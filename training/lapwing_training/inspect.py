@@ -66,7 +66,7 @@ def describe(found: Mapping[str, Any]) -> str:
         ),
         ("tokens", _lengths(found["tokens"])),
         ("response", _lengths(found["response_tokens"])),
-        ("said", f"log-probabilities of the response's tokens of {found['log_probabilities']:,} items"),
+        ("log-probabilities", f"of the response's tokens of {found['log_probabilities']:,} items"),
     ]
     if len(set(found["modes"])) > 1:
         lines.append(("modes", ", ".join(f"{count:,} {mode}" for mode, count in found["modes"].items())))

@@ -7,12 +7,13 @@ from typing import Final
 
 from grpc import StatusCode
 
-from lapwing_server.context import Context, current_call
+from lapwing_server.context import Context, at_end, current_call
 from lapwing_server.refusal import Refusal
 from lapwing_server.security.principals import Principal, certificate_names, current_principal, peer_name
 from lapwing_server.security.rates import Rates
-from lapwing_server.security.scopes import EVERYTHING, SCOPES, USERS, Scope
+from lapwing_server.security.scopes import EVERYTHING, PUBLIC_STREAMS, SCOPES, USERS, Scope
 from lapwing_server.security.tokens import Grant, Tokens
+from lapwing_server.security.visitors import Visitors
 
 SCHEME: Final = "bearer "
 
@@ -23,9 +24,11 @@ class Authenticator:
     Args:
         tokens: who may do what; without them everybody who gets through the connection's checks may score and read.
         mutual: whether every client had to show a certificate.
-        trusted: whether, without tokens and certificates, everybody may do everything: only this machine reaches us.
+        trusted: whether, without tokens and certificates, everybody may do everything.
         rates: how often somebody may call.
-        shed: told the reason of every call that came too often.
+        visitors: counts the open streams of those who need no token; unlimited without it.
+        mend: what to do about a missing scope, in which {scope} stands for it.
+        shed: told the reason of every call that is refused for there being too many.
     """
 
     def __init__(
@@ -35,31 +38,45 @@ class Authenticator:
         mutual: bool = False,
         trusted: bool = False,
         rates: Rates | None = None,
+        visitors: Visitors | None = None,
+        mend: str = "",
         shed: Callable[[str], None] = lambda reason: None,
     ) -> None:
         self._tokens, self._mutual, self._trusted = tokens, mutual, trusted
         self.rates = Rates() if rates is None else rates
-        self._shed = shed
+        self.visitors = visitors
+        self._mend, self._shed = mend, shed
 
     def admit(self, method: str, context: Context) -> Principal:
-        """Whose call it is, who may make it; from then on `current_principal`.
+        """Whose call it is, who may make it; from then on `current_principal`. Never waits.
 
         Args:
             method: full name.
 
         Raises:
-            Refusal: UNAUTHENTICATED, MISSING_SCOPE or RATE_LIMITED.
+            Refusal: UNAUTHENTICATED, MISSING_SCOPE, RATE_LIMITED or TOO_MANY_STREAMS.
         """
         needed = SCOPES.get(method)
         if needed is Scope.PUBLIC:
-            return noted(Principal(peer_name(context), frozenset()))
+            return self._visitor(method, context)
         principal = noted(self._identify(context))
         if needed is None or needed not in principal.scopes:
-            raise forbidden(method, needed, principal)
+            raise forbidden(method, needed, principal, self._mend)
         if wait := self.rates.take(principal):
             self._shed("RATE_LIMITED")
             message = f"{principal.name} calls too often; try again in {wait:.3f} s"
             raise Refusal(StatusCode.RESOURCE_EXHAUSTED, "RATE_LIMITED", message, retry_after=wait)
+        return principal
+
+    def _visitor(self, method: str, context: Context) -> Principal:
+        principal, visitors = noted(Principal(peer_name(context), frozenset())), self.visitors
+        if visitors is not None and method in PUBLIC_STREAMS:
+            try:
+                visitors.enter(principal.name)
+            except Refusal as refusal:
+                self._shed(refusal.reason)
+                raise
+            at_end(context, lambda: visitors.leave(principal.name))
         return principal
 
     def _identify(self, context: Context) -> Principal:
@@ -113,10 +130,11 @@ def unauthenticated(message: str) -> Refusal:
     return Refusal(StatusCode.UNAUTHENTICATED, "UNAUTHENTICATED", message)
 
 
-def forbidden(method: str, needed: Scope | None, principal: Principal) -> Refusal:
+def forbidden(method: str, needed: Scope | None, principal: Principal, mend: str = "") -> Refusal:
     """It is known who calls, and that they may not."""
     if needed is None:
         return Refusal(StatusCode.PERMISSION_DENIED, "UNLISTED_METHOD", f"{method} may be called by nobody")
     has = ", ".join(sorted(principal.scopes)) or "none"
     message = f"{method.rpartition('/')[2]} needs the scope {needed}; {principal.name} has {has}"
+    message += f"; {mend.format(scope=needed)}" if mend else ""
     return Refusal(StatusCode.PERMISSION_DENIED, "MISSING_SCOPE", message)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from urllib.parse import unquote
@@ -18,7 +19,7 @@ class Principal:
     """Somebody who may do something."""
 
     name: str
-    """Of a token or certificate, else the address without its port; may be logged."""
+    """Of a token or certificate, else `peer_name`; may be logged."""
 
     scopes: frozenset[Scope]
     streams: int | None = None
@@ -41,9 +42,22 @@ def principal_of(context: Context) -> Principal:
 
 
 def peer_name(context: Context) -> str:
-    """The caller's address without the port: ipv4:127.0.0.1:5000 -> 127.0.0.1, ipv6:%5B::1%5D:5000 -> ::1."""
+    """Who is at the other end, as far as an address tells: ipv4:127.0.0.1:5000 -> 127.0.0.1, unix:/run/a -> unix."""
     kind, _, address = unquote(context.peer()).partition(":")
-    return address.rpartition(":")[0].strip("[]") if kind in ("ipv4", "ipv6") else kind
+    return household(address.rpartition(":")[0].strip("[]")) if kind in ("ipv4", "ipv6") else kind
+
+
+def household(host: str) -> str:
+    """The address, or the /64 that it is in: 2001:db8::1 -> 2001:db8::/64, all of which one machine may have."""
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return host
+    if address.version == 4 or address.is_loopback or address.is_link_local:
+        return host
+    if address.ipv4_mapped is not None:
+        return str(address.ipv4_mapped)
+    return str(ipaddress.IPv6Network((int(address), 64), strict=False))
 
 
 def certificate_names(context: Context) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
@@ -11,7 +12,7 @@ from typing import Final
 from lapwing_server.security.principals import Principal
 
 MOST_BUCKETS: Final = 10_000
-"""Full buckets are forgotten from here on: they say the same as none."""
+"""Above it the bucket that was used longest ago is forgotten: most likely it is full, which says the same as none."""
 
 
 @dataclass
@@ -36,9 +37,14 @@ class Bucket:
         self.tokens, self.seen = tokens - 1, now
         return 0.0
 
+    def change(self, rate: float, burst: float, now: float) -> None:
+        """Fills otherwise from now on. What it holds stays, as far as there is room: a change is no gift."""
+        self.tokens, self.seen = min(self.at(now), burst), now
+        self.rate, self.burst = rate, burst
+
 
 class Rates:
-    """A bucket for each principal.
+    """A bucket for each principal, whatever token it shows.
 
     Args:
         requests_per_second: of a principal that says nothing else; unlimited without it.
@@ -53,7 +59,7 @@ class Rates:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._rate, self._burst, self.clock = requests_per_second, burst, clock
-        self._buckets: dict[str, Bucket] = {}
+        self._buckets: OrderedDict[str, Bucket] = OrderedDict()
 
     def take(self, principal: Principal) -> float:
         """Counts a call; returns the seconds, in whole milliseconds, after which it may come again, 0 if it may now."""
@@ -70,9 +76,10 @@ class Rates:
     def _bucket(self, principal: Principal, rate: float, now: float) -> Bucket:
         own = principal.burst or (None if principal.requests_per_second else self._burst)
         burst = float(own or max(1, math.floor(rate)))
-        bucket = self._buckets.get(principal.name)
-        if bucket is None or (bucket.rate, bucket.burst) != (rate, burst):
-            if len(self._buckets) >= MOST_BUCKETS:
-                self._buckets = {name: one for name, one in self._buckets.items() if one.at(now) < one.burst}
-            bucket = self._buckets[principal.name] = Bucket(rate, burst, burst, now)
+        bucket = self._buckets.pop(principal.name, None) or Bucket(rate, burst, burst, now)
+        if (bucket.rate, bucket.burst) != (rate, burst):
+            bucket.change(rate, burst, now)
+        self._buckets[principal.name] = bucket
+        if len(self._buckets) > MOST_BUCKETS:
+            self._buckets.popitem(last=False)
         return bucket

@@ -43,6 +43,11 @@ SCOPES: Final = {
 }
 """By full name of the method. Written by hand: a new method is closed until somebody decides who may call it."""
 
+PUBLIC_STREAMS: Final = frozenset(
+    {"/grpc.health.v1.Health/Watch", "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"}
+)
+"""What stays open for as long as anybody likes."""
+
 USERS: Final = frozenset({Scope.READ, Scope.SCORE})
 EVERYTHING: Final = frozenset({Scope.READ, Scope.SCORE, Scope.ADMIN})
 

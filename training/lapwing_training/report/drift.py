@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from lapwing_detector.token_statistics import TOKEN_STATISTICS
 from lapwing_training.report.blocks import Block, Bullets, Table, Text
 from lapwing_training.report.words import feature_title, interval, number, percent
 
@@ -38,6 +39,12 @@ def _changes(found: Mapping[str, Any]) -> Iterator[str]:
         yield (
             f"Length: median {length['median_before']:.0f} tokens before, {length['median_here']:.0f} here "
             f"(Kolmogorov-Smirnov distance {number(length['distance'])}, p = {length['p_value']:.2g})."
+        )
+    for one in found.get("statistics", ()):
+        yield (
+            f"{TOKEN_STATISTICS[one['statistic']].title}: median {number(one['median_before'])} before, "
+            f"{number(one['median_here'])} here (Kolmogorov-Smirnov distance {number(one['distance'])}, "
+            f"p = {one['p_value']:.2g})."
         )
     shift = found.get("calibration")
     if shift:

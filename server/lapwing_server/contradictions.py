@@ -1,0 +1,89 @@
+"""Which settings exclude each other, and what to do about it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from lapwing_server.addresses import is_loopback, overlap
+
+if TYPE_CHECKING:
+    from lapwing_server.settings import Settings
+
+
+class Contradiction(ValueError):
+    """Settings that exclude each other.
+
+    Args:
+        names: of the settings.
+        message: what is wrong and how to mend it.
+    """
+
+    def __init__(self, names: tuple[str, ...], message: str) -> None:
+        super().__init__(message)
+        self.names = names
+
+
+def contradictions(one: Settings) -> Iterator[Contradiction]:
+    """All of the settings that exclude each other, the gravest first."""
+    yield from of_encryption(one)
+    yield from of_admin(one)
+    if one.model and not one.probes:
+        message = "--model needs --probes: the embedded probe was fitted on the embedded model only"
+        yield Contradiction(("model", "probes"), message)
+    if one.burst and not one.requests_per_second:
+        yield Contradiction(("burst", "requests_per_second"), "burst needs requests_per_second: nothing is limited")
+    yield from of_metrics(one)
+
+
+def of_encryption(one: Settings) -> Iterator[Contradiction]:
+    """What is said of TLS."""
+    if (one.tls_cert is None) != (one.tls_key is None):
+        given, missing = ("tls_cert", "tls_key") if one.tls_cert else ("tls_key", "tls_cert")
+        yield Contradiction((given, missing), f"{given} needs {missing}: give both, or neither")
+    if one.tls_client_ca and not one.encrypted:
+        yield Contradiction(("tls_client_ca", "tls_cert"), "tls_client_ca needs tls_cert and tls_key: there is no TLS")
+    if one.insecure and one.encrypted:
+        yield Contradiction(("insecure", "tls_cert"), "insecure is without encryption, tls_cert with it: drop one")
+    if not (one.encrypted or is_loopback(one.host)):
+        if one.tokens_file:
+            message = f"tokens would travel readable by others to {one.host!r}: give tls_cert and tls_key"
+            yield Contradiction(("tokens_file", "host"), message)
+        if not one.insecure:
+            message = (
+                f"others can reach {one.host!r}, and there is no encryption: give --tls-cert and --tls-key; "
+                "or keep 127.0.0.1 behind a proxy that has it, with --tokens-file; or say --insecure"
+            )
+            yield Contradiction(("host",), message)
+
+
+def of_admin(one: Settings) -> Iterator[Contradiction]:
+    """What is said of who may change probes."""
+    if not one.open_admin:
+        return
+    if one.tokens_file:
+        message = "the file says who may change probes: drop open_admin, or give a token of it the scope admin"
+        yield Contradiction(("open_admin", "tokens_file"), message)
+    if one.tls_client_ca:
+        message = "name the certificates that may change probes in a tokens_file, and drop open_admin"
+        yield Contradiction(("open_admin", "tls_client_ca"), message)
+    if not is_loopback(one.host):
+        message = f"whoever reaches {one.host!r} could change probes: drop open_admin, and give tokens_file"
+        yield Contradiction(("open_admin", "host"), message)
+
+
+def of_metrics(one: Settings) -> Iterator[Contradiction]:
+    """What is said of the page of the metrics."""
+    if one.metrics_port is None:
+        if one.metrics_host != "127.0.0.1":
+            message = "metrics_host needs metrics_port: no metrics are served"
+            yield Contradiction(("metrics_host", "metrics_port"), message)
+        return
+    if not (is_loopback(one.metrics_host) or one.metrics_insecure or one.insecure):
+        message = (
+            f"others can reach {one.metrics_host!r}, and the metrics are neither encrypted nor asked a token for: "
+            "keep 127.0.0.1, or say --metrics-insecure"
+        )
+        yield Contradiction(("metrics_host",), message)
+    if one.metrics_port == one.port != 0 and overlap(one.metrics_host, one.host):
+        yield Contradiction(("metrics_port", "port"), f"metrics_port and port are both {one.port}: give two")
