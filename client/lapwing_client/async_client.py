@@ -265,7 +265,7 @@ class AsyncClient:
     def _begin(self, call: Call[Any], deadline: Deadline, **options: Any) -> Any:
         """Begins a call of any kind with what every call carries."""
         method = call.method(self._open())
-        return method(call.request, timeout=deadline.left, metadata=self._connection.metadata, **options)
+        return method(call.request, timeout=deadline.time(), metadata=self._connection.metadata, **options)
 
     async def _read(self, answer: Any, deadline: Deadline) -> Any:
         """What a call answers, or the next thing that a stream says."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import os
+import re
 import sys
 from collections.abc import Callable, Collection, Sequence
 from importlib.metadata import EntryPoint, entry_points
@@ -96,10 +98,19 @@ def call(entry: EntryPoint, arguments: list[str]) -> int:
 def application(verb: Callable[..., Any] | typer.Typer) -> typer.Typer:
     """A verb as an application: a function is its only command, a verb with commands of its own is one already."""
     if isinstance(verb, typer.Typer):
-        return verb
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command()(verb)
+        app = verb
+    else:
+        app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+        app.command()(verb)
+    for command in app.registered_commands:
+        command.help = command.help or prose(inspect.getdoc(command.callback) or "")
     return app
+
+
+def prose(text: str) -> str:
+    """The text for typer, which would keep its line breaks and take [[what is in brackets]] for its own markup."""
+    paragraphs = (" ".join(paragraph.split()) for paragraph in text.split("\n\n"))
+    return re.sub(r"\[(?=[a-z#/@])", r"\[", "\n\n".join(paragraphs))
 
 
 def run(app: typer.Typer, arguments: list[str], name: str) -> int:

@@ -409,7 +409,7 @@ class Client:
         """Makes a call of any kind with what every call carries."""
         deadline = self._connection.deadline(timeout)
         try:
-            return method(request, timeout=deadline.left, metadata=self._connection.metadata, **options)
+            return method(request, timeout=deadline.time(), metadata=self._connection.metadata, **options)
         except grpc.RpcError as error:
             raise self._error_of(error, deadline) from None
         except ValueError:  # what gRPC raises for a closed channel, and for other things

@@ -6,6 +6,7 @@ import math
 import time
 from dataclasses import dataclass, field
 
+from lapwing_client.errors import DeadlineExceeded
 from lapwing_client.requests import real, unusable
 
 
@@ -39,6 +40,17 @@ class Deadline:
     def left(self) -> float:
         """Seconds that are left; below 0 when it has passed."""
         return self.ends - time.monotonic()
+
+    def time(self) -> float:
+        """Seconds that are left for a call.
+
+        Raises:
+            DeadlineExceeded: none are. gRPC would begin it, and now and then be quick enough.
+        """
+        if (left := self.left) <= 0:
+            message = f"the deadline of {self.seconds:g} s had passed before the call began; give it more time"
+            raise DeadlineExceeded(message, code="DEADLINE_EXCEEDED")
+        return left
 
     @classmethod
     def of(cls, timeout: Timeout) -> Deadline:

@@ -12,6 +12,7 @@ from lapwing_client.errors import (
     LapwingError,
     NotFound,
     PermissionDenied,
+    PreconditionFailed,
     TLSError,
     Unavailable,
     Unimplemented,
@@ -22,7 +23,7 @@ from lapwing_client.results import Detection
 LOOK_AHEAD = 4
 """Items that are read before the oldest one is answered, for each that may be asked for at once."""
 
-FOR_ALL = (Cancelled, NotFound, PermissionDenied, TLSError, Unavailable, Unimplemented)
+FOR_ALL = (Cancelled, NotFound, PermissionDenied, PreconditionFailed, TLSError, Unavailable, Unimplemented)
 """Errors that any other item would get, too; they are raised. Every other one stands in the place of its item."""
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
@@ -116,6 +116,9 @@ class Metrics:
             "lapwing_probes", "Names of the shelf that have a probe, and revisions of it that were rejected.", ["state"]
         )
         self._rejected = counter("lapwing_probe_rejections_total", "Probes that failed their checks when loaded.")
+        self._stale = gauge(
+            "lapwing_stale_file", "1 while what a file said before stays in use, since it can't be read now.", ["file"]
+        )
         self.drift = Drift()
         self.registry.register(self.drift)
         self._names: frozenset[str] = frozenset()
@@ -160,6 +163,10 @@ class Metrics:
     def dropped(self, reason: str) -> None:
         """Work was not done, because its client had left ("cancelled") or its deadline had passed ("expired")."""
         self._dropped.labels(known(reason, DROPPED)).inc()
+
+    def watch(self, file: str, stale: Callable[[], bool]) -> None:
+        """Shows from now on whether a file, called by the name of its setting, is stale."""
+        self._stale.labels(file).set_function(lambda: float(stale()))
 
     def scored(self, detection: Detection, role: str) -> None:
         """A probe gave its verdict.

@@ -22,7 +22,7 @@ Parse = Callable[[bytes], Any]
 SMALL: Final = 64 * 2**10
 """Bytes up to which a request is parsed on the event loop: whatever they hold, it takes less than a millisecond."""
 
-BATCH: Final[Descriptor] = detector_pb2.ScoreBatchRequest.DESCRIPTOR
+BATCH: Final = detector_pb2.ScoreBatchRequest.DESCRIPTOR
 ITEMS: Final = BATCH.fields_by_name["items"].number
 
 FIELDS_OF_ITEM: Final = 16
@@ -90,14 +90,13 @@ class Parser:
     def _count(self, data: bytes, kind: Descriptor) -> None:
         """Refuses what would be built of too many parts, without building one."""
         limits, items = self._limits, 0
-        most = limits.batch_items * (FIELDS_OF_TURN * limits.messages + FIELDS_OF_ITEM)
+        most_items = limits.batch_items
+        most = most_items * (FIELDS_OF_TURN * limits.messages + FIELDS_OF_ITEM)
         try:
             for total, (depth, number) in enumerate(fields(data, kind), 1):
                 items += kind is BATCH and depth == 0 and number == ITEMS
-                if items > limits.batch_items:
-                    raise invalid(
-                        "items", f"has more than {limits.batch_items} items; give 1 to {limits.batch_items}", "BATCH_SIZE"
-                    )
+                if items > most_items:
+                    raise invalid("items", f"has more than {most_items} items; give 1 to {most_items}", "BATCH_SIZE")
                 if total > most:
                     raise too_large(f"has more than {most} fields", str(most))
         except Unreadable:

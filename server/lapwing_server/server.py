@@ -58,6 +58,8 @@ class Server:
         self._credentials = credentials(self.settings, self.watcher)
         self.metrics = Metrics()
         self.authenticator = authenticator(self.settings, self.metrics.shed, self.watcher)
+        for name, file in self.watcher.files.items():
+            self.metrics.watch(name, partial(getattr, file, "stale"))
         self._parser = Parser(self.settings.limits)
         self.guard = Guard(self.metrics, self.authenticator.admit, self._parser)
         self.readiness = Readiness(limits=self.settings.limits)

@@ -173,6 +173,7 @@ class Settings(BaseSettings):
             ("grpc.max_receive_message_length", min(4 * self.limits.request_bytes + 2**20, 2**31 - 1)),
             ("grpc.max_send_message_length", -1),
             ("grpc.max_concurrent_streams", self.limits.calls_per_connection),
+            ("grpc.http.overload_protection", 0),  # near that bound it answers UNAVAILABLE to those that would wait
             ("grpc.keepalive_time_ms", int(self.keepalive * 1000)),
             ("grpc.keepalive_timeout_ms", int(self.keepalive_timeout * 1000)),
             ("grpc.http2.ping_timeout_ms", int(self.keepalive_timeout * 1000)),  # of a ping in flight; else a minute

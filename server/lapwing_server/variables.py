@@ -19,7 +19,7 @@ CONFIG: Final = "LAPWING_CONFIG"
 
 OTHERS: Final = frozenset(
     {"LAPWING_REGISTRY", "LAPWING_SERVER", "LAPWING_TOKEN", "LAPWING_SOAK", "LAPWING_IMAGE"}
-    | {"LAPWING_WRITE_ARCHITECTURES"}
+    | {"LAPWING_WRITE_ARCHITECTURES", "LAPWING_PYTHONS"}
 )
 """Variables that other commands and the tests read; in the environment of a server they mean nothing."""
 

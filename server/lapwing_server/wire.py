@@ -28,7 +28,7 @@ class Unreadable(ValueError):
 def request_type(method: str) -> Descriptor | None:
     """The message that the method of this path takes; None where nothing is known of it."""
     try:
-        found = descriptor_pool.Default().FindMethodByName(method.lstrip("/").replace("/", "."))  # type: ignore[no-untyped-call]
+        found = descriptor_pool.Default().FindMethodByName(method.lstrip("/").replace("/", "."))
     except KeyError:
         return None
     kind: Descriptor = found.input_type

@@ -21,6 +21,7 @@ from lapwing_client import (
     Matrix,
     NotFound,
     Overloaded,
+    PreconditionFailed,
     ServerError,
     TooLarge,
     Unavailable,
@@ -103,6 +104,69 @@ def test_generate(client: Client) -> None:
     assert isinstance(last, Generation)
     assert (last.text, last.finish_reason) == ("ABCD", "LENGTH")
     assert client.score(last.prompt_token_ids, last.token_ids).logit == last.detection.logit
+
+
+def written(client: Client, **options: Any) -> tuple[list[GeneratedToken], Generation]:
+    """The tokens of a generation, and its end."""
+    *tokens, last = client.generate("hello", **{"max_new_tokens": 9} | options)
+    assert all(isinstance(token, GeneratedToken) for token in tokens)
+    assert isinstance(last, Generation)
+    return tokens, last  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("stops", ["CD", ["CD"], ("X", "CD", "E")])
+def test_a_generation_ends_before_a_stop_string(client: Client, stops: Any) -> None:
+    _, last = written(client, stop_strings=stops)
+    assert (last.text, last.finish_reason) == ("AB", "STOP_STRING")
+
+
+def test_a_generation_ends_when_it_is_probably_made_up(client: Client) -> None:
+    for least in (1, 4):
+        tokens, last = written(client, stop_when_probability_above=0.01, minimum_tokens=least)
+        assert (last.finish_reason, len(tokens)) == ("FLAGGED", least)
+    assert written(client, stop_when_probability_above=0.999)[1].finish_reason == "LENGTH"
+
+
+def test_scores_may_be_seldom(client: Client) -> None:
+    tokens, _ = written(client, score_every=4)
+    assert [token.index for token in tokens if token.probability is not None] == [3, 7, 8]
+
+
+def test_contributions_come_when_asked_for(client: Client) -> None:
+    tokens, last = written(client, contributions=True)
+    for token in tokens:
+        assert len(token.token_contributions) == 5 + token.index + 1
+        assert token.logit is not None
+        assert sum(token.token_contributions) + last.detection.bias == pytest.approx(token.logit, abs=1e-6)  # float32
+    assert {token.token_contributions for token in written(client)[0]} == {()}
+
+
+def test_every_score_may_name_its_probe(client: Client) -> None:
+    for name in ("fake-probe", "other-probe"):
+        assert client.score("hello", "world", probe=name).probe_name == name
+        [detection] = client.score_batch([("hello", "world")], probe=name)
+        assert isinstance(detection, Detection)
+        assert detection.probe_name == written(client, probe=name)[1].detection.probe_name == name
+    with pytest.raises(NotFound, match="known are") as caught:
+        client.score("hello", "world", probe="nope")
+    assert caught.value.field == "probe"
+    with pytest.raises(PreconditionFailed, match="broken-probe"):
+        client.score("hello", "world", probe="broken-probe")
+
+
+def test_another_probe_can_be_activated_and_the_one_before_again() -> None:
+    with Running(shelf=a_shelf("fake-probe", "other-probe")) as server, Client(server.target) as client:
+        before = client.probe()
+        change = client.activate_probe("other-probe")
+        assert (change.active.name, change.active.state) == ("other-probe", "ACTIVE")
+        assert (change.previous_name, change.previous_revision) == (before.name, before.revision)
+        assert client.score("hello", "world").probe_name == client.server_info().probe_name == "other-probe"
+        client.activate_probe(change.previous_name, change.previous_revision)
+        assert client.probe() == before
+        with pytest.raises(NotFound):
+            client.activate_probe("nope")
+        with pytest.raises(InvalidRequest):
+            client.activate_probe("")
 
 
 def test_heatmap(client: Client) -> None:
@@ -283,7 +347,7 @@ def test_what_is_not_known_is_told_apart(client: Client) -> None:
 
 
 def test_nine_megabytes_are_too_large_and_the_caller_must_act(client: Client) -> None:
-    with pytest.raises(TooLarge, match=r"server_info\(\).limits") as caught:
+    with pytest.raises(TooLarge, match="the server takes 8388608 in one message") as caught:
         client.score("x" * 9_000_000, "y")
     assert isinstance(caught.value, InvalidRequest)
     assert "caller" in caught.value.who_acts

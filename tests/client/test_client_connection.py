@@ -80,8 +80,10 @@ def test_all_pages_share_one_deadline() -> None:
 
 def test_a_deadline_may_be_the_clients_own() -> None:
     with WireServer() as server, Client(server.target, timeout=Deadline(0.0)) as client:
-        with pytest.raises(DeadlineExceeded):
-            client.score("a", "b")
+        for call in (lambda: client.score("a", "b"), lambda: client.generate("a")):
+            with pytest.raises(DeadlineExceeded, match="the deadline of 0 s had passed before the call began"):
+                call()
+        assert server.calls == []
         assert client.score("a", "b", timeout=Deadline(WAIT)).logit == 1
 
 

@@ -107,6 +107,14 @@ def test_who_must_act_when_it_is_too_much(reason: str, retry_after: float | None
         assert ("try again" in error.who_acts) == (kind is errors.Overloaded)
 
 
+@pytest.mark.parametrize("said", [f"{what} message larger than max (9 vs. 8)" for what in ("Received", "Sent")])
+def test_grpc_itself_may_find_a_message_too_large(said: str) -> None:
+    error = error_of_call(FakeRpcError(grpc.StatusCode.RESOURCE_EXHAUSTED, said), "here")
+    assert type(error) is errors.TooLarge
+    assert (error.reason, error.retry_after) == ("MESSAGE_TOO_LARGE", None)
+    assert "server_info().limits" in error.message
+
+
 def test_an_error_becomes_json() -> None:
     error = errors.Overloaded("too much", reason="QUEUE_FULL", code="RESOURCE_EXHAUSTED", retry_after=0.5)
     assert json.loads(json.dumps(error.to_dict())) == {

@@ -34,6 +34,8 @@ SCORED = Detection(
     response_tokens=1,
     token_ids=(1, 2, 3, 4),
     token_contributions=(0.0, 0.0, 0.5, 0.5),
+    heads_contribution=1.0,
+    statistic_contributions={},
     strongest_heads=(),
     seconds={},
 )

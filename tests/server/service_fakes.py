@@ -111,13 +111,17 @@ class Running:
         self.loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self.loop.run_forever, name="test-event-loop")
         self._thread.start()
-        self.server: Server = self.call(
-            self._make(load or (lambda: loaded), Settings(**{"port": 0, "open_admin": own} | settings))
-        )
-        self.port: int = self.call(self.server.start())
         self._stopped = False
-        if ready:
-            self.call(self.server.loaded())
+        try:
+            self.server: Server = self.call(
+                self._make(load or (lambda: loaded), Settings(**{"port": 0, "open_admin": own} | settings))
+            )
+            self.port: int = self.call(self.server.start())
+            if ready:
+                self.call(self.server.loaded())
+        except BaseException:  # else the thread would keep the process that the test runs in
+            self._end_loop()
+            raise
 
     @property
     def target(self) -> str:
@@ -145,9 +149,12 @@ class Running:
             self._stopped = True
             self.call(self.server.stop())
             self.call(self.loop.shutdown_default_executor())
-            self.loop.call_soon_threadsafe(self.loop.stop)
-            self._thread.join(WAIT)
-            self.loop.close()
+            self._end_loop()
+
+    def _end_loop(self) -> None:
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self._thread.join(WAIT)
+        self.loop.close()
 
     def __enter__(self) -> Running:
         return self

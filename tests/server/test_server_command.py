@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import subprocess
@@ -138,12 +139,17 @@ def test_the_log_is_ours_and_of_libraries_only_what_went_wrong() -> None:
     assert [json.loads(line)["event"] for line in done.stderr.splitlines()] == ["trouble", "news"]
 
 
-def test_loading_draws_no_bar_in_the_log() -> None:
+def test_loading_draws_no_bar_in_the_log_and_writes_nothing_past_it() -> None:
     transformers_logging.enable_progress_bar()
+    transformers_logging.enable_default_handler()
+    theirs = logging.getLogger("transformers")
     assert transformers_logging.is_progress_bar_enabled(), "control"
+    assert theirs.handlers, "control"
     with pytest.raises(Exception, match="can't be loaded"):
         real_detector("/nowhere/at/all", a_probe())
     assert not transformers_logging.is_progress_bar_enabled()
+    assert not theirs.handlers, "what it warns of is a line of our log"
+    assert theirs.propagate
 
 
 # Certificates, tokens and metrics, as the command takes them.

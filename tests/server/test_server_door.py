@@ -26,7 +26,7 @@ from lapwing_server.security import authenticator
 from lapwing_server.security.authenticator import Authenticator
 from lapwing_server.security.principals import Principal, peer_name
 from lapwing_server.security.rates import Rates
-from lapwing_server.security.scopes import EVERYTHING, PUBLIC_STREAMS, SCOPES, USERS, Scope
+from lapwing_server.security.scopes import EVERYTHING, PUBLIC_STREAMS, SCOPES, USERS, Scope, granted
 from lapwing_server.security.tokens import Tokens
 from lapwing_server.security.visitors import Visitors
 from lapwing_server.security.watched import Watcher
@@ -131,6 +131,12 @@ def test_the_table_holds_scopes_only_that_somebody_can_have() -> None:
 
 
 # A missing scope.
+
+
+def test_admin_implies_all_and_nothing_else_does() -> None:
+    assert granted([Scope.ADMIN]) == EVERYTHING
+    assert granted([Scope.SCORE]) == {Scope.SCORE}
+    assert Scope.PUBLIC not in EVERYTHING
 
 
 @pytest.mark.parametrize(

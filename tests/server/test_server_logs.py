@@ -9,9 +9,10 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
+from service_fakes import WAIT
+from written_log import Written, logging_as_before
 
 from lapwing_server import logs
 from lapwing_server.context import CallRecord, answered_by, current_call, note
@@ -28,30 +29,14 @@ class Terminal(io.StringIO):
 
 @pytest.fixture(autouse=True)
 def as_before() -> Iterator[None]:
-    """Leaves logging as it was."""
-    root, ours = logging.getLogger(), logging.getLogger("lapwing")
-    handlers, levels = list(root.handlers), (root.level, ours.level)
-    yield
-    root.handlers[:] = handlers
-    root.setLevel(levels[0])
-    ours.setLevel(levels[1])
-    logging.captureWarnings(False)
-
-
-def lines(stream: io.StringIO) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in stream.getvalue().splitlines()]
-
-
-def configured(level: str = "info", format: str = "json", stream: io.StringIO | None = None) -> io.StringIO:
-    stream = stream or io.StringIO()
-    logs.configure(level, format, stream)
-    return stream
+    with logging_as_before():
+        yield
 
 
 def test_a_line_is_one_object_whatever_is_in_it() -> None:
-    stream = configured()
+    log = Written()
     OURS.info("two\nlines %s", "\u2028 \ud800 ü", extra={"number": 1.5, "odd": object, "text": 'a "quote"\n'})
-    [line] = lines(stream)
+    [line] = log.lines
     assert line["event"] == "two\nlines \u2028 \ud800 ü"
     assert (line["level"], line["logger"], line["number"]) == ("info", "lapwing.server", 1.5)
     assert line["text"] == 'a "quote"\n'
@@ -68,20 +53,20 @@ def test_a_line_is_one_object_whatever_is_in_it() -> None:
     ],
 )
 def test_of_libraries_only_what_went_wrong(level: str, ours: list[str], theirs: list[str]) -> None:
-    stream = configured(level)
+    log = Written(level)
     for logger in (OURS, THEIRS):
         for one in ("debug", "info", "warning", "error"):
             getattr(logger, one)("x")
-    found = [(line["logger"], line["level"]) for line in lines(stream)]
+    found = [(line["logger"], line["level"]) for line in log.lines]
     assert found == [(OURS.name, one) for one in ours] + [(THEIRS.name, one) for one in theirs]
 
 
 def test_warnings_of_python_are_lines_too() -> None:
-    stream = configured()
+    log = Written()
     with warnings.catch_warnings():
         warnings.simplefilter("always")
         warnings.warn("old ways", DeprecationWarning, stacklevel=1)
-    [line] = lines(stream)
+    [line] = log.lines
     assert "old ways" in line["event"]
 
 
@@ -90,19 +75,17 @@ def fail() -> None:
 
 
 @pytest.mark.parametrize("logger", [OURS, THEIRS])
-@pytest.mark.parametrize("format", ["json", "text"])
+@pytest.mark.parametrize("style", ["json", "text"])
 @pytest.mark.parametrize("level", ["info", "debug"])
-def test_an_error_is_its_type_and_its_way_unless_asked_for_more(
-    logger: logging.Logger, format: str, level: str
-) -> None:
-    stream = configured(level, format)
+def test_an_error_is_its_type_and_its_way_unless_asked_for_more(logger: logging.Logger, style: str, level: str) -> None:
+    log = Written(level, style)
     try:
         fail()
     except RuntimeError:
         logger.exception("it failed", stack_info=True)
-    assert "RuntimeError" in stream.getvalue()
-    assert "fail" in stream.getvalue()
-    assert (SECRET in stream.getvalue()) == (level == "debug")
+    assert "RuntimeError" in log.text
+    assert "fail" in log.text
+    assert (SECRET in log.text) == (level == "debug")
 
 
 def test_a_line_that_can_not_be_written_is_lost_in_silence(capfd: pytest.CaptureFixture[str]) -> None:
@@ -114,6 +97,7 @@ def test_a_line_that_can_not_be_written_is_lost_in_silence(capfd: pytest.Capture
     for template in ("%s", "%d"):
         record = logging.LogRecord("lapwing.server", logging.INFO, __file__, 1, template, (SECRET,), None)
         handler.handle(record)
+        assert handler.wait(WAIT)
         assert capfd.readouterr() == ("", "")
         logging.StreamHandler(Full()).handle(record)
         assert SECRET in capfd.readouterr().err, "control: the standard one prints its arguments"
@@ -121,37 +105,37 @@ def test_a_line_that_can_not_be_written_is_lost_in_silence(capfd: pytest.Capture
 
 @pytest.mark.parametrize("terminal", [True, False])
 def test_people_at_a_terminal_get_text_and_machines_do_not(terminal: bool) -> None:
-    stream = configured(format="auto", stream=Terminal() if terminal else io.StringIO())
+    log = Written(style="auto", stream=Terminal() if terminal else io.StringIO())
     OURS.info("hello", extra={"number": 2})
-    assert stream.getvalue().startswith("{") != terminal
-    assert "hello" in stream.getvalue()
-    assert ("\x1b[" in stream.getvalue()) == terminal, "colours"
+    assert log.text.startswith("{") != terminal
+    assert "hello" in log.text
+    assert ("\x1b[" in log.text) == terminal, "colours"
 
 
 def test_text_that_goes_to_a_file_has_no_colours() -> None:
-    stream = configured(format="text")
+    log = Written(style="text")
     OURS.info("hello", extra={"number": 2})
-    assert "number=2" in stream.getvalue()
-    assert "\x1b" not in stream.getvalue()
+    assert "number=2" in log.text
+    assert "\x1b" not in log.text
 
 
 def test_a_second_configuration_takes_the_place_of_the_first() -> None:
-    first, second = configured(), configured()
+    first, second = Written(), Written()
     OURS.info("once")
-    assert first.getvalue() == ""
-    assert len(lines(second)) == 1
+    assert first.text == ""
+    assert len(second.lines) == 1
 
 
-@pytest.mark.parametrize(("level", "format"), [("loud", "json"), ("info", "xml")])
-def test_what_is_not_known_is_refused(level: str, format: str) -> None:
+@pytest.mark.parametrize(("level", "style"), [("loud", "json"), ("info", "xml")])
+def test_what_is_not_known_is_refused(level: str, style: str) -> None:
     before = list(logging.getLogger().handlers)
     with pytest.raises(ValueError, match=repr(level)):
-        logs.configure(level, format)
+        logs.configure(level, style)
     assert logging.getLogger().handlers == before
 
 
 def test_a_line_of_a_call_says_whose() -> None:
-    stream = configured()
+    log = Written()
     reset = current_call.set(CallRecord("Score", "id-7", principal="somebody"))
     answered_by("a-probe", "0123")
     note(tokens=5)
@@ -160,19 +144,54 @@ def test_a_line_of_a_call_says_whose() -> None:
     current_call.reset(reset)
     note(tokens=7)
     OURS.info("outside")
-    inside, named, outside = lines(stream)
+    inside, named, outside = log.lines
     known = {"request_id": "id-7", "principal": "somebody", "probe": "a-probe@0123", "tokens": 5}
     assert known.items() <= inside.items()
     assert named["tokens"] == 6, "what the line itself says is stronger"
     assert not known.keys() & outside.keys()
 
 
+FORGED = "two\n2026-01-01T00:00:00Z [error    ] forged\r\x1b[31m\u2028 \udcff"
+
+
+@pytest.mark.parametrize("style", ["json", "text"])
+@pytest.mark.parametrize("terminal", [True, False])
+def test_nobody_writes_a_line_of_the_log_but_the_log(style: str, terminal: bool) -> None:
+    log = Written(style=style, stream=Terminal() if terminal else io.StringIO())
+    OURS.warning("%s", FORGED, extra={"name_of_a_file": FORGED, "list": [FORGED], "object": Odd()})
+    OURS.warning("after it")
+    forged, after = log.text.splitlines()  # also at what only Python takes for the end of a line
+    assert "forged" in forged
+    assert "after it" in after
+    assert "\x1b[31m\u2028" not in forged, "nor does it steer a terminal"
+    assert "udcff" in forged, "what UTF-8 can't hold shows as an escape"
+
+
+class Odd:
+    def __repr__(self) -> str:
+        return FORGED
+
+
+def test_a_traceback_that_was_asked_for_stays_readable_and_forges_nothing() -> None:
+    log = Written("debug", "text")
+    try:
+        raise RuntimeError(FORGED)
+    except RuntimeError:
+        OURS.exception("it failed")
+    first, *others = log.text.splitlines()
+    assert "it failed" in first
+    assert len(others) >= 4, "the traceback has lines of its own"
+    assert all(line.startswith("    ") for line in others)
+
+
 STRAYS = f"""
 import asyncio, gc, threading
 from lapwing_server import logs
 
+SECRET = {SECRET!r}
+
 def fail(*_):
-    raise RuntimeError({SECRET!r})
+    raise RuntimeError(SECRET)
 
 class Late:
     __del__ = fail
@@ -187,7 +206,7 @@ async def main():
     thread.start()
     thread.join()
     Late()
-    asyncio.get_running_loop().call_soon(fail)
+    asyncio.get_running_loop().call_soon(fail, SECRET)
     task = asyncio.create_task(forgotten())
     await asyncio.sleep(0.05)
     del task
@@ -209,3 +228,5 @@ def test_what_nobody_caught_is_a_line_and_quotes_nothing(catch: bool) -> None:
         found = [json.loads(line) for line in done.stderr.splitlines()]
         assert [line["error"] for line in found] == ["RuntimeError"] * 4
         assert all(line["at"][-1].endswith(" fail") for line in found)
+        said = [line["what"] for line in found if "what" in line]
+        assert said == ["Exception in callback fail", "Task exception was never retrieved"], "without its arguments"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import logging
 import os
@@ -17,8 +16,8 @@ import pytest
 from canaries import CANARY, METHODS, WRITTEN, Quoting, every_way, hits
 from service_fakes import WAIT, Running, a_shelf, wait_until
 from test_server_metrics import page_of, samples_of
+from written_log import Written, logging_as_before
 
-from lapwing_server import logs
 from lapwing_server.engine import Loaded
 from lapwing_server.readings import fingerprint
 
@@ -26,14 +25,10 @@ FAILURES = ["", "tokens", "template", "forward", "capture"]
 
 
 @pytest.fixture
-def written() -> Iterator[io.StringIO]:
+def written() -> Iterator[Written]:
     """The log as `lapwing serve` would write it."""
-    stream = io.StringIO()
-    handler = logs.configure("info", "json", stream)
-    yield stream
-    logging.getLogger().removeHandler(handler)
-    logging.getLogger("lapwing").setLevel(logging.NOTSET)
-    logging.captureWarnings(False)
+    with logging_as_before():
+        yield Written()
 
 
 def quoting(fails: str) -> Quoting:
@@ -43,7 +38,7 @@ def quoting(fails: str) -> Quoting:
 
 
 @pytest.mark.parametrize("fails", FAILURES)
-def test_nothing_that_somebody_wrote_shows(written: io.StringIO, fails: str) -> None:
+def test_nothing_that_somebody_wrote_shows(written: Written, fails: str) -> None:
     with Running(quoting(fails), metrics_port=0, reflection=True) as server:
         said = every_way(server.target)
         server.settle()
@@ -60,13 +55,13 @@ def test_nothing_that_somebody_wrote_shows(written: io.StringIO, fails: str) -> 
     scored = sum(value for (name, _), value in samples_of(page).items() if name == "lapwing_detections_total")
     assert (scored > 5) == (fails == ""), "text went all the way through, or failed on its way"
     assert ("INTERNAL" in said) == (fails not in ("", "template"))
-    for place in (written.getvalue(), page, said):
+    for place in (written.text, page, said):
         assert len(place) > 1000
         assert hits(place) == []
 
 
 @pytest.mark.parametrize("right", [True, False])
-def test_a_token_shows_nowhere(written: io.StringIO, tmp_path: Path, right: bool) -> None:
+def test_a_token_shows_nowhere(written: Written, tmp_path: Path, right: bool) -> None:
     """The canary is the bearer token, too."""
     file, token = tmp_path / "tokens.toml", CANARY if right else "another"
     digest = hashlib.sha256(token.encode()).hexdigest()
@@ -75,16 +70,16 @@ def test_a_token_shows_nowhere(written: io.StringIO, tmp_path: Path, right: bool
         said = every_way(server.target)
         page = page_of(server.server.metrics_port)
     assert ("MISSING_SCOPE" in said, "UNAUTHENTICATED" in said) == (right, not right)
-    assert ('"principal": "somebody"' in written.getvalue()) == right
-    for place in (written.getvalue(), page, said):
+    assert ('"principal": "somebody"' in written.text) == right
+    for place in (written.text, page, said):
         assert hits(place) == []
 
 
-def test_control_what_is_logged_is_found(written: io.StringIO) -> None:
+def test_control_what_is_logged_is_found(written: Written) -> None:
     logging.getLogger("lapwing.server").info("a prompt: %s", CANARY)
     logging.getLogger("lapwing.server").info("a prompt", extra={"ids": list(CANARY.encode())})
     logging.getLogger("lapwing.server").debug("not at this level: %s", WRITTEN)
-    assert len(hits(written.getvalue())) == 2
+    assert len(hits(written.text)) == 2
 
 
 def test_control_the_canary_reached_the_engine_and_was_written() -> None:

@@ -109,6 +109,24 @@ def test_the_server_itself_sees_that_files_changed(world: World) -> None:
         wait_until(lambda: reaches(world.channel(server.port, "tls", world.stranger.pem)))
 
 
+def test_the_metrics_say_which_file_is_stale(world: World) -> None:
+    with Running(**world.settings("mtls"), tokens_file=world.folder / TOKENS_FILE) as server:
+
+        def stale() -> dict[str, float | None]:
+            server.server.watcher.look()
+            value = server.server.metrics.registry.get_sample_value
+            return {name: value("lapwing_stale_file", {"file": name}) for name in ("tokens_file", "tls_cert")}
+
+        assert stale() == {"tokens_file": 0.0, "tls_cert": 0.0}
+        replace(world.folder / TOKENS_FILE, b"nonsense")
+        assert stale() == {"tokens_file": 1.0, "tls_cert": 0.0}
+        replace(world.folder / "ca.pem", b"nonsense")
+        replace(world.folder / TOKENS_FILE, tokens_text("reader").encode())
+        assert stale() == {"tokens_file": 0.0, "tls_cert": 1.0}
+        replace(world.folder / "ca.pem", world.authority.pem)
+        assert stale() == {"tokens_file": 0.0, "tls_cert": 0.0}
+
+
 def test_a_disk_that_hangs_holds_up_no_call(world: World) -> None:
     """In place of the file there is a pipe, which nobody writes to, so that whoever reads it waits."""
     path = world.folder / TOKENS_FILE
@@ -116,10 +134,12 @@ def test_a_disk_that_hangs_holds_up_no_call(world: World) -> None:
         path.unlink()
         os.mkfifo(path)
         try:
-            wait_until(lambda: server.server.watcher.files[0]._looking_since is not None)
+            wait_until(lambda: server.server.watcher.files["tokens_file"]._looking_since is not None)
             codes = [code_of(channel, "GetServerInfo", token_of(name)) for name in ("reader", "nobody") * 3]
             assert codes == [OK, grpc.StatusCode.UNAUTHENTICATED] * 3
-            assert server.server.watcher.files[0]._looking_since is not None, "control: it hangs all the while"
+            assert server.server.watcher.files["tokens_file"]._looking_since is not None, (
+                "control: it hangs all the while"
+            )
             server.close()
         finally:
             os.close(os.open(path, os.O_WRONLY))

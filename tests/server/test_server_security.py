@@ -10,6 +10,9 @@ from typing import Any
 import grpc
 import pytest
 from certificates import replace
+from engine_fakes import FakeEngine
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from security_world import (
     CANARY,
     CONNECTIONS,
@@ -32,10 +35,15 @@ from security_world import (
     token_of,
     tokens_text,
 )
-from service_fakes import Running, told
+from service_fakes import WAIT, Gate, Running, told, wait_until
 from test_server_lifecycle import start_and_stop
 
-from lapwing.v1 import probes_pb2, probes_pb2_grpc
+from lapwing.v1 import detector_pb2, detector_pb2_grpc, probes_pb2, probes_pb2_grpc
+from lapwing_client import Client, LapwingError
+from lapwing_server.detector_service import DetectorService
+from lapwing_server.health import Health
+from lapwing_server.limits import Limits
+from lapwing_server.probes_service import ProbesService
 from lapwing_server.security.principals import Principal, current_principal, principal_of
 from lapwing_server.security.scopes import SCOPES, UnlistedMethod
 from lapwing_server.server import Settings
@@ -109,6 +117,20 @@ def test_a_method_that_nobody_decided_about_stops_the_start(
     assert start_and_stop(settings), "control"
 
 
+def test_a_handler_that_is_a_plain_function_stops_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else it would be found out by the first client that calls it."""
+
+    def plain(self: object, request: object, context: object) -> None:
+        """Would run in a pool of threads."""
+
+    for service, method in [(ProbesService, "GetProbe"), (Health, "Watch"), (DetectorService, "Generate")]:
+        with monkeypatch.context() as patch:
+            patch.setattr(service, method, plain)
+            with pytest.raises(TypeError, match=rf"/{method} is a plain function; make it async"):
+                start_and_stop(Settings(port=0))
+    assert start_and_stop(Settings(port=0)), "control"
+
+
 def test_only_what_is_registered_must_be_decided_about(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(SCOPES, "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo")
     assert start_and_stop(Settings(port=0))
@@ -122,20 +144,88 @@ def test_the_missing_scope_is_named(world: World) -> None:
         pytest.raises(grpc.RpcError) as caught,
     ):
         probes_pb2_grpc.ProbesStub(channel).ReloadProbes(request, metadata=metadata)
-    assert told(caught.value).message == "ReloadProbes needs the scope admin; reader has read"
+    assert told(caught.value).message == (
+        "ReloadProbes needs the scope admin; reader has read; "
+        "make a token by lapwing token NAME --scope admin --into FILE"
+    )
 
 
 # Without tokens.
 
 
 @pytest.mark.parametrize(
-    ("settings", "allowed"), [({}, True), ({"host": EVERYWHERE, "insecure": True}, False)], ids=["loopback", "open"]
+    ("settings", "allowed"),
+    [({"open_admin": False}, False), ({"open_admin": True}, True), ({"host": EVERYWHERE, "insecure": True}, False)],
+    ids=["loopback", "asked", "everywhere"],
 )
-def test_without_tokens_only_this_machine_may_change_anything(settings: dict[str, Any], allowed: bool) -> None:
+def test_without_tokens_nobody_may_change_anything_unless_that_is_asked_for(
+    settings: dict[str, Any], allowed: bool
+) -> None:
+    """A proxy's clients come from loopback, too, so that being there says nothing."""
     with Running(**settings) as server, grpc.insecure_channel(server.target) as channel:
         assert code_of(channel, "GetServerInfo") is OK
         assert code_of(channel, "Score") is grpc.StatusCode.INVALID_ARGUMENT, "it got as far as the request"
         assert (code_of(channel, "ReloadProbes") is not DENIED) == allowed
+
+
+def test_the_public_python_client_is_told_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    with Running(open_admin=False) as server, Client(server.target) as client:
+        with pytest.raises(LapwingError, match=r"lapwing token NAME --scope admin .*--open-admin"):
+            client.activate_probe("fake-probe")
+        assert client.server_info(), "control"
+
+
+def test_streams_that_need_no_token_are_no_way_in(world: World) -> None:
+    """Whoever opens them without end is stopped, and everybody else goes on."""
+    limits = Limits(public_streams=6, public_streams_per_client=4)
+    settings = {"tokens_file": world.folder / TOKENS_FILE, "limits": limits, "reflection": True}
+    with Running(**settings) as server, world.channel(server.port, "plain") as channel:
+        watch = health_pb2_grpc.HealthStub(channel).Watch
+        open_ones = [watch(health_pb2.HealthCheckRequest(), timeout=WAIT) for _ in range(4)]
+        assert [next(one).status for one in open_ones] == [health_pb2.HealthCheckResponse.SERVING] * 4
+        for method in methods_of_public_streams():
+            with pytest.raises(grpc.RpcError) as caught:
+                next(iter(method(channel)))
+            error = told(caught.value)
+            assert (error.code, error.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "TOO_MANY_STREAMS")
+        assert code_of(channel, "Check") is OK
+        assert code_of(channel, "GetServerInfo", token_of("reader")) is OK
+        for one in open_ones:
+            one.cancel()
+        wait_until(lambda: len(server.server.authenticator.visitors) == 0)  # type: ignore[arg-type]
+        [again] = [next(method(channel)) for method in methods_of_public_streams()[:1]]
+        assert again.status == health_pb2.HealthCheckResponse.SERVING
+
+
+def methods_of_public_streams() -> list[Any]:
+    """Calls that stay open, by a channel."""
+
+    def reflect(channel: grpc.Channel) -> Any:
+        asked = iter([reflection_pb2.ServerReflectionRequest(list_services="")])
+        return reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo(asked, timeout=WAIT)
+
+    return [
+        lambda channel: health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(), timeout=WAIT),
+        reflect,
+    ]
+
+
+def test_calls_of_one_connection_have_a_bound() -> None:
+    """Those that are too many wait, and are answered when there is room."""
+    limits, gate = Limits(calls_per_connection=3), Gate()
+    with Running(FakeEngine(before=gate), limits=limits) as server, grpc.insecure_channel(server.target) as channel:
+        stub = detector_pb2_grpc.DetectorStub(channel)
+        assert stub.GetServerInfo(detector_pb2.GetServerInfoRequest(), timeout=WAIT), "the connection knows the bound"
+        message = detector_pb2.ScoreRequest(prompt={"text": "hello"}, response={"text": "world"})
+        calls = [stub.Score.future(message, timeout=WAIT) for _ in range(9)]
+        assert gate.reached.wait(WAIT)
+        wait_until(lambda: server.server.guard.in_flight == 3)
+        with grpc.insecure_channel(server.target, [("grpc.use_local_subchannel_pool", 1)]) as other:
+            info = detector_pb2_grpc.DetectorStub(other).GetServerInfo
+            assert info(detector_pb2.GetServerInfoRequest(), timeout=WAIT), "another connection has its own"
+        wait_until(lambda: server.server.guard.in_flight == 3)
+        gate.open()
+        assert all(call.result() for call in calls)
 
 
 def test_tokens_do_not_travel_in_the_open(world: World) -> None:
@@ -178,10 +268,12 @@ def test_a_certificate_may_be_granted_more(name: str, world: World) -> None:
         assert code_of(channel, "ReloadProbes", token_of("reader")) is DENIED, "a token that is shown decides"
         assert code_of(channel, "ListProbes", token_of("nobody")) is UNKNOWN
         replace(world.folder / TOKENS_FILE, tokens_text("reader").encode())
+        server.server.watcher.look()
         assert code_of(channel, "ListProbes") is UNKNOWN
 
 
 def test_each_call_has_its_own_principal(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = current_principal.get()
     with (
         Running(tokens_file=world.folder / TOKENS_FILE) as server,
         world.channel(server.port, "plain") as channel,
@@ -190,4 +282,4 @@ def test_each_call_has_its_own_principal(world: World, monkeypatch: pytest.Monke
         for name in ("reader", "user", "reader", "admin"):
             assert code_of(channel, "GetServerInfo", token_of(name)) is OK
     assert [one.name for one in seen] == ["reader", "user", "reader", "admin"]
-    assert current_principal.get() is None
+    assert current_principal.get() is before, "nothing of it is left outside of the calls"

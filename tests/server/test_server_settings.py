@@ -5,17 +5,22 @@ from __future__ import annotations
 import itertools
 import os
 import re
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 from pydantic import ValidationError
+from test_server_lifecycle import start_and_stop
 
 from lapwing_client.cli import main
-from lapwing_server import flags, setting_sources
+from lapwing_server import setting_sources
+from lapwing_server.addresses import is_loopback
 from lapwing_server.limits import Limits
-from lapwing_server.setting_sources import CONFIG, OTHERS, PREFIX, UnusableSettings, flag, read, settable, variable
+from lapwing_server.setting_names import PREFIX, flag, settable, variable
+from lapwing_server.setting_sources import UnusableSettings, read
 from lapwing_server.settings import Settings
+from lapwing_server.variables import CONFIG
 
 ROOT = Path(__file__).parents[2]
 CANARY = "canary-4f1d"
@@ -90,6 +95,8 @@ def samples(tmp_path: Path) -> dict[str, tuple[str, dict[str, str]]]:
         "tls_key": (file, {"tls_cert": file}),
         "tls_client_ca": (file, tls),
         "tokens_file": (file, {}),
+        "open_admin": ("true", {}),
+        "metrics_insecure": ("true", {}),
         "burst": ("7", {"requests_per_second": "3"}),
         "metrics_host": ("127.0.0.2", {"metrics_port": "9000"}),
         "log_format": ("json", {}),
@@ -116,24 +123,6 @@ def test_every_setting_can_be_given_in_every_way(source: str, tmp_path: Path, mo
         assert str(value_of(found.settings, name)).lower().removesuffix(".0") == value.lower()
 
 
-def test_every_setting_has_a_flag_with_a_help_and_a_section() -> None:
-    parameters = {name: flags.parameter((name, info)) for name, info in settable(Settings).items()}
-    texts = [parameter.annotation.__metadata__[0].help for parameter in parameters.values()]
-    assert all(texts)
-    listed = [name for names in flags.SECTIONS.values() for name in names]
-    assert sorted([*listed, *(name for name in parameters if name.startswith("limits."))]) == sorted(parameters)
-
-
-def test_the_help_names_every_flag_and_says_which_source_wins(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("COLUMNS", "200")
-    assert main(["serve", "--help"]) == 0
-    said = " ".join(re.sub("[│╭╮╰╯─]", " ", capsys.readouterr().out).split())
-    assert [name for name in settable(Settings) if flag(name) not in said] == []
-    assert "the first one wins" in said
-
-
 def test_the_config_may_be_named_by_a_variable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(CONFIG, str(toml(tmp_path, "port = 1234")))
     assert read({}).settings.port == 1234
@@ -150,6 +139,13 @@ def test_limits_may_be_a_section_and_an_empty_variable_is_none(tmp_path: Path, m
     assert (found.settings.port, limits.batch_items, limits.queue_items, limits.messages) == (7, 3, 4, 9)
     assert found.origins["limits.batch_items"] == f"{PREFIX}LIMITS"
     assert found.origins["limits.messages"] == "--limits-messages"
+
+
+def test_verbose_is_told_as_such_and_gives_way_to_a_level() -> None:
+    found = read({}, verbose=True)
+    assert (found.settings.log_level, found.origins) == ("debug", {"log_level": "--verbose"})
+    found = read({"log_level": "error"}, verbose=True)
+    assert (found.settings.log_level, found.origins) == ("error", {"log_level": "--log-level"})
 
 
 def test_made_directly_settings_look_at_nothing_but_their_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,23 +165,6 @@ def test_the_log_says_each_setting_and_where_it_came_from(monkeypatch: pytest.Mo
     ]
     said = " ".join(lines)
     assert [name for name in settable(Settings) if name not in said] == []
-
-
-def test_every_variable_in_this_repository_is_known() -> None:
-    """Else a server started beside it would be stopped by it."""
-    known = {variable(name) for name in settable(Settings)} | {variable("limits")} | OTHERS | {CONFIG}
-    files = [
-        path
-        for room in ("client", "detector", "training", "server", "tests", "benchmarks")
-        for path in ROOT.glob(f"{room}/**/*.py")
-    ]
-    found = {
-        name
-        for path in [*files, ROOT / "Makefile"]
-        for name in re.findall(r"\bLAPWING_[A-Z_]*[A-Z]\b", path.read_text())
-    }
-    unheard_of = {f"{PREFIX}PROT", f"{PREFIX}LIMITS__BATCHES"}  # of this very file
-    assert found - known == unheard_of
 
 
 # What stops the start.
@@ -227,6 +206,25 @@ UNUSABLE = [
     ({}, ["--burst", "3"], "", ["burst, requests_per_second: burst needs requests_per_second"]),
     ({}, ["--metrics-host", "127.0.0.2"], "", ["metrics_host, metrics_port: metrics_host needs metrics_port"]),
     ({}, ["--metrics-port", "7", "--port", "7"], "", ["metrics_port, port: metrics_port and port are both 7"]),
+    (
+        {},
+        ["--metrics-port", "7", "--metrics-host", PUBLIC_ADDRESS],
+        "",
+        [f"metrics_host: others can reach '{PUBLIC_ADDRESS}'", "--metrics-insecure"],
+    ),
+    ({}, ["--open-admin", "--tokens-file", "FILE"], "", ["open_admin, tokens_file: the file says who may change"]),
+    (
+        {"LAPWING_OPEN_ADMIN": "1"},
+        ["--tls-cert", "FILE", "--tls-key", "FILE", "--tls-client-ca", "FILE"],
+        "",
+        ["open_admin, tls_client_ca: name the certificates"],
+    ),
+    ({}, ["--open-admin", "--host", PUBLIC_ADDRESS, "--insecure"], "", ["open_admin, host: whoever reaches"]),
+    ({}, ["--host", PUBLIC_ADDRESS], "", ["keep 127.0.0.1 behind a proxy that has it, with --tokens-file"]),
+    ({}, ["--keepalive", "3000000"], "", ["keepalive (from --keepalive) is '3000000': should be less than or equal"]),
+    ({}, ["--keepalive", "0.0001"], "", ["should be greater than or equal to 0.001"]),
+    ({}, ["--keepalive-timeout", "0.0001"], "", ["should be greater than or equal to 0.001"]),
+    ({}, [], "a = " + "[" * 50_000, ["lapwing.toml': it is nested too deeply"]),
 ]
 
 
@@ -264,15 +262,46 @@ def test_all_that_is_wrong_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> N
     ]
 
 
+def test_a_file_that_can_not_be_read_hides_no_unknown_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(f"{PREFIX}NONSENSE", "1")
+    with pytest.raises(UnusableSettings, match=rf"{PREFIX}NONSENSE: (?s:.*)config is '/no/such': it can't be read"):
+        read({}, Path("/no/such"))
+
+
+@pytest.mark.parametrize("milliseconds", [1, 2**31 - 1 - 647])
+def test_grpc_takes_every_keepalive_that_is_allowed(milliseconds: int) -> None:
+    settings = Settings(port=0, keepalive=milliseconds / 1000, keepalive_timeout=milliseconds / 1000)
+    assert dict(settings.options)["grpc.keepalive_time_ms"] == milliseconds
+    assert start_and_stop(settings)
+
+
+@pytest.mark.parametrize(
+    ("metrics_host", "host", "allowed"),
+    [
+        ("127.0.0.1", "127.0.0.1", False),
+        ("127.0.0.1", "localhost", False),
+        ("127.0.0.1", "0.0.0.0", False),  # noqa: S104
+        ("::1", "::", False),
+        ("127.0.0.2", "127.0.0.1", True),
+        ("127.0.0.1", PUBLIC_ADDRESS, True),
+    ],
+)
+def test_one_port_may_serve_two_addresses(metrics_host: str, host: str, allowed: bool) -> None:
+    """Both may be 0 always."""
+    given = {"host": host, "metrics_host": metrics_host, "insecure": not is_loopback(host)}
+    assert Settings(port=0, metrics_port=0, **given)
+    with nullcontext() if allowed else pytest.raises(ValidationError, match="are both 7: give two"):
+        Settings(port=7, metrics_port=7, **given)
+
+
+@pytest.mark.parametrize("word", ["metrics_insecure", "insecure"])
+def test_others_may_reach_the_metrics_if_that_is_said(word: str) -> None:
+    assert Settings(metrics_port=0, metrics_host=PUBLIC_ADDRESS, **{word: True})
+
+
 def test_an_unknown_flag_is_told_by_name(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["serve", "--prot", "1"]) == 2
     assert "--prot" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("name", ["REGISTRY", "SOAK", "TOKEN"])
-def test_variables_of_others_are_left_alone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(PREFIX + name, "something")
-    assert read({}).settings == Settings()
 
 
 # Secrets.

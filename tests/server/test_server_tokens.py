@@ -70,12 +70,6 @@ def test_a_grant_holds_until_it_expires(tmp_path: Path) -> None:
     assert "expired" in refusal.message
 
 
-def test_admin_implies_all_and_nothing_else_does() -> None:
-    assert granted([Scope.ADMIN]) == EVERYTHING
-    assert granted([Scope.SCORE]) == {Scope.SCORE}
-    assert Scope.PUBLIC not in EVERYTHING
-
-
 BROKEN = [
     (f'"{CANARY}" = = 1', "is no TOML, line 1, column"),
     (f'[[tokens]]\nname = "a"\nsha256 = "{CANARY}"\nscopes = ["read"]', "tokens[0].sha256: String should match"),

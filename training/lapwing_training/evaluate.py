@@ -22,6 +22,7 @@ from lapwing_training.sample import Sample
 from lapwing_training.scores import Scores, judge_scores, judging_steps, realised
 from lapwing_training.significance import Floats
 from lapwing_training.splits import Rows
+from lapwing_training.stability import RESAMPLES as STABILITY_RESAMPLES
 from lapwing_training.stages import judge_stages
 from lapwing_training.table import Table
 
@@ -57,6 +58,8 @@ def evaluate_fit(fitted: Fitted, trial: Trial, resamples: int, seed: int, advanc
     if isinstance(fitted.recipe, LapwingRecipe):
         result["comparison"] |= _head_controls(trial, sample, seed, advance)
         result["curve"] = _curve(fitted.recipe, trial, sample, seed, advance)
+    if fitted.probe.frequency is not None:
+        result["stability"] = {"resamples": STABILITY_RESAMPLES, "frequency": fitted.probe.frequency.tolist()}
     result["out_of_fold"] = _out_of_fold(fitted, trial, resamples, seed)
     advance()
     result["stages"] = judge_stages(trial, sample)

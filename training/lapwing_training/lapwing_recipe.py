@@ -94,7 +94,9 @@ class LapwingRecipe:
         if self.heads is not None:
             return given.fit_chosen(table, self.heads, choice.strength)
         ranking = given.rank(table, table.scalars(self.features, choice.k), seed)
-        return given.fit_chosen(table, ranking.heads[: choice.count], choice.strength, ranking.significant)
+        probe = given.fit_chosen(table, ranking.heads[: choice.count], choice.strength, ranking.significant)
+        frequency = None if ranking.frequency is None else ranking.frequency.reshape(table.shape)
+        return replace(probe, frequency=frequency)
 
     def choose(self, table: Table, seed: int) -> Choice:
         """The simplest choice whose AUROC in inner folds is as good as the best; heads are ranked anew inside each."""

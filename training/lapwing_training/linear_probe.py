@@ -41,6 +41,9 @@ class LinearProbe:
     statistic_weights: Mapping[str, float] = field(default_factory=dict)
     """Of statistics of the response's token log-probabilities, by id; empty where attention alone is read."""
 
+    frequency: Floats | None = None
+    """(layers, heads) share of the resamples in which each head was selected; None where nothing was resampled."""
+
     def on_unit_scale(self, fitted: Table) -> LinearProbe:
         """The same ranking, its logits of mean 0 and standard deviation 1 over the rows that it was fitted on.
 

@@ -30,7 +30,7 @@ def authenticator(settings: Settings, shed: Callable[[str], None], watcher: Watc
     mutual, limits = settings.tls_client_ca is not None, settings.limits
     tokens = Tokens(settings.tokens_file, mutual=mutual) if settings.tokens_file else None
     if tokens is not None:
-        watcher.add(tokens.file)
+        watcher.add("tokens_file", tokens.file)
     return Authenticator(
         tokens,
         mutual=mutual,

@@ -28,7 +28,7 @@ def credentials(
     paths = [cert, key, *([client_ca] if client_ca else [])]
     files = Watched(paths, lambda: configuration(cert, key, client_ca))
     if watcher is not None:
-        watcher.add(files)
+        watcher.add("tls_cert", files)
     return grpc.dynamic_ssl_server_credentials(
         files.content,
         Latest(files),  # type: ignore[arg-type]  # None: as before

@@ -102,15 +102,15 @@ class Watcher:
     """
 
     def __init__(self, interval: float = INTERVAL) -> None:
-        self.files: list[Watched[Any]] = []
+        self.files: dict[str, Watched[Any]] = {}
+        """By the name of the setting that names them."""
         self._interval = interval
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
 
-    def add(self, file: Watched[Content]) -> Watched[Content]:
-        """The files, looked at from now on."""
-        self.files.append(file)
-        return file
+    def add(self, name: str, file: Watched[Any]) -> None:
+        """Files to look at, called by the name of their setting."""
+        self.files[name] = file
 
     def start(self) -> None:
         """Begins; without files there is no thread."""
@@ -127,7 +127,7 @@ class Watcher:
 
     def look(self) -> None:
         """One look at all of them."""
-        for file in self.files:
+        for file in self.files.values():
             file.refresh()
 
     def _run(self) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 from sklearn.calibration import CalibrationDisplay
 from sklearn.metrics import PrecisionRecallDisplay, RocCurveDisplay
 
-from lapwing_detector.head_map import escaped
+from lapwing_detector.head_map import escaped, label_ticks
 from lapwing_training.report.svg import FAINT, GROUND, INK, MADE_UP, OTHER
 
 if TYPE_CHECKING:
@@ -112,6 +112,15 @@ def against_fraction(figure: Figure, stages: Sequence[Mapping[str, Any]], names:
         ax.legend(loc="best")
     ax.set_xticks(seen, [f"{fraction:.0%}" for fraction in seen])
     ax.set(xlabel="of the response seen", ylabel=label)
+
+
+def frequencies(figure: Figure, values: Any, layers: tuple[int, ...]) -> None:
+    """How often each head was selected; layers from the top, heads from the left."""
+    ax = figure.subplots()
+    image = ax.imshow(np.array(values), cmap="viridis", vmin=0.0, vmax=1.0, aspect="auto", interpolation="nearest")
+    label_ticks(ax, layers, len(values[0]))
+    ax.set(xlabel="head index", ylabel="layer index")
+    figure.colorbar(image, ax=ax)
 
 
 def forest(figure: Figure, rows: Sequence[tuple[str, Estimate]], own: str | None) -> None:

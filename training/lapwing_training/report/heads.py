@@ -59,14 +59,20 @@ def _more(probe: Probe, statistic: str) -> str:
 
 
 def _maps(probe: Probe, statistic: str) -> Iterator[Picture]:
-    size = (4.4, min(4.6, 1.2 + 0.16 * probe.selected.shape[0]))
     for feature in sorted(probe.mapped_features, key=lambda name: (name not in PAIR, name)):
         of_probe = statistic in ("WEIGHT", "SELECTED") and feature in probe.features
         if of_probe or f"{feature}/{statistic}" in probe.statistics:
             name = f"{statistic}-{feature.partition('.')[0]}".lower().replace("_", "-")
             title = tuple(heading(probe, feature, statistic).split("\n"))
             alt = f"Heatmap over layers and heads, {STATISTICS[statistic].label}: {', '.join(title)}"
-            yield Picture(name, alt, partial(_draw, probe.head_map(feature, statistic)), size, MARGINS, title)
+            yield Picture(
+                name, alt, partial(_draw, probe.head_map(feature, statistic)), map_size(probe), MARGINS, title
+            )
+
+
+def map_size(probe: Probe) -> tuple[float, float]:
+    """Width and height of a map, in inches."""
+    return 4.4, min(4.6, 1.2 + 0.16 * probe.selected.shape[0])
 
 
 def _draw(head_map: HeadMap, figure: Figure) -> None:

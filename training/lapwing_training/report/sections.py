@@ -10,7 +10,7 @@ from lapwing_detector.probe import Probe
 from lapwing_training.report import figures, quality, summary, tables
 from lapwing_training.report.blocks import Block, Bullets, Notes, Picture, Pictures, Section, Text
 from lapwing_training.report.drift import drift
-from lapwing_training.report.heads import heatmaps
+from lapwing_training.report.heads import MARGINS, heatmaps, map_size
 from lapwing_training.report.origin import origin
 from lapwing_training.report.words import about, one_line
 
@@ -100,8 +100,24 @@ def _heads(probe: Probe) -> Iterator[Block]:
     if probe.statistics:
         yield Text("Tested on training rows only. Rows are layers, from the first at the top, and columns are heads.")
     yield from heatmaps(probe)
+    yield from _stability(probe)
     if "significance" in probe.metrics:
         yield tables.significance(probe.metrics)
+
+
+def _stability(probe: Probe) -> Iterator[Block]:
+    found = probe.metrics.get("stability")
+    if not found:
+        return
+    values = found["frequency"]
+    draw = partial(figures.frequencies, values=values, layers=probe.layers)
+    alt = "Heatmap over layers and heads: share of the resamples in which each head was selected"
+    caption = (
+        f"Over {found['resamples']} bootstrap resamples of the groups, how often each head was among the strongest. "
+        "Only heads of at least 50% are candidates, as long as there are any."
+    )
+    yield Pictures((Picture("stability", alt, draw, map_size(probe), MARGINS),), caption, "Selection frequency")
+    yield tables.frequencies(values, probe.layers, probe.selected)
 
 
 def _number(metrics: Mapping[str, Any], read: int) -> Iterator[Block]:

@@ -87,11 +87,16 @@ def judged_how(probe: Probe) -> str:
     metrics, training = probe.metrics, probe.training
     if metrics.get("protocol") == "nested":
         folds = training.get("outer_folds", 5)
-        but = " but those of the groups that set the thresholds" if training.get("guarantee") else ""
+        apart = bool(training.get("guarantee"))
+        but = " but those of the groups that set the thresholds" if apart else ""
+        of_the_others = (
+            " All numbers here are of the other four fifths of the groups: those that set the thresholds are judged "
+            "nowhere."
+        )
         return (
             f"Nested cross-validation: the rows of each of {folds} folds are scored by a probe that was chosen, fitted "
             "and calibrated on the other folds alone; groups are never divided. The saved probe is then fitted "
-            f"on all rows{but}."
+            f"on all rows{but}.{of_the_others * apart}"
         )
     share = training.get("test_share")
     kept = f"{share:.0%} of the groups were" if isinstance(share, float) else "Some groups were"

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from lapwing_training.report.blocks import Table
 from lapwing_training.report.words import (
@@ -18,6 +21,10 @@ from lapwing_training.report.words import (
 
 MOST_STRATA = 40
 """Rows of the table of strata; the largest stay."""
+
+
+MOST_FREQUENT = 40
+"""Rows of the table of selection frequencies."""
 
 
 def comparisons(metrics: Mapping[str, Any]) -> Table:
@@ -152,6 +159,18 @@ def against_heads(curve: Mapping[str, Any]) -> Table:
         for heads, selected, by_lot in zip(curve["heads"], curve["selected"], curve["random"], strict=True)
     )
     return Table(("heads", "selected", "drawn by lot"), rows, folded="AUROC against heads in numbers")
+
+
+def frequencies(values: Sequence[Sequence[float]], layers: Sequence[int], selected: NDArray[np.bool_]) -> Table:
+    """How often the most stable heads were selected, and whether the probe reads them."""
+    shares = np.array(values)
+    order = np.argsort(-shares, axis=None, kind="stable")[:MOST_FREQUENT]
+    places = zip(*np.unravel_index(order, shares.shape), strict=True)
+    rows = tuple(
+        (f"layer {layers[row]} head {head}", percent(float(shares[row, head])), "yes" if selected[row, head] else "no")
+        for row, head in places
+    )
+    return Table(("head", "selected in", "read by the probe"), rows, folded="Selection frequencies in numbers")
 
 
 def stages(found: list[Mapping[str, Any]]) -> Table:
