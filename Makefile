@@ -7,11 +7,15 @@ ATLAS := lapwing-atlas
 SOAKED = $(shell grep -rl LAPWING_SOAK tests --include='test_*.py' | sort)
 SHIPPED := detector/lapwing_detector/atlas
 
+# What the client needs, at both ends of what pyproject.toml admits.
+OLDEST := 'grpcio==1.76.*' protobuf==6.31.1 googleapis-common-protos==1.70.0 typer==0.16.0 rich==13.8.0
+NEWEST := 'grpcio<2' 'protobuf<8' 'googleapis-common-protos<2' 'typer<1' 'rich<16'
+
 # Nothing here asks the network for models or data.
 export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test soak check format proto bench atlas clean help
+.PHONY: demo test soak compat check format proto bench atlas clean help
 
 help:  ## what there is
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -24,6 +28,13 @@ test: $(INSTALLED)  ## all tests
 
 soak: $(INSTALLED)  ## the tests that go on for long: kills, swaps, restarts, and a quarter of an hour of mixed load
 	LAPWING_SOAK=1 $(BIN)/python -m pytest $(SOAKED)
+
+compat: $(INSTALLED)  ## the client with the oldest and the newest libraries that pyproject.toml admits
+	$(PYTHON) -m venv $(VENV)-oldest
+	$(VENV)-oldest/bin/python -m pip install --quiet $(OLDEST)
+	$(PYTHON) -m venv $(VENV)-newest
+	$(VENV)-newest/bin/python -m pip install --quiet --upgrade $(NEWEST)
+	LAPWING_PYTHONS=$(VENV)-oldest/bin/python:$(VENV)-newest/bin/python $(BIN)/python -m pytest tests/client/test_compatibility.py
 
 check: $(INSTALLED)  ## style, types, and whether the generated stubs are those of the .proto files
 	$(BIN)/ruff check .
@@ -38,10 +49,11 @@ format: $(INSTALLED)  ## put the code into the form that check asks for
 proto: $(INSTALLED)  ## generate the stubs from the .proto files
 	$(BIN)/python proto/generate.py
 
-bench: $(INSTALLED)  ## measure what the README claims (about three quarters of an hour; QUICK=1 for a look)
+bench: $(INSTALLED)  ## measure what the README claims (about an hour; QUICK=1 for a look)
 	$(BIN)/python benchmarks/capture.py $(if $(QUICK),--quick)
 	$(BIN)/python benchmarks/running.py $(if $(QUICK),--quick)
 	$(BIN)/python benchmarks/training.py $(if $(QUICK),--quick)
+	$(BIN)/python benchmarks/serving.py $(if $(QUICK),--quick)
 	$(BIN)/python benchmarks/gpu.py $(if $(QUICK),--quick)
 
 atlas: $(INSTALLED)  ## make the embedded model again from nothing and put it into the package
@@ -53,7 +65,7 @@ atlas: $(INSTALLED)  ## make the embedded model again from nothing and put it in
 	cp $(ATLAS)/demo_questions.json client/lapwing_client/
 
 clean:  ## remove the environment and what the demo wrote
-	rm -rf $(VENV) lapwing-demo
+	rm -rf $(VENV) $(VENV)-oldest $(VENV)-newest lapwing-demo
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \

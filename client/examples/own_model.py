@@ -1,7 +1,7 @@
 """A language model in this process, scored by a server in another: only its attention's sums travel.
 
     lapwing serve --port 50051
-    python client/examples/own_model.py --target localhost:50051 "Question: In which country is Bergen?\\nAnswer:"
+    python client/examples/own_model.py localhost:50051 "Question: In which country is Bergen?\\nAnswer:"
 
 The model must be the one that the server's probe was fitted on. Needs the detector: pip install 'lapwing[detector]'.
 """
@@ -73,8 +73,8 @@ def score_live(
 def main() -> None:
     """Prints what the server says as JSON, and with --probe what the library says here."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("target", help="HOST:PORT of a server")
     parser.add_argument("prompt", nargs="?", default=PROMPT)
-    parser.add_argument("--target", default="localhost:50051")
     parser.add_argument("--model", default=str(embedded.model_path()), help="Hub id or path; the embedded one without")
     parser.add_argument("--new-tokens", type=int, default=20)
     parser.add_argument("--live", action="store_true", help="score after every token")

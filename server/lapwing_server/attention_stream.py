@@ -42,6 +42,7 @@ class Sender:
 
     def __init__(self, header: Header, shared: Asked, most_bytes: int) -> None:
         self.role = shared.role
+        self.shadows = len(shared.shadows)
         self._header = header
         self._shared = shared
         self._clock = Stopwatch()
@@ -159,6 +160,7 @@ class AttentionReader:
         self._metrics.scored(detection, sender.role)
         for shadow in shadows:
             self._metrics.scored(shadow, "shadow")
+        self._metrics.unseen("not_sent", sender.shadows - len(shadows))
         return detection
 
 

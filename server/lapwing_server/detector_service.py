@@ -16,6 +16,7 @@ from lapwing_server.asked import asked
 from lapwing_server.attention_stream import AttentionReader
 from lapwing_server.context import Context, note
 from lapwing_server.information import Information
+from lapwing_server.metrics import Metrics
 from lapwing_server.mishap import to_refusal
 from lapwing_server.readiness import Readiness
 from lapwing_server.readings import read_options, read_prompt
@@ -28,11 +29,14 @@ from lapwing_server.waiting import Item, Outcome
 class DetectorService(detector_pb2_grpc.DetectorServicer):
     """Tells the scheduler what is asked for, and the client what came of it."""
 
-    def __init__(self, readiness: Readiness, scheduler: Scheduler, attention: AttentionReader) -> None:
+    def __init__(
+        self, readiness: Readiness, scheduler: Scheduler, attention: AttentionReader, metrics: Metrics
+    ) -> None:
         self._readiness = readiness
         self._scheduler = scheduler
         self._information = Information(readiness)
         self._attention = attention
+        self._metrics = metrics
 
     async def Score(self, request: detector_pb2.ScoreRequest, context: Context) -> detector_pb2.ScoreResponse:  # noqa: N802
         """One response."""
@@ -56,7 +60,9 @@ class DetectorService(detector_pb2_grpc.DetectorServicer):
         note(items=len(read), readable=len(good))
         scored = iter(await self._scheduler.score(good, deadline=deadline_of(context)) if good else ())
         outcomes = [next(scored) if isinstance(one, Item) else one for one in read]
-        return detector_pb2.ScoreBatchResponse(results=[result_message(one, i) for i, one in enumerate(outcomes)])
+        results = [self._result(one, i) for i, one in enumerate(outcomes)]
+        note(failed=sum(one.HasField("error") for one in results))
+        return detector_pb2.ScoreBatchResponse(results=results)
 
     async def Generate(self, request: detector_pb2.GenerateRequest, context: Context) -> None:  # noqa: N802
         """A new response, scored while it is written.
@@ -93,15 +99,16 @@ class DetectorService(detector_pb2_grpc.DetectorServicer):
         """What runs here, or why it does not."""
         return self._information.message()
 
+    def _result(self, outcome: Outcome, place: int) -> detector_pb2.ScoreResult:
+        """What became of the item at the place."""
+        if isinstance(outcome, Detection):
+            return detector_pb2.ScoreResult(detection=answers.detection_message(outcome))
+        refusal = to_refusal(outcome, "ScoreBatch").under(f"items[{place}]")
+        self._metrics.item_failed(refusal.reason)
+        return detector_pb2.ScoreResult(error=refusal.status())
+
 
 def deadline_of(context: Context) -> float | None:
     """When the client stops waiting, as `time.monotonic` counts; None when it does not say."""
     remaining = context.time_remaining()
     return None if remaining is None else time.monotonic() + remaining
-
-
-def result_message(outcome: Outcome, place: int) -> detector_pb2.ScoreResult:
-    """What became of the item at the place."""
-    if isinstance(outcome, Detection):
-        return detector_pb2.ScoreResult(detection=answers.detection_message(outcome))
-    return detector_pb2.ScoreResult(error=to_refusal(outcome, "ScoreBatch").under(f"items[{place}]").status())

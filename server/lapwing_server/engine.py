@@ -143,8 +143,8 @@ def real_detector(model: str | None, probe: Probe, device: str | None = None, dt
     # In a log it would be a line for every step.
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     # Its own handler writes on standard error in a form of its own, and waits for whoever reads there.
-    transformers_logging.disable_default_handler()  # type: ignore[no-untyped-call]
-    transformers_logging.enable_propagation()  # type: ignore[no-untyped-call]
+    transformers_logging.disable_default_handler()
+    transformers_logging.enable_propagation()
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(os.cpu_count() or 1)
     return Detector.from_pretrained(model, probe, device=device, dtype=dtype)

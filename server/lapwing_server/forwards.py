@@ -14,6 +14,7 @@ from lapwing_server.batching import Overhead, cut
 from lapwing_server.engine import Engine
 from lapwing_server.limits import Limits
 from lapwing_server.metrics import Metrics
+from lapwing_server.mishap import report
 from lapwing_server.readings import fingerprint
 from lapwing_server.waiting import Call, Entry, Item, Outcome, Waiting
 
@@ -70,7 +71,6 @@ class Forwards:
             if self._wanted(entry) and self._tokenised(engine, entry):
                 ready.append(entry)
                 taken += entry.size
-        self._metrics.queue(self._waiting.items)
         for places in cut([entry.size for entry in ready], most, items, self._overhead.tokens):
             self._cuts.append([ready[place] for place in places])
 
@@ -136,6 +136,9 @@ class Forwards:
     def _settle(self, entry: Entry, outcome: Outcome) -> None:
         self.items -= 1
         self.running -= entry.size
+        if entry.call.answer is None and isinstance(outcome, Exception):  # of shadows alone, so nobody else is told
+            self._metrics.unseen("failed", 1 + len(entry.item.shadows))
+            report(outcome, "a shadow")
         if entry.settle(outcome):
             self._done.append(entry.call)
 

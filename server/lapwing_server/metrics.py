@@ -16,6 +16,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from lapwing.v1 import detector_pb2, probes_pb2
 from lapwing_detector.detection import Detection, State
 from lapwing_server.drift import Drift
+from lapwing_server.refusal import TRANSLATION
 
 if TYPE_CHECKING:
     from lapwing_server.shelf import Shelf
@@ -31,6 +32,8 @@ ROLES: Final = ("active", "named", "shadow")
 STAGES: Final = ("queue", "tokenise", "forward", "probe", "first_token")
 SHED: Final = ("QUEUE_FULL", "DEADLINE_UNREACHABLE", "RATE_LIMITED", "TOO_MANY_STREAMS")
 DROPPED: Final = ("cancelled", "expired")
+UNSEEN: Final = ("failed", "no_room", "not_sent")
+ITEM_ERRORS: Final = tuple(sorted({"INTERNAL", *(reason for _, reason in TRANSLATION.values())}))
 VERDICTS: Final = ("flagged", "unflagged", "undecided", "unscored")
 
 SECONDS: Final = (
@@ -94,7 +97,7 @@ class Metrics:
         )
         self._items = histogram("lapwing_forward_items", "Sequences that shared a forward.", buckets=ITEMS)
         self._tokens = histogram("lapwing_forward_tokens", "Tokens of a forward, padding counted.", buckets=TOKENS)
-        self._queue = gauge("lapwing_queue_items", "What waits for the model.")
+        self._queue = gauge("lapwing_queue_items", "Items that wait for the model.")
         self._generated = counter("lapwing_generated_tokens_total", "Tokens that were written.")
         self._detections = counter(
             "lapwing_detections_total",
@@ -111,6 +114,17 @@ class Metrics:
         )
         self._shed = counter("lapwing_shed_total", "Requests refused because there is too much to do.", ["reason"])
         self._dropped = counter("lapwing_dropped_total", "Work that nobody waited for when its turn came.", ["reason"])
+        self._item_errors = counter(
+            "lapwing_item_errors_total",
+            "Items of a ScoreBatch that failed alone, by reason; the call itself counts as OK.",
+            ["reason"],
+        )
+        self._unseen = counter(
+            "lapwing_shadow_skips_total",
+            "Times that a shadow gave no verdict: it failed, there was no room in the queue, or the sender of attention "
+            "did not send what it reads.",
+            ["reason"],
+        )
         self._info = gauge("lapwing_probe_info", "1 for the probes that score.", ["role", "name", "revision"])
         self._shelved = gauge(
             "lapwing_probes", "Names of the shelf that have a probe, and revisions of it that were rejected.", ["state"]
@@ -122,11 +136,18 @@ class Metrics:
         self.drift = Drift()
         self.registry.register(self.drift)
         self._names: frozenset[str] = frozenset()
+        self._scoring: frozenset[tuple[str, str, str]] = frozenset()
         self._rejections: frozenset[tuple[str, str, str]] = frozenset()
         self._children: dict[tuple[Any, ...], Any] = {}
         self._lock = threading.Lock()
-        for known, metric in ((STAGES, self._stages), (SHED, self._shed), (DROPPED, self._dropped)):
-            for value in known:
+        for metric, values in (
+            (self._stages, STAGES),
+            (self._shed, SHED),
+            (self._dropped, DROPPED),
+            (self._unseen, UNSEEN),
+            (self._item_errors, ITEM_ERRORS),
+        ):
+            for value in values:
                 metric.labels(value)
 
     def in_flight(self, method: str, change: int) -> None:
@@ -148,9 +169,9 @@ class Metrics:
         self._items.observe(items)
         self._tokens.observe(tokens)
 
-    def queue(self, waiting: int) -> None:
-        """So many items wait for the model now."""
-        self._queue.set(waiting)
+    def queue_is(self, waiting: Callable[[], int]) -> None:
+        """Who says how many items wait; asked whenever somebody reads the metrics."""
+        self._queue.set_function(waiting)
 
     def generated(self, tokens: int) -> None:
         """So many more tokens were written."""
@@ -163,6 +184,14 @@ class Metrics:
     def dropped(self, reason: str) -> None:
         """Work was not done, because its client had left ("cancelled") or its deadline had passed ("expired")."""
         self._dropped.labels(known(reason, DROPPED)).inc()
+
+    def item_failed(self, reason: str) -> None:
+        """An item of a batch was refused alone; `ITEM_ERRORS` has the reasons."""
+        self._item_errors.labels(known(reason, ITEM_ERRORS)).inc()
+
+    def unseen(self, reason: str, shadows: int = 1) -> None:
+        """So many shadows gave no verdict; `UNSEEN` has the reasons."""
+        self._unseen.labels(known(reason, UNSEEN)).inc(shadows)
 
     def watch(self, file: str, stale: Callable[[], bool]) -> None:
         """Shows from now on whether a file, called by the name of its setting, is stale."""
@@ -195,10 +224,7 @@ class Metrics:
             for gone in self._names - names:
                 self._forget(gone)
             self._names = names
-            self._info.clear()
-            for role, probes in (("active", (shelf.active,)), ("shadow", shelf.shadows)):
-                for probe in probes:
-                    self._info.labels(role, probe.name, probe.revision).set(1)
+            self._say_scoring(shelf)
             self._shelved.labels("sound").set(len(names))
             self._shelved.labels("rejected").set(len(rejected))
             self.drift.follow(shelf.active)
@@ -209,6 +235,16 @@ class Metrics:
         if child is None:
             child = self._children[metric, *labels] = metric.labels(*labels)
         return child
+
+    def _say_scoring(self, shelf: Shelf) -> None:
+        """First what is new, so that nobody reads of a moment without an active probe: there is none."""
+        scoring = [("active", shelf.active), *(("shadow", shadow) for shadow in shelf.shadows)]
+        now = frozenset((role, probe.name, probe.revision) for role, probe in scoring)
+        for labels in now:
+            self._info.labels(*labels).set(1)
+        for labels in self._scoring - now:
+            self._info.remove(*labels)
+        self._scoring = now
 
     def _forget(self, probe: str) -> None:
         for role in ROLES:

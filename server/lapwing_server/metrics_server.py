@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import socket
+import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from socketserver import ThreadingMixIn
-from threading import Thread
+from threading import Lock, Thread
 from typing import Any, Final
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
@@ -15,16 +18,26 @@ from prometheus_client import CollectorRegistry, make_wsgi_app
 log = logging.getLogger("lapwing.server")
 
 PATIENCE: Final = 5.0
-"""Seconds that a reader has to ask and to read; whoever opens a connection and says nothing holds nothing up."""
+"""Seconds that a reader has to ask and to read all of it; whoever is slower is cut off."""
+
+READERS: Final = 8
+"""At the same time; one more takes the place of the one who has been there longest."""
+
+FAREWELL: Final = 1.0
+"""Seconds that the end waits for the threads of readers, whose connections are closed by then."""
 
 
 class Page(ThreadingMixIn, WSGIServer):
-    """One thread for each reader, and none of them left when it is closed."""
+    """One thread for each reader, none of which anybody waits for."""
 
-    daemon_threads = False
-    block_on_close = True
     allow_reuse_address = True
     allow_reuse_port = False
+
+    def __init__(self, *arguments: Any) -> None:
+        self._lock = Lock()
+        self._readers: dict[socket.socket, tuple[float, Thread]] = {}
+        """When each came, oldest first, and its thread."""
+        super().__init__(*arguments)
 
     def server_bind(self) -> None:
         """Binds without asking a name server what this machine is called."""
@@ -34,18 +47,61 @@ class Page(ThreadingMixIn, WSGIServer):
         self.server_name, self.server_port = str(self.server_address[0]), self.server_address[1]
         self.setup_environ()
 
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Begins a thread for a reader."""
+        thread = Thread(
+            target=self.process_request_thread, args=(request, client_address), name="lapwing-reader", daemon=True
+        )
+        with self._lock:
+            if len(self._readers) >= READERS:
+                self._cut(next(iter(self._readers)))
+            self._readers[request] = time.monotonic(), thread
+        thread.start()
+
+    def shutdown_request(self, request: Any) -> None:
+        """Called by the thread of a reader when it is done with them."""
+        with self._lock:
+            self._readers.pop(request, None)
+        super().shutdown_request(request)
+
+    def service_actions(self) -> None:
+        """Called again and again while it serves: cuts off who is too slow."""
+        with self._lock:
+            for request, (came, _) in list(self._readers.items()):
+                if time.monotonic() - came > PATIENCE:
+                    self._cut(request)
+
+    def server_close(self) -> None:
+        """Lets nobody in any more, and cuts off who is there."""
+        super().server_close()
+        with self._lock:
+            threads = [thread for _, thread in self._readers.values()]
+            for request in list(self._readers):
+                self._cut(request)
+        until = time.monotonic() + FAREWELL
+        for thread in threads:
+            thread.join(max(0.0, until - time.monotonic()))
+
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A reader went away or was too slow, which is its own affair."""
         log.debug("a reader of the metrics left early", exc_info=True)
+
+    def _cut(self, request: socket.socket) -> None:
+        """Wakes the reader's thread, which finds the connection closed and ends."""
+        del self._readers[request]
+        with suppress(OSError):
+            request.shutdown(socket.SHUT_RDWR)
 
 
 class Reader(WSGIRequestHandler):
     """One reader of the page, who is not logged."""
 
-    timeout = PATIENCE
-
-    def log_message(self, format: str, *args: Any) -> None:
+    def log_message(self, *_: Any) -> None:
         """Logs nothing."""
+
+    def get_stderr(self) -> io.StringIO:
+        """Where the library would print that a reader left."""
+        return io.StringIO()
 
 
 class MetricsServer:
@@ -84,7 +140,7 @@ class MetricsServer:
         return int(page.server_port)
 
     def stop(self) -> None:
-        """Ends its threads; as often as one likes. Blocks up to `PATIENCE` while somebody reads."""
+        """Ends its threads, and cuts off who reads; as often as one likes."""
         page, thread, self._page, self._thread = self._page, self._thread, None, None
         if page is not None and thread is not None:
             page.shutdown()

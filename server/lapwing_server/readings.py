@@ -59,7 +59,8 @@ def read_text(text: str, room: Room, path: str) -> str:
 def read_messages(prompt: detection_pb2.Prompt, room: Room, path: str) -> list[dict[str, str]]:
     """The turns of a conversation, as chat templates take them."""
     fits(len(prompt.messages), room.messages, "messages", f"{path}.messages")
-    fits(sum(len(one.content) for one in prompt.messages), room.characters, "characters", f"{path}.messages")
+    said = sum(len(one.role) + len(one.content) for one in prompt.messages)
+    fits(said, room.characters, "characters", f"{path}.messages")
     for i, message in enumerate(prompt.messages):
         not_empty(message.role, f"{path}.messages[{i}].role")
     return [{"role": message.role, "content": message.content} for message in prompt.messages]

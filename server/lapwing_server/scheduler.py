@@ -38,6 +38,7 @@ class Scheduler:
         self._metrics = metrics
         self._clock = clock
         self._queue = Waiting()
+        metrics.queue_is(lambda: self._queue.items)
         self._forwards = Forwards(self._queue, limits, metrics, self.admission.wording, clock)
         self._writing = Writing(metrics, clock, self._add_shadow)
         self._engine: Engine | None = None
@@ -133,6 +134,8 @@ class Scheduler:
         """Scores for the metrics alone, when there is little else to do."""
         if self._queue.items < self._limits.queue_items // 2:
             self._queue.add(call_of([item], self.admission.sizes([item]), self._clock(), None, None))
+        else:
+            self._metrics.unseen("no_room", 1 + len(item.shadows))
 
     def _wake(self) -> None:
         with self._lock:

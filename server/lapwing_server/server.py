@@ -118,12 +118,12 @@ class Server:
         self._reader.close()
         await self._swapper.close()
         if self._page is not None:
-            await asyncio.to_thread(self._page.stop)  # it waits for whoever is reading
+            await asyncio.to_thread(self._page.stop)  # it waits for its threads
 
     def _register(self) -> frozenset[str]:
         registrar = Registrar(self._grpc)
         attention = AttentionReader(self.readiness, self._reader, self.metrics)
-        detector = DetectorService(self.readiness, self.scheduler, attention)
+        detector = DetectorService(self.readiness, self.scheduler, attention, self.metrics)
         detector_pb2_grpc.add_DetectorServicer_to_server(detector, registrar)  # type: ignore[no-untyped-call]
         probes_pb2_grpc.add_ProbesServicer_to_server(
             ProbesService(self.readiness, self._artist, self._swapper), registrar

@@ -13,6 +13,7 @@ import contextlib
 import io
 import json
 import sys
+from array import array
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,9 @@ def blocking(target: str) -> list[Any]:
         many = [outcome for _, outcome in client.score_many(PAIRS, concurrency=4)]
         heatmap, probe = client.heatmap(image="png"), client.probe()
         refusal = error_of(lambda: client.score("hello", [1, 999]))
+        elsewhere = client.score_attention([attention()], **known(info))
+        doubled = error_of(lambda: client.score_attention([attention(2.0)], **known(info)))
+    assert doubled.field == "rows.weights"
     assert detection.state == "SCORED", detection
     assert (batch[0].to_dict() | {"seconds": 0}) == (detection.to_dict() | {"seconds": 0})
     assert isinstance(batch[1], InvalidRequest)
@@ -65,13 +69,14 @@ def blocking(target: str) -> list[Any]:
         detection.logit,
         last.detection.logit,
         [outcome.logit for outcome in many if isinstance(outcome, Detection)],
+        elsewhere.logit,
     ]
 
 
 async def awaiting(target: str) -> list[Any]:
     """The same of the client that awaits."""
     async with AsyncClient(target) as client:
-        await client.wait_until_ready(Deadline(30))
+        info = await client.wait_until_ready(Deadline(30))
         detection = await client.score("hello", "world")
         *_, last = [event async for event in client.generate("hello", max_new_tokens=4)]
         async for _ in client.generate("hello", max_new_tokens=100):
@@ -79,6 +84,10 @@ async def awaiting(target: str) -> list[Any]:
         many = [outcome async for _, outcome in client.score_many(PAIRS, concurrency=4)]
         assert (await client.heatmap()).statistic == "P_VALUE"
         [refusal] = await asyncio.gather(client.score("hello", [1, 999]), return_exceptions=True)
+        elsewhere = await client.score_attention([attention()], **known(info))
+        doubled = client.score_attention([attention(2.0)], **known(info))
+        [doubled] = await asyncio.gather(doubled, return_exceptions=True)
+    assert doubled.field == "rows.weights"
     assert isinstance(refusal, InvalidRequest)
     assert refusal.field == "response.token_ids[1]"
     assert isinstance(last, Generation)
@@ -86,7 +95,21 @@ async def awaiting(target: str) -> list[Any]:
         detection.logit,
         last.detection.logit,
         [outcome.logit for outcome in many if isinstance(outcome, Detection)],
+        elsewhere.logit,
     ]
+
+
+def known(info: Any) -> dict[str, Any]:
+    """What a stream of attention says of itself to the servers of the tests."""
+    return {"model": info.model, "layers": [1, 2], "heads": 3, "prompt_tokens": 2}
+
+
+def attention(total: float = 1.0) -> dict[str, Any]:
+    """The rows of 13 tokens, each of which attends alike to all up to itself; an array without numpy."""
+    rows = [[total / (i + 1) if j <= i else 0.0 for j in range(13)] for i in range(13)]
+    numbers = array("f", [weight for row in rows for weight in row] * 6)
+    weights = memoryview(numbers).cast("B").cast("f", (2, 3, 13, 13))
+    return {"first_layer": 0, "first_head": 0, "first_token": 0, "weights": weights}
 
 
 def logits(outcomes: list[Any]) -> list[float | None]:

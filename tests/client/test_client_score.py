@@ -277,9 +277,7 @@ def test_a_token_comes_from_a_file_or_the_environment(
     assert "from-" not in shown.out + shown.err
 
 
-@pytest.mark.parametrize(
-    ("content", "words"), [(None, "can't be read"), (b" \n", "is empty"), (b"\xff", "can't be")]
-)
+@pytest.mark.parametrize(("content", "words"), [(None, "can't be read"), (b" \n", "is empty"), (b"\xff", "can't be")])
 def test_a_token_file_that_holds_none_is_misuse(
     content: bytes | None, words: str, server: Running, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -274,7 +274,7 @@ def test_the_embedded_model_by_rows_in_float16(atlas: tuple[Any, Client, str]) -
 def test_the_example_with_the_model_in_another_process(
     atlas: tuple[Any, Client, str], arguments: tuple[str, ...]
 ) -> None:
-    command = [sys.executable, str(SCRIPT), "--target", atlas[2], "--probe", str(embedded.probe_path()), *arguments]
+    command = [sys.executable, str(SCRIPT), atlas[2], "--probe", str(embedded.probe_path()), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)

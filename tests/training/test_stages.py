@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 from scipy.special import expit
 from sklearn.metrics import brier_score_loss, roc_auc_score
-from training_fakes import LAPLACIAN, make_table
+from training_fakes import LAPLACIAN, make_table, write_store
 
+from lapwing_detector.probe import Probe
 from lapwing_training.calibrate import platt
 from lapwing_training.fit import LapwingRecipe
 from lapwing_training.nested import Trial, fit, trial_of
 from lapwing_training.plan import plan_rows
 from lapwing_training.prefix import Prefix
+from lapwing_training.report import transfer_report
 from lapwing_training.sample import Sample
-from lapwing_training.stages import judge_stages, stage_of
+from lapwing_training.stages import judge_stages, stage_of, stages_elsewhere
 from lapwing_training.table import Table
+from lapwing_training.train import TrainOptions, train_probe
+from lapwing_training.transfer import evaluate_probe, probe_logits
 
 RECIPE = LapwingRecipe((LAPLACIAN,), 4, heads=np.array([2, 9]), strength=0.1)
 
@@ -147,3 +152,56 @@ def test_a_stage_that_hardly_any_response_reaches_is_absent() -> None:
 def test_a_store_without_parts_has_no_stages() -> None:
     trial = trial_for(replace(written_in_parts(), prefixes={}), None)
     assert judge_stages(trial, Sample.of(trial.tested, 5)) == []
+
+
+@pytest.fixture(scope="module")
+def transferred(tmp_path_factory: pytest.TempPathFactory) -> tuple[Probe, Table, list[dict[str, Any]]]:
+    """A probe with stages, another store of parts, and what evaluate says of them."""
+    folder = tmp_path_factory.mktemp("transfer")
+    home = make_table(rows=400, planted=(2, 9), strength=1.0, stages=(0.25, 0.5))
+    options = TrainOptions(features=(LAPLACIAN,), k=4, heads=2, resamples=20, test_share=0.3)
+    probe = train_probe(write_store(folder / "home", home), folder / "probe", options)
+    away = make_table(rows=400, planted=(2, 9), strength=1.0, stages=(0.25, 0.6), seed=1)
+    away = replace(away, groups=np.char.add("n", away.groups))
+    result = evaluate_probe(folder / "probe", write_store(folder / "away", away), resamples=20)
+    assert "While the answer is being written" in transfer_report(result)
+    plain = replace(away, prefixes={})
+    assert evaluate_probe(folder / "probe", write_store(folder / "plain", plain), resamples=5)["stages"] == []
+    return probe, away, result["stages"]
+
+
+def test_on_another_store_every_part_is_judged_on_the_rows_of_the_earliest(transferred: Any) -> None:
+    probe, away, stages = transferred
+    assert [stage["fraction"] for stage in stages] == [0.25, 0.6, 1.0]
+    rows = away.prefixes[0.25].rows
+    assert {stage["rows"] for stage in stages} == {len(rows)}
+    assert len(rows) < 400
+    for stage in stages:
+        part, own = (away, np.arange(400)) if stage["fraction"] == 1.0 else away.at_stage(stage["fraction"])
+        part = part.take(np.isin(own, rows))
+        logits = probe.logit(part.stacked((LAPLACIAN,), 4))
+        assert stage["auroc"]["value"] == pytest.approx(roc_auc_score(part.labels, logits))
+        assert stage["tokens"] == np.median(part.response_tokens)
+    assert stages[0]["auroc"]["value"] < stages[-1]["auroc"]["value"]
+
+
+def test_there_the_probability_is_the_one_that_is_said_while_so_much_is_written(transferred: Any) -> None:
+    probe, away, stages = transferred
+    part, rows = away.at_stage(0.6)  # of which the probe knows no stage
+    part = part.take(np.isin(rows, away.prefixes[0.25].rows))
+    logits = probe.logit(part.stacked((LAPLACIAN,), 4))
+    said = [
+        probe.running_probability(logit, tokens) for logit, tokens in zip(logits, part.response_tokens, strict=True)
+    ]
+    assert stages[1]["brier"]["value"] == pytest.approx(brier_score_loss(part.labels, said))
+    final = probe.calibration.probabilities(logits)
+    assert stages[1]["brier_final"]["value"] == pytest.approx(brier_score_loss(part.labels, final))
+    assert stages[1]["brier"]["value"] != pytest.approx(stages[1]["brier_final"]["value"])  # control
+    assert stages[2]["brier"] == stages[2]["brier_final"]
+
+
+def test_there_too_a_part_of_too_few_rows_is_absent(transferred: Any) -> None:
+    probe, away, _ = transferred
+    few = replace(away, prefixes={0.1: away.prefixes[0.25].take(np.arange(15), 400), 0.6: away.prefixes[0.6]})
+    stages = stages_elsewhere(probe, probe_logits, few, Sample.of(few, 5))
+    assert [stage["fraction"] for stage in stages] == [0.6, 1.0]

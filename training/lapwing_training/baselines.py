@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,6 +71,13 @@ def log_odds(log_probabilities: Floats) -> Floats:
     return np.asarray(bounded - np.log(-np.expm1(bounded)))
 
 
+def raw_names(table: Table, rows: Rows | None = None) -> tuple[str, ...]:
+    """Which of `raw_scores` there are; arguments as there. Reads no features."""
+    known = np.isfinite(table.log_probabilities if rows is None else table.log_probabilities[rows])
+    there = {"log_probability": known.any(), "summed_attention_score": ATTENTION_SCORE in table.feature_names}
+    return ("token_count", *(name for name, held in there.items() if held))
+
+
 def raw_scores(table: Table, rows: Rows | None = None) -> dict[str, Floats]:
     """Scores that need no probe; absent where the store does not hold what they need.
 
@@ -79,16 +86,26 @@ def raw_scores(table: Table, rows: Rows | None = None) -> dict[str, Floats]:
         rows: those that may say what a missing log-probability counts as, such as the training rows; all without it.
             Where none of them has a log-probability, that score is absent.
     """
-    scores: dict[str, Floats] = {"token_count": table.token_counts.astype(np.float64)}
-    known = np.isfinite(table.log_probabilities)
-    telling = table.log_probabilities[known] if rows is None else table.log_probabilities[rows][known[rows]]
-    if len(telling):
-        # An empty answer has no tokens, hence no mean; it gets the middle one.
-        scores["log_probability"] = np.where(known, table.log_probabilities, np.median(telling))
-    if ATTENTION_SCORE in table.feature_names:
-        values = table.feature(ATTENTION_SCORE, 1).astype(np.float64)
-        scores["summed_attention_score"] = values.sum(axis=(1, 2, 3))
-    return scores
+    return {name: RAW[name](table, rows) for name in raw_names(table, rows)}
+
+
+def _log_probabilities(table: Table, rows: Rows | None) -> Floats:
+    """An empty answer has no tokens, hence no mean; it gets the middle one."""
+    telling = table.log_probabilities if rows is None else table.log_probabilities[rows]
+    known = table.log_probabilities
+    return np.where(np.isfinite(known), known, np.median(telling[np.isfinite(telling)]))
+
+
+def _summed_attention_scores(table: Table, rows: Rows | None) -> Floats:
+    values = table.feature(ATTENTION_SCORE, 1).astype(np.float64)
+    return np.asarray(values.sum(axis=(1, 2, 3)))
+
+
+RAW: dict[str, Callable[[Table, Rows | None], Floats]] = {
+    "token_count": lambda table, rows: table.token_counts.astype(np.float64),
+    "log_probability": _log_probabilities,
+    "summed_attention_score": _summed_attention_scores,
+}
 
 
 def directions(scores: Mapping[str, Floats], labels: NDArray[Any], rows: Rows) -> dict[str, float]:

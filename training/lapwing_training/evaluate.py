@@ -78,7 +78,7 @@ def evaluation_steps(recipe: Recipe, table: Table, plan: Plan) -> int:
     fits = len(baselines.comparisons(recipe, table)) - 1 + _draws(plan, baselines.SHUFFLES)
     if isinstance(recipe, LapwingRecipe):
         fits += _draws(plan, baselines.RANDOM_DRAWS) + 2  # all heads, the curve
-    return judging_steps(table) + fits * plan.folds + 2
+    return judging_steps(table, plan.fitted) + fits * plan.folds + 2
 
 
 def _scores(fitted: Fitted, trial: Trial) -> tuple[Scores, dict[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,9 @@ from lapwing_training.splits import Rows
 PREDICTIONS = "predictions.jsonl"
 TESTED = "test"
 """The only rows whose group the probe has not seen in any way."""
+
+APART = "calibration"
+"""Rows that only set the thresholds of a guarantee."""
 
 
 def predictions(fitted: Fitted, trial: Trial) -> str:
@@ -35,12 +39,23 @@ def predictions(fitted: Fitted, trial: Trial) -> str:
     if plan.protocol == "split":
         logits = trial.held_out[plan.tested]
         lines += _lines(trial, plan.tested, logits, TESTED, said(logits), judged)
-    lines += _lines(trial, plan.apart, own, "calibration", said(own), judged)
+    lines += _lines(trial, plan.apart, own, APART, said(own), judged)
     return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
 
 
-def training_groups(directory: Path) -> set[str]:
-    """Groups that a probe was fitted or calibrated on.
+@dataclass(frozen=True)
+class Seen:
+    """Groups that a probe knows."""
+
+    fitted: frozenset[str]
+    """It was fitted or calibrated on them."""
+
+    judged: frozenset[str]
+    """Its own report judges it on them, be it out of fold."""
+
+
+def seen_groups(directory: Path) -> Seen:
+    """What the predictions beside a probe say of its groups.
 
     Raises:
         NotEnoughData: it came without its predictions, so nobody knows.
@@ -54,7 +69,10 @@ def training_groups(directory: Path) -> set[str]:
         )
     try:
         rows = [from_json(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
-        return {row["group"] for row in rows if row["fold"] != TESTED}
+        return Seen(
+            frozenset(row["group"] for row in rows if row["fold"] != TESTED),
+            frozenset(row["group"] for row in rows if row["fold"] != APART),
+        )
     except (ValueError, KeyError, TypeError) as error:
         raise InvalidData(path, None, f"no predictions of lapwing train ({error}); fetch the probe again") from None
 

@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 
 from lapwing_training import diagrams
-from lapwing_training.baselines import raw_scores
+from lapwing_training.baselines import raw_names
 from lapwing_training.calibrate import OperatingPoint
 from lapwing_training.progress import Advance, silent
 from lapwing_training.sample import Sample
 from lapwing_training.significance import Floats
+from lapwing_training.splits import Rows
 from lapwing_training.table import Table
 
 
@@ -62,9 +63,9 @@ def judge_scores(sample: Sample, table: Table, scores: Scores, advance: Advance 
     return result | {"comparison": comparison}
 
 
-def judging_steps(table: Table) -> int:
-    """How often `judge_scores` advances: the logits, each baseline, and the combination."""
-    return len(raw_scores(table)) + 2
+def judging_steps(table: Table, rows: Rows | None = None) -> int:
+    """How often `judge_scores` advances: the logits, each baseline, and the combination; arguments of `raw_names`."""
+    return len(raw_names(table, rows)) + 2
 
 
 def realised(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from lapwing_detector.calibration import Calibration
+from lapwing_detector.calibration import Calibration, at_stage
+from lapwing_detector.probe import Probe
 from lapwing_training.calibrate import platt
 from lapwing_training.metrics import estimate
 from lapwing_training.nested import Scorers, Trial, scored
@@ -60,6 +62,60 @@ def judge_stages(trial: Trial, sample: Sample) -> list[dict[str, Any]]:
     return [_judge(trial, stage, trial.rows[judged], sample.take(judged)) for stage in present]
 
 
+def stages_elsewhere(
+    probe: Probe, logits_of: Callable[[Probe, Table], Floats], table: Table, sample: Sample
+) -> list[dict[str, Any]]:
+    """How good a saved probe's running score is on another store; the rows are those that its earliest part has.
+
+    Args:
+        probe: with the calibrations of its stages.
+        logits_of: (rows,) by the probe.
+        table: rows that the probe was not fitted on.
+        sample: the same rows, with their resamples.
+
+    Returns:
+        JSON values, ascending by fraction. The probability that `brier` is of is the one that is said while so many
+        tokens are written, as `Probe.running_probability`; `brier_final` is with the calibration of whole responses.
+        Parts with fewer than ten rows of a class are absent. Empty where the store holds no parts.
+    """
+    parts = [(fraction, *table.at_stage(fraction)) for fraction in table.stages]
+    enough = [part for part in parts if _classes(part[1].labels) >= LEAST_PER_CLASS]
+    if not enough:
+        return []
+    shared = enough[0][2]
+    for _, _, rows in enough:
+        shared = np.intersect1d(shared, rows)
+    if _classes(table.labels[shared]) < LEAST_PER_CLASS:
+        return []
+    cut = [(fraction, part.take(np.isin(rows, shared))) for fraction, part, rows in enough]
+    some = sample.take(shared)
+    return [_elsewhere(probe, logits_of, at, part, some) for at, part in (*cut, (WHOLE, table.take(shared)))]
+
+
+def _elsewhere(
+    probe: Probe, logits_of: Callable[[Probe, Table], Floats], fraction: float, part: Table, sample: Sample
+) -> dict[str, Any]:
+    logits, tokens = logits_of(probe, part), part.response_tokens
+    final = probe.calibration.probabilities(logits)
+    said = final.copy()
+    if fraction < WHOLE and tokens is not None:
+        for count in np.unique(tokens):
+            rows = tokens == count
+            said[rows] = at_stage(probe.calibration, probe.stages, int(count)).probabilities(logits[rows])
+    return {
+        "fraction": fraction,
+        "rows": len(part),
+        "tokens": None if tokens is None else float(np.median(tokens)),
+        "auroc": estimate(sample.auroc(logits)),
+        "brier": sample.calibration(said)["brier"],
+        "brier_final": sample.calibration(final)["brier"],
+    }
+
+
+def _classes(labels: Any) -> int:
+    return min(int((labels == label).sum()) for label in (0, 1))
+
+
 def stage_of(trial: Trial, fraction: float) -> Stage:
     """The logits of that part of the response.
 
@@ -90,8 +146,8 @@ def _judge(trial: Trial, stage: Stage, rows: Rows, sample: Sample) -> dict[str, 
     """On these rows, which the sample holds."""
     labels, logits = trial.table.labels, stage.held_out
     own, final = np.full(len(labels), np.nan), np.full(len(labels), np.nan)
-    for (known, tested), at_stage, whole in zip(trial.folds, stage.known, trial.calibrations, strict=True):
-        own[tested] = _sigmoid(at_stage, labels, known).probabilities(logits[tested])
+    for (known, tested), before, whole in zip(trial.folds, stage.known, trial.calibrations, strict=True):
+        own[tested] = _sigmoid(before, labels, known).probabilities(logits[tested])
         final[tested] = whole.probabilities(logits[tested])
     whole_fit = _sigmoid(logits, labels, trial.plan.fitted)
     return {

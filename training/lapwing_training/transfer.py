@@ -18,10 +18,11 @@ from lapwing_training.fit import LinearProbe
 from lapwing_training.metrics import RESAMPLES
 from lapwing_training.notes import mode_note
 from lapwing_training.options import require_resamples, require_seed
-from lapwing_training.predictions import training_groups
+from lapwing_training.predictions import seen_groups as groups_seen_by
 from lapwing_training.sample import Sample
 from lapwing_training.scores import Scores, judge_scores, judging_steps, realised
 from lapwing_training.significance import Floats
+from lapwing_training.stages import stages_elsewhere
 from lapwing_training.store import Store, read_store
 from lapwing_training.table import Table, check_classes
 
@@ -48,10 +49,11 @@ def evaluate_probe(
     probe, store = Probe.from_pretrained(probe_path), read_store(store_path)
     require_same_model(probe, store)
     table, directory = store.table.labelled(), directory_of(probe_path)
-    seen = np.zeros(len(table), dtype=bool)
-    if not seen_groups:
-        seen = np.isin(table.groups, sorted(training_groups(directory)))
-    judged = table if seen_groups else _unseen(table, seen, store_path)
+    known = None if seen_groups else groups_seen_by(directory)
+    seen = np.isin(table.groups, sorted(known.fitted if known else ()))
+    judged = table if known is None else _unseen(table, seen, store_path)
+    # Rows that the probe's own report judges may be fresh to the probe, but they are not to that report.
+    again = known is None or bool(np.isin(judged.groups, sorted(known.judged)).any())
     reference = Reference.load(directory)
     with tqdm(total=judging_steps(judged) + 1, desc="evaluate", unit="step") as progress:
         scores, sample = _scores(probe, judged), Sample.of(judged, resamples, seed)
@@ -61,11 +63,14 @@ def evaluate_probe(
         # What was guaranteed is about one random row of a group, so each group counts once in what came of it.
         once = bool(probe.training.get("guarantee"))
         result["thresholds"] = realised(sample, points, limits, scores.logits, each_group_once=once)
-        result["drift"] = drift_of(probe, reference, judged, sample, scores, seed, seen_groups)
+        result["drift"] = drift_of(probe, reference, judged, sample, scores, seed, again)
+        result["stages"] = stages_elsewhere(probe, probe_logits, judged, sample)
         progress.update()
     notes = mode_note(probe.training.get("mode"), store.mode)
     if reference is None:
         notes.append("The probe came without a sample of the rows that it was fitted on: no drift by head or length.")
+    if again and known is not None:
+        notes.append("The probe's own report judges groups of these rows, too: the change of AUROC has no interval.")
     about = {"probe": probe.name, "revision": probe.revision, "store": str(store_path), "mode": store.mode}
     return {**about, "seen_groups_left_out": int(seen.sum()), "notes": notes, **result}
 
