@@ -45,6 +45,9 @@ class Ratio:
     KEPT: Final = 0.9
     """Of what was seen before, with every look."""
 
+    LEAST: Final = 1e-3
+    """Units that tell something."""
+
     def __init__(self, first: float = 0.0) -> None:
         self._first = first
         self._amount = 0.0
@@ -57,7 +60,7 @@ class Ratio:
 
     def of(self, units: float) -> float:
         """What would come of so many."""
-        return units * (self._amount / self._units if self._units else self._first)
+        return units * (self._amount / self._units if self._units >= self.LEAST else self._first)
 
 
 class Admission:
@@ -65,7 +68,9 @@ class Admission:
 
     def __init__(self, limits: Limits, metrics: Metrics) -> None:
         self.pace = Ratio()
-        """Seconds for a token; 0, which refuses nothing, as long as it is unknown."""
+        """Seconds for a token of a forward that scores; 0, which refuses nothing, as long as it is unknown."""
+        self.rest = Ratio()
+        """Seconds of a round for all else: a step of the streams, most of all."""
         self.wording = Ratio(0.3)
         """Tokens for a character."""
         self.together = Ratio()
@@ -107,7 +112,9 @@ class Admission:
     def _seconds(self, running: int, tokens: int) -> float:
         """Until so many tokens are computed, by forwards that are as large as they were lately."""
         forward = max(1.0, self.together.of(1))
-        return MARGIN * self.pace.of(running + math.ceil(tokens / forward) * forward)
+        forwards = math.ceil(tokens / forward)
+        rounds = forwards + math.ceil(running / forward)
+        return MARGIN * (self.pace.of(running + forwards * forward) + self.rest.of(rounds))
 
     def _require_room(self, items: int, waiting: Waiting, running: int) -> None:
         most = self._limits.queue_items
@@ -116,7 +123,7 @@ class Admission:
             message = f"{items} items are more than the queue holds, which is {most}; send fewer at once"
             raise Refusal(StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL", message, never_retry=True)
         if waiting.items + items > most:
-            half = self.pace.of(waiting.tokens + running) / 2
+            half = self._seconds(running, waiting.tokens) / 2
             raise self._shed("QUEUE_FULL", f"{waiting.items} of at most {most} items wait already; try again", half)
 
     def _shed(self, reason: str, message: str, seconds: float) -> Refusal:

@@ -116,10 +116,15 @@ class AttentionReader:
         seconds = self._readiness.limits.stream_seconds
         try:
             async with asyncio.timeout(seconds):
-                await self._read(requests, context)
+                return await self._read(requests, context)
         except TimeoutError:
             message = f"a stream may take {seconds:g} s; send the attention when all of it is there"
-            raise Refusal(StatusCode.DEADLINE_EXCEEDED, "STREAM_TOO_LONG", message) from None
+            refusal = Refusal(StatusCode.DEADLINE_EXCEEDED, "STREAM_TOO_LONG", message)
+        except Refusal as error:
+            refusal = error
+        # gRPC keeps the last error until the next call, and an error its traceback, which would keep all that came.
+        refusal.__context__ = None
+        raise refusal.with_traceback(None)
 
     async def _read(self, requests: AsyncIterator[Request], context: Context) -> None:
         engine = self._readiness.loaded.engine

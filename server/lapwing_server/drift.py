@@ -1,4 +1,4 @@
-"""How far the answers of today are from those that the probe was trained on. Knows numbers only, no text."""
+"""How far today's answers are from those that the probe was judged on when it was made. Knows numbers only, no text."""
 
 from __future__ import annotations
 
@@ -26,9 +26,11 @@ GROUPS: Final = 10
 """At most so many groups are compared: with more of them, 100 responses differ by chance alone."""
 
 READING: Final = (
-    "Population stability index against the training data, over the last 1,000 scored responses, from 100 on: below "
-    "0.1 alike, 0.1 to 0.25 worth a look, above 0.25 other than what the probe was trained on. Chance alone gives "
-    "about 9 / responses (0.09 of 100)."
+    "Population stability index of the last 1,000 responses that the active probe scored, from 100 on, against the "
+    "answers that it was judged on when it was made. Of 1,000: below 0.1 they are alike, 0.1 to 0.25 is worth a look, "
+    "above 0.25 they are others. Chance alone gives up to 9 / responses on average and seldom twice that, so that of "
+    "the first 100 only more than 0.25 says something. It does not say why: other questions, another model's manner, "
+    "or as many more hallucinations."
 )
 
 
@@ -80,7 +82,7 @@ class Reference:
 
 
 class Drift(Collector):
-    """The last responses beside the training data; computed when somebody asks."""
+    """The last responses beside those that the probe was judged on; computed when somebody asks."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -90,7 +92,7 @@ class Drift(Collector):
         self._window: deque[tuple[float, int]] = deque(maxlen=WINDOW)
 
     def follow(self, probe: Probe) -> None:
-        """Compares with this probe's training data from now on; another revision begins with an empty window."""
+        """Compares with what this probe was judged on from now on; another revision begins with an empty window."""
         if probe.revision == self._revision:
             return
         scores, lengths = score_reference(probe.metrics), length_reference(probe.metrics)
@@ -122,7 +124,7 @@ class Drift(Collector):
 
 
 def score_reference(metrics: Mapping[str, Any]) -> Reference | None:
-    """Probabilities of the training data; None if the probe does not say."""
+    """Probabilities that it gave the answers it was judged on; None if the probe does not say."""
     counts = metrics.get("histogram")
     try:
         return Reference.of(counts["edges"], np.add(counts["hallucinated"], counts["other"]).tolist())  # type: ignore[index]
@@ -131,7 +133,7 @@ def score_reference(metrics: Mapping[str, Any]) -> Reference | None:
 
 
 def length_reference(metrics: Mapping[str, Any]) -> Reference | None:
-    """Response tokens of the training data; None if the probe does not say."""
+    """Response tokens of the answers it was judged on; None if the probe does not say."""
     counts = metrics.get("lengths")
     try:
         return Reference.of(counts["edges"], counts["counts"])  # type: ignore[index]

@@ -6,56 +6,81 @@ import logging
 import math
 from collections import deque
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from lapwing_detector.scoring import Scored, ScoreJob
 from lapwing_detector.tokens import TokenIds
-from lapwing_server.admission import Ratio, TooLate
+from lapwing_server.admission import Admission, TooLate
 from lapwing_server.batching import Overhead, cut
 from lapwing_server.engine import Engine
 from lapwing_server.limits import Limits
 from lapwing_server.metrics import Metrics
-from lapwing_server.mishap import report
+from lapwing_server.mishap import as_exception, report
 from lapwing_server.readings import fingerprint
 from lapwing_server.waiting import Call, Entry, Item, Outcome, Waiting
 
 log = logging.getLogger("lapwing.server")
 
 
+class Computed(NamedTuple):
+    """What came of a turn."""
+
+    calls: list[Call]
+    """Those that are answered by now."""
+
+    tokens: int
+    """That the forward held."""
+
+    seconds: float
+    """That the forward took."""
+
+
 class Forwards:
     """Every method is called in the worker; `running` and `items` may be read by anybody."""
 
     def __init__(
-        self, waiting: Waiting, limits: Limits, metrics: Metrics, wording: Ratio, clock: Callable[[], float]
+        self, waiting: Waiting, limits: Limits, metrics: Metrics, admission: Admission, clock: Callable[[], float]
     ) -> None:
         self.running = 0
         """Tokens of what was taken and has no outcome yet."""
-        self.items = 0
-        """How many those are."""
+        self._taken: dict[Entry, None] = {}
         self._waiting = waiting
         self._limits = limits
         self._metrics = metrics
-        self._wording = wording
+        self._admission = admission
         self._clock = clock
         self._overhead = Overhead()
         self._cuts: deque[list[Entry]] = deque()
         self._done: list[Call] = []
 
-    def run(self, engine: Engine) -> tuple[list[Call], int]:
-        """At most one forward.
+    @property
+    def items(self) -> int:
+        """How many were taken and have no outcome yet."""
+        return len(self._taken)
 
-        Returns:
-            The calls that are answered by now, and how many tokens the forward held.
-        """
+    def run(self, engine: Engine) -> Computed:
+        """At most one forward."""
         if not self._cuts:
             self._take(engine)
-        tokens = 0
+        tokens, seconds = 0, 0.0
         while self._cuts and not tokens:
             batch = [entry for entry in self._cuts.popleft() if self._wanted(entry)]
             tokens = sum(entry.size for entry in batch)
             if batch:
-                self._forward(engine, batch)
+                seconds = self._forward(engine, batch)
         done, self._done = self._done, []
-        return done, tokens
+        return Computed(done, tokens, seconds)
+
+    def abandon(self, error: Exception) -> list[Call]:
+        """Gives up all that was taken, after an error that belongs to no item; the calls that are answered by now."""
+        for entry in self._taken:
+            if entry.settle(error):
+                self._done.append(entry.call)
+        self._taken.clear()
+        self._cuts.clear()
+        self.running = 0
+        done, self._done = self._done, []
+        return done
 
     def _take(self, engine: Engine) -> None:
         """Takes as many items as are worth a forward, and cuts what can't be one for its lengths."""
@@ -66,7 +91,7 @@ class Forwards:
             entry = self._waiting.take(most - taken if ready else math.inf)
             if entry is None:
                 break
-            self.items += 1
+            self._taken[entry] = None
             self.running += entry.size
             if self._wanted(entry) and self._tokenised(engine, entry):
                 ready.append(entry)
@@ -93,35 +118,40 @@ class Forwards:
         self._metrics.stage("queue", entry.seconds["queue"])
         try:
             entry.ids = entry.item.ids or read(engine, entry.item)
-        except Exception as error:  # of whatever kind, it belongs to this item
-            self._settle(entry, error)
+        except BaseException as error:  # of whatever kind, it belongs to this item
+            self._settle(entry, as_exception(error))
             return False
         if entry.item.ids is None:
             entry.seconds["tokenise"] = self._clock() - begun
             self._metrics.stage("tokenise", entry.seconds["tokenise"])
         size = len(entry.ids.all)
-        self._wording.saw(size - entry.item.token_count, entry.item.characters)
+        if entry.item.characters:  # a stop token that is dropped would count against texts
+            self._admission.wording.saw(max(0, size - entry.item.token_count), entry.item.characters)
         self.running += size - entry.size
         entry.size = size
         return True
 
-    def _forward(self, engine: Engine, batch: list[Entry]) -> None:
+    def _forward(self, engine: Engine, batch: list[Entry]) -> float:
         jobs = [job_of(entry) for entry in batch]
         padded, begun = len(batch) * max(entry.size for entry in batch), self._clock()
         self._metrics.batch(len(batch), padded)
         try:
             scored = engine.score_ids(jobs)
-        except Exception as error:
+        except BaseException as error:
             if len(batch) == 1:
-                self._settle(batch[0], error)
+                self._settle(batch[0], as_exception(error))
             else:  # one of them may be to blame, and shall fail alone
                 self._cuts.extendleft([entry] for entry in reversed(batch))
-            return
-        self._overhead.saw(padded, self._clock() - begun)
+            return self._clock() - begun
+        seconds, tokens = self._clock() - begun, sum(entry.size for entry in batch)
+        self._overhead.saw(padded, seconds)
+        self._admission.pace.saw(seconds, tokens)
+        self._admission.together.saw(tokens, 1)
         self._measure(scored)
         for entry, one in zip(batch, scored, strict=True):
             self._count(entry, one)
             self._settle(entry, one.detection)
+        return seconds
 
     def _measure(self, scored: Sequence[Scored]) -> None:
         """The seconds of the whole batch are in each of its detections."""
@@ -134,7 +164,7 @@ class Forwards:
             self._metrics.scored(shadow, "shadow")
 
     def _settle(self, entry: Entry, outcome: Outcome) -> None:
-        self.items -= 1
+        del self._taken[entry]
         self.running -= entry.size
         if entry.call.answer is None and isinstance(outcome, Exception):  # of shadows alone, so nobody else is told
             self._metrics.unseen("failed", 1 + len(entry.item.shadows))

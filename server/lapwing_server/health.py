@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Iterable
+from typing import Any
 
 from grpc import StatusCode
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -48,6 +49,10 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
                 StatusCode.NOT_FOUND, "UNKNOWN_SERVICE", "service: there is no such service here", field="service"
             )
         return health_pb2.HealthCheckResponse(status=self._status[request.service])
+
+    async def List(self, request: Any, context: Context) -> Any:  # noqa: N802
+        """Asked for by versions of grpcio-health-checking that know it; there it would be a plain function."""
+        raise Refusal(StatusCode.UNIMPLEMENTED, "UNKNOWN_METHOD", "ask for one service by Check")
 
     async def Watch(  # noqa: N802
         self, request: health_pb2.HealthCheckRequest, context: Context

@@ -121,7 +121,7 @@ class Metrics:
         )
         self._unseen = counter(
             "lapwing_shadow_skips_total",
-            "Times that a shadow gave no verdict: it failed, there was no room in the queue, or the sender of attention "
+            "Times that a shadow gave no verdict: it failed, the queue had no room for it, or the sender of attention "
             "did not send what it reads.",
             ["reason"],
         )
@@ -239,12 +239,12 @@ class Metrics:
     def _say_scoring(self, shelf: Shelf) -> None:
         """First what is new, so that nobody reads of a moment without an active probe: there is none."""
         scoring = [("active", shelf.active), *(("shadow", shadow) for shadow in shelf.shadows)]
-        now = frozenset((role, probe.name, probe.revision) for role, probe in scoring)
+        now = [(role, probe.name, probe.revision) for role, probe in scoring]
         for labels in now:
             self._info.labels(*labels).set(1)
-        for labels in self._scoring - now:
+        for labels in self._scoring.difference(now):
             self._info.remove(*labels)
-        self._scoring = now
+        self._scoring = frozenset(now)
 
     def _forget(self, probe: str) -> None:
         for role in ROLES:

@@ -32,6 +32,7 @@ class Page(ThreadingMixIn, WSGIServer):
 
     allow_reuse_address = True
     allow_reuse_port = False
+    request_queue_size = 64
 
     def __init__(self, *arguments: Any) -> None:
         self._lock = Lock()

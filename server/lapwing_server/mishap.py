@@ -14,6 +14,26 @@ from lapwing_server.refusal import Refusal, refusal_of
 log = logging.getLogger("lapwing.server")
 
 
+class Panic(Exception):
+    """Stands for what is no `Exception` and yet belongs to one request, as a panic in a library that is written in Rust."""
+
+
+def as_exception(error: BaseException) -> Exception:
+    """The error as one that may be handed to whoever waits.
+
+    Raises:
+        BaseException: it is one that ends a process.
+    """
+    if isinstance(error, KeyboardInterrupt | SystemExit):
+        raise error
+    return caught(error)
+
+
+def caught(error: BaseException) -> Exception:
+    """The same of any error, for those who are the last to see it."""
+    return error if isinstance(error, Exception) else Panic(type(error).__name__).with_traceback(error.__traceback__)
+
+
 def new_error_id() -> str:
     """A name for one entry of the log."""
     return secrets.token_hex(6)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable
 from functools import partial
 from typing import Any, Final
@@ -21,6 +22,9 @@ Parse = Callable[[bytes], Any]
 
 SMALL: Final = 64 * 2**10
 """Bytes up to which a request is parsed on the event loop: whatever they hold, it takes less than a millisecond."""
+
+NEWS: Final = 0.1
+"""Seconds in which gRPC says that a call is over whose request never came; it does so a moment after its end."""
 
 BATCH: Final = detector_pb2.ScoreBatchRequest.DESCRIPTOR
 ITEMS: Final = BATCH.fields_by_name["items"].number
@@ -54,7 +58,8 @@ class Parser:
             Refusal: it never came, is too large or can't be parsed.
         """
         data = await context.read()
-        if data is grpc.aio.EOF:  # or gRPC itself found it too large, and has said so
+        if data is grpc.aio.EOF:
+            await asyncio.sleep(NEWS)  # ends here if the client left, or if gRPC itself found the request too large
             raise Refusal(StatusCode.INVALID_ARGUMENT, "NO_REQUEST", "the call ended before its request came")
         return await self.request(data, method, parse)
 

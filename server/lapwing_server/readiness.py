@@ -45,6 +45,18 @@ class Readiness:
         """Model or probe could not be loaded."""
         self.phase, self.message = Phase.FAILED, message
 
+    def broken(self, message: str) -> None:
+        """It serves no longer, though what was loaded is still there and is tried."""
+        if self.phase is Phase.SERVING:
+            self.fail(message)
+
+    def mended(self) -> bool:
+        """It serves again, if it was broken; whether it was."""
+        if self.phase is not Phase.FAILED or self._loaded is None:
+            return False
+        self.phase, self.message = Phase.SERVING, ""
+        return True
+
     def stop(self) -> None:
         """The server goes; what runs may finish."""
         self.phase, self.message = Phase.STOPPING, "the server is shutting down"

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Final
 
 from lapwing_detector.options import GenerationOptions
 from lapwing_detector.probe import Probe
@@ -15,21 +16,37 @@ from lapwing_server.engine import Engine, Prompt
 from lapwing_server.forwards import Forwards
 from lapwing_server.limits import Limits
 from lapwing_server.metrics import Metrics
-from lapwing_server.mishap import report
+from lapwing_server.mishap import caught, report
 from lapwing_server.stream import Stream
 from lapwing_server.waiting import Call, Item, Outcome, Waiting, call_of
 from lapwing_server.worker import Worker
 from lapwing_server.writing import Writing
+
+FAILED_ROUNDS: Final = 3
+"""In a row, after which the server says that it does not serve. One may be the fault of what was asked."""
 
 
 class Scheduler:
     """Takes work on the event loop and has it done by the worker, in rounds, between which others may use the worker.
 
     A round is one forward over the items that wait, as many as fit, and one step of the streams that are open.
+
+    Args:
+        worker: whose thread computes.
+        limits: how much is taken on.
+        metrics: what is told of it.
+        clock: seconds, that never go back.
+        sound: told on the event loop when several rounds in a row failed as a whole (False), and when one that
+            computed something did not (True).
     """
 
     def __init__(
-        self, worker: Worker, limits: Limits, metrics: Metrics, clock: Callable[[], float] = time.monotonic
+        self,
+        worker: Worker,
+        limits: Limits,
+        metrics: Metrics,
+        clock: Callable[[], float] = time.monotonic,
+        sound: Callable[[bool], None] = lambda sound: None,
     ) -> None:
         self.places = Places(limits, metrics)
         self.admission = Admission(limits, metrics)
@@ -39,10 +56,13 @@ class Scheduler:
         self._clock = clock
         self._queue = Waiting()
         metrics.queue_is(lambda: self._queue.items)
-        self._forwards = Forwards(self._queue, limits, metrics, self.admission.wording, clock)
+        self._forwards = Forwards(self._queue, limits, metrics, self.admission, clock)
         self._writing = Writing(metrics, clock, self._add_shadow)
         self._engine: Engine | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._sound = sound
+        self._failed = 0
+        """Rounds in a row."""
         self._awake = False
         self._lock = threading.Lock()
 
@@ -145,28 +165,43 @@ class Scheduler:
         self._worker.post(self._round)
 
     def _round(self) -> None:
-        try:
-            self._compute()
-        except Exception as error:
-            report(error, "a round")
-        with self._lock:
-            self._awake = bool(self._queue.items or self._forwards.items) or self._writing.busy
-            if self._awake:
-                self._worker.post(self._round)
-
-    def _compute(self) -> None:
         engine, loop = self._engine, self._loop
         assert engine is not None, "begin() comes first"
         assert loop is not None
+        try:
+            if self._compute(engine, loop):
+                self._count(loop, failed=False)
+        except BaseException as error:  # it belongs to nobody, and must not end the rounds
+            report(error, "a round")
+            self._give_up(loop, error)
+        finally:
+            with self._lock:
+                self._awake = bool(self._queue.items or self._forwards.items) or self._writing.busy
+                if self._awake:
+                    self._worker.post(self._round)
+
+    def _compute(self, engine: Engine, loop: asyncio.AbstractEventLoop) -> bool:
+        """Whether there was something to compute."""
         begun = self._clock()
-        calls, tokens = self._forwards.run(engine)
+        calls, tokens, seconds = self._forwards.run(engine)
         if calls:
             tell(loop, partial(answer_all, calls))
-        if self._writing.busy and (streams := self._writing.round(engine)):
+        busy = self._writing.busy
+        if busy and (streams := self._writing.round(engine)):
             tell(loop, partial(announce_all, streams))
-        if tokens:
-            self.admission.pace.saw(self._clock() - begun, tokens)
-            self.admission.together.saw(tokens, 1)
+        if tokens or busy:
+            self.admission.rest.saw(max(0.0, self._clock() - begun - seconds), 1)
+        return bool(tokens) or busy
+
+    def _give_up(self, loop: asyncio.AbstractEventLoop, error: BaseException) -> None:
+        """Tells whoever waits for what the round had taken, and counts it."""
+        tell(loop, partial(answer_all, self._forwards.abandon(caught(error))))
+        self._count(loop, failed=True)
+
+    def _count(self, loop: asyncio.AbstractEventLoop, *, failed: bool) -> None:
+        before, self._failed = self._failed, self._failed + 1 if failed else 0
+        if self._failed == FAILED_ROUNDS or (before >= FAILED_ROUNDS and not failed):
+            tell(loop, partial(self._sound, not failed))
 
 
 def tell(loop: asyncio.AbstractEventLoop, news: Callable[[], None]) -> None:

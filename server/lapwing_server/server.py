@@ -64,13 +64,14 @@ class Server:
         self.guard = Guard(self.metrics, self.authenticator.admit, self._parser)
         self.readiness = Readiness(limits=self.settings.limits)
         self.worker = Worker("lapwing-worker")
-        self.scheduler = Scheduler(self.worker, self.settings.limits, self.metrics)
+        self.scheduler = Scheduler(self.worker, self.settings.limits, self.metrics, sound=self._is_sound)
         self._artist = Worker("lapwing-artist")
         self._reader = Worker("lapwing-reader")
         self._swapper = Swapper(self.readiness, self.metrics.probes)
         self._load = load
         self._health = Health(SERVICES)
         self._loading: asyncio.Task[None] | None = None
+        self._telling: set[asyncio.Task[None]] = set()
         self._page: MetricsServer | None = None
         self.metrics_port: int | None = None
         """Where the metrics are; None without them."""
@@ -101,7 +102,6 @@ class Server:
     async def stop(self) -> None:
         """Says NOT_SERVING, lets calls in flight finish, ends."""
         self.readiness.stop()
-        self.watcher.stop()
         await self._health.close()
         if self._loading is not None:
             self._loading.cancel()
@@ -117,6 +117,7 @@ class Server:
         self._artist.close()
         self._reader.close()
         await self._swapper.close()
+        self.watcher.stop()  # up to then a token that is taken back is refused
         if self._page is not None:
             await asyncio.to_thread(self._page.stop)  # it waits for its threads
 
@@ -153,7 +154,9 @@ class Server:
         except DetectorError as error:
             log.error("not serving: %s", error)
             self.readiness.fail(escaped(str(error), LONGEST_REASON))
-        except Exception as error:
+        except (asyncio.CancelledError, KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # a panic of a library in Rust is no Exception
             message = f"loading failed with {type(error).__name__}, error {report(error, 'loading')}"
             log.error("not serving: %s; --log-level debug has its words", message)
             self.readiness.fail(f"{message}; the log has the rest")
@@ -163,6 +166,19 @@ class Server:
             self.metrics.probes(loaded.shelf)
             await self._health.set_serving(True)
             log.info("serving %s with probe %s", loaded.engine.identity.name, loaded.shelf.active.name)
+
+    def _is_sound(self, sound: bool) -> None:
+        """Says of a model that computes no longer that it does not serve, and of one that does again that it does."""
+        if sound:
+            if not self.readiness.mended():
+                return
+            log.info("serving again: a round of the model did not fail")
+        else:
+            log.error("not serving: the model failed several times in a row; start the server anew")
+            self.readiness.broken("the model failed several times in a row; the log has the rest")
+        task = asyncio.create_task(self._health.set_serving(sound))
+        self._telling.add(task)
+        task.add_done_callback(self._telling.discard)
 
 
 async def serve(load: Callable[[], Loaded], settings: Settings, announce: Callable[[str], None]) -> None:

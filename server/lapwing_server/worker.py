@@ -45,10 +45,9 @@ class Worker:
     def _work(self) -> None:
         while (task := self._queue.get()) is not None:
             future, function = task
-            if not future.set_running_or_notify_cancel():
-                continue
-            try:
-                future.set_result(function())
-            except BaseException as error:  # it belongs to whoever waits
-                future.set_exception(error)
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(function())
+                except BaseException as error:  # it belongs to whoever waits
+                    future.set_exception(error)
             del task, future, function  # else the last request is kept until the next one

@@ -10,6 +10,7 @@ from lapwing_detector.tokens import TokenIds
 from lapwing_server.admission import TooLate
 from lapwing_server.engine import Engine, Streams
 from lapwing_server.metrics import Metrics
+from lapwing_server.mishap import as_exception
 from lapwing_server.stream import Stream
 from lapwing_server.waiting import Item
 
@@ -57,8 +58,8 @@ class Writing:
             self._join(engine, self._streams)
             self._look_after(self._streams)
             self._step(self._streams)
-        except Exception as error:  # nothing is known of any of them
-            self._break(error)
+        except BaseException as error:  # nothing is known of any of them
+            self._break(as_exception(error))
         told, self._told = list(self._told), {}
         return told
 
@@ -100,8 +101,8 @@ class Writing:
             if self._wanted(stream):
                 try:
                     self._open[streams.add(self._tokenised(engine, stream), stream.probe, stream.options)] = stream
-                except Exception as error:  # of whatever kind, it belongs to this stream
-                    self._put(stream, error)
+                except BaseException as error:  # of whatever kind, it belongs to this stream
+                    self._put(stream, as_exception(error))
 
     def _tokenised(self, engine: Engine, stream: Stream) -> TokenIds:
         begun = self._clock()

@@ -1,8 +1,8 @@
-"""How far today's answers are from the training data: an index with an oracle, and with samples that it must tell."""
+"""How far today's answers are from those of the probe's making: an index with an oracle, and samples it must tell."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,12 +21,11 @@ LENGTHS = {"edges": [1, 5, 10, 20, 40, 80, 160, 400], "counts": [50, 100, 300, 4
 SCORES = {"edges": EDGES, "hallucinated": [count / 2 for count in COUNTS], "other": [count / 2 for count in COUNTS]}
 
 
-def lengths_like_training(generator: np.random.Generator, count: int) -> Any:
-    """Numbers of tokens from the bars of LENGTHS."""
-    shares = np.array(LENGTHS["counts"]) / sum(LENGTHS["counts"])
-    bars = generator.choice(len(shares), count, p=shares)
-    low, high = np.array(LENGTHS["edges"])[bars], np.array(LENGTHS["edges"])[bars + 1]
-    return generator.integers(low, high)
+def like(histogram: Mapping[str, Any], generator: np.random.Generator, count: int) -> Any:
+    """Whole numbers from the bars of a histogram."""
+    edges, counts = np.array(histogram["edges"]), np.array(histogram["counts"])
+    bars = generator.choice(len(counts), count, p=counts / counts.sum())
+    return generator.integers(np.ceil(edges[bars]), np.ceil(edges[bars + 1]))
 
 
 def following(**metrics: Any) -> tuple[Drift, str]:
@@ -85,12 +84,12 @@ def test_chance_alone_gives_what_the_help_says(count: int) -> None:
 def test_a_shifted_sample_exceeds_and_the_same_distribution_does_not(seed: int) -> None:
     generator = np.random.default_rng(seed)
     drift, revision = following()
-    same = fill(drift, revision, SHARES.rvs(WINDOW, random_state=generator), lengths_like_training(generator, WINDOW))
+    same = fill(drift, revision, SHARES.rvs(WINDOW, random_state=generator), like(LENGTHS, generator, WINDOW))
     assert same["lapwing_drift_responses"] == WINDOW
     assert same["lapwing_drift_score_index"] < 0.1
     assert same["lapwing_drift_length_index"] < 0.1
     moved = stats.beta(4, 3).rvs(WINDOW, random_state=generator)
-    shifted = fill(drift, revision, moved, 3 * lengths_like_training(generator, WINDOW))
+    shifted = fill(drift, revision, moved, 3 * like(LENGTHS, generator, WINDOW))
     assert shifted["lapwing_drift_score_index"] > 0.25
     assert shifted["lapwing_drift_length_index"] > 0.25
 
@@ -156,13 +155,20 @@ def test_metrics_that_say_nothing_give_no_value(broken: Any) -> None:
     assert fill(drift, revision, [0.5] * WINDOW, [7] * WINDOW) == {"lapwing_drift_responses": WINDOW}
 
 
-def test_the_embedded_probe_says_how_its_scores_were_distributed() -> None:
+def test_the_embedded_probe_says_how_its_scores_and_lengths_were_distributed() -> None:
     probe = Probe.from_pretrained(embedded.probe_path())
     drift = Drift()
     drift.follow(probe)
-    counts = np.add(probe.metrics["histogram"]["hallucinated"], probe.metrics["histogram"]["other"])
     generator = np.random.default_rng(4)
+    counts = np.add(probe.metrics["histogram"]["hallucinated"], probe.metrics["histogram"]["other"])
     bars = generator.choice(len(counts), WINDOW, p=counts / counts.sum())
     scores = (bars + generator.uniform(0.01, 0.99, WINDOW)) / len(counts)
-    assert fill(drift, probe.revision, scores, [7] * WINDOW)["lapwing_drift_score_index"] < 0.05
-    assert fill(drift, probe.revision, 1 - scores**2, [7] * WINDOW)["lapwing_drift_score_index"] > 0.25
+    told = probe.metrics.get("lengths")  # a probe that was fitted before there were any says nothing of them
+    lengths = like(told, generator, WINDOW) if told else np.full(WINDOW, 7)
+    same = fill(drift, probe.revision, scores, lengths)
+    assert same["lapwing_drift_score_index"] < 0.05
+    assert ("lapwing_drift_length_index" in same) == bool(told)
+    assert same.get("lapwing_drift_length_index", 0.0) < 0.05
+    other = fill(drift, probe.revision, 1 - scores**2, 20 * lengths)
+    assert other["lapwing_drift_score_index"] > 0.25
+    assert other.get("lapwing_drift_length_index", 1.0) > 0.25

@@ -9,11 +9,13 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
-from service_fakes import WAIT
+from service_fakes import WAIT, Running
 from written_log import Written, logging_as_before
 
+from lapwing_detector.errors import ProbeCorrupt
 from lapwing_server import logs
 from lapwing_server.context import CallRecord, answered_by, current_call, note
 
@@ -182,6 +184,35 @@ def test_a_traceback_that_was_asked_for_stays_readable_and_forges_nothing() -> N
     assert "it failed" in first
     assert len(others) >= 4, "the traceback has lines of its own"
     assert all(line.startswith("    ") for line in others)
+
+
+@pytest.mark.parametrize("level", ["info", "debug"])
+def test_what_loading_fails_with_is_an_id_unless_asked_for_more(level: str) -> None:
+    def load() -> Any:
+        raise ValueError(SECRET)
+
+    log = Written(level)
+    with Running(load=load) as server:
+        said = server.server.readiness.message
+    [line] = [line for line in log.lines if line["event"].startswith("not serving")]
+    [error_id] = [line["error_id"] for line in log.lines if "error_id" in line]
+    for words in ("ValueError", error_id):
+        assert words in line["event"]
+        assert words in said
+    assert SECRET not in said
+    assert (SECRET in log.text) == (level == "debug")
+
+
+def test_what_is_wrong_with_a_probe_is_said() -> None:
+    """Our own words, which are of files."""
+
+    def load() -> Any:
+        raise ProbeCorrupt("weights.safetensors: its sha256 differs")
+
+    log = Written()
+    with Running(load=load):
+        pass
+    assert "its sha256 differs" in log.text
 
 
 STRAYS = f"""

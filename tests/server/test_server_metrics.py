@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import random
-import socket
-import threading
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -15,65 +11,15 @@ import grpc
 import pytest
 from engine_fakes import detect
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from prometheus_client import CollectorRegistry
-from prometheus_client.exposition import generate_latest
+from metrics_pages import BATCH, GENERATE, INFO, SCORE, page, page_of, registry_page, score
 from prometheus_client.parser import text_string_to_metric_families
 from service_fakes import WAIT, FakeEngine, Gate, Running, a_probe, a_shelf, wait_until
 
 from lapwing.v1 import detection_pb2, detector_pb2, detector_pb2_grpc
 from lapwing_detector.detection import Detection
 from lapwing_detector.tokens import TokenIds
-from lapwing_server import metrics_server
 from lapwing_server.metrics import CODES, METHODS, OTHER, Metrics
-from lapwing_server.metrics_server import MetricsServer
 from lapwing_server.shelf import Rejected, Shelf, Shelved
-
-SCORE, BATCH = "lapwing.v1.Detector/Score", "lapwing.v1.Detector/ScoreBatch"
-GENERATE, INFO = "lapwing.v1.Detector/Generate", "lapwing.v1.Detector/GetServerInfo"
-
-Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
-
-
-def page_of(port: int | None) -> str:
-    """The page as a reader gets it."""
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=WAIT) as page:
-        assert page.headers["Content-Type"].startswith("text/plain")
-        return str(page.read(), "utf-8")
-
-
-def samples_of(text: str) -> Samples:
-    """Every sample by name and labels; fails if one is there twice."""
-    found: Samples = {}
-    for family in text_string_to_metric_families(text):
-        for sample in family.samples:
-            key = sample.name, frozenset(sample.labels.items())
-            assert key not in found
-            found[key] = sample.value
-    return found
-
-
-class Page:
-    """The samples of a page, asked for by labels."""
-
-    def __init__(self, samples: Samples) -> None:
-        self.samples = samples
-
-    def __call__(self, name: str, /, **labels: str) -> float:
-        """The sum over all samples of the name that have the labels."""
-        return sum(value for _, value in self.named(name, **labels))
-
-    def named(self, name: str, /, **labels: str) -> Iterator[tuple[dict[str, str], float]]:
-        for (found, pairs), value in self.samples.items():
-            if found == f"lapwing_{name}" and labels.items() <= dict(pairs).items():
-                yield dict(pairs), value
-
-
-def page(server: Running) -> Page:
-    return Page(samples_of(page_of(server.server.metrics_port)))
-
-
-def registry_page(metrics: Metrics) -> Page:
-    return Page(samples_of(generate_latest(metrics.registry).decode()))
 
 
 @pytest.fixture
@@ -89,10 +35,6 @@ def server() -> Iterator[Running]:
 def channel(server: Running) -> Iterator[grpc.Channel]:
     with grpc.insecure_channel(server.target) as channel:
         yield channel
-
-
-def score(prompt: str, response: str, **more: Any) -> Any:
-    return detector_pb2.ScoreRequest(prompt={"text": prompt}, response={"text": response}, **more)
 
 
 def test_the_page_counts_what_happened(server: Running, channel: grpc.Channel) -> None:
@@ -141,9 +83,9 @@ def test_the_page_counts_what_happened(server: Running, channel: grpc.Channel) -
         ("shadow", "TOO_SHORT"): 1,
     }
     assert seen("generated_tokens_total") == 4
-    assert seen("forward_items_sum") >= 9
+    assert seen("forward_items_sum") == 10, "6 by Score, 3 of the batch, and for the shadow what was generated"
     assert seen("stage_seconds_count", stage="first_token") == 1
-    assert seen("stage_seconds_count", stage="queue") >= 9
+    assert seen("stage_seconds_count", stage="queue") == 11, "the same, and the stream"
     assert seen("queue_items") == 0
     assert seen("drift_responses") == 8
     assert seen("shed_total") == 0
@@ -319,71 +261,3 @@ def test_two_servers_count_apart() -> None:
         one.settle()
         wait_until(lambda: page(one)("calls_total", method=SCORE) == 1)
         assert page(other)("calls_total", method=SCORE) == 0
-
-
-def threads() -> set[str]:
-    return {thread.name for thread in threading.enumerate()}
-
-
-def test_the_page_ends_with_its_server_and_leaves_no_thread() -> None:
-    before = threads()
-    with Running(metrics_port=0) as server:
-        port = server.server.metrics_port
-        assert page_of(port)
-        assert "lapwing-metrics" in threads()
-    assert threads() <= before
-    with pytest.raises(urllib.error.URLError):
-        page_of(port)
-
-
-def test_a_server_without_a_port_for_them_has_no_page() -> None:
-    with Running() as server:
-        assert server.server.metrics_port is None
-        assert "lapwing-metrics" not in threads()
-
-
-def test_a_taken_port_is_named() -> None:
-    first = MetricsServer(CollectorRegistry())
-    port = first.start()
-    try:
-        with pytest.raises(OSError, match=rf"^port {port} of host 127.0.0.1 .*another --metrics-port"):
-            MetricsServer(CollectorRegistry(), port).start()
-        with pytest.raises(OSError, match="or --metrics-host"):
-            MetricsServer(CollectorRegistry(), 0, "192.0.2.1").start()
-    finally:
-        first.stop()
-        first.stop()
-
-
-def test_a_reader_who_says_nothing_holds_nobody_up(monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
-    monkeypatch.setattr(metrics_server.Reader, "timeout", 0.2)
-    before = threads()
-    server = MetricsServer(Metrics().registry)
-    port = server.start()
-    with socket.create_connection(("127.0.0.1", port), WAIT):
-        assert "lapwing_calls_in_flight" in page_of(port)
-        server.stop()
-    assert threads() <= before
-    assert capfd.readouterr() == ("", ""), "it is not printed, either"
-
-
-def test_a_page_that_fails_says_so_and_nothing_else(capfd: Any, caplog: pytest.LogCaptureFixture) -> None:
-    class Broken:
-        def describe(self) -> list[Any]:
-            return []
-
-        def collect(self) -> list[Any]:
-            raise RuntimeError("a secret")
-
-    registry = CollectorRegistry()
-    registry.register(Broken())  # type: ignore[arg-type]
-    server = MetricsServer(registry)
-    port = server.start()
-    try:
-        with pytest.raises(urllib.error.HTTPError) as caught:
-            page_of(port)
-    finally:
-        server.stop()
-    assert caught.value.code == 500
-    assert "a secret" not in caught.value.read().decode() + caplog.text + "".join(capfd.readouterr())
-    assert "RuntimeError" in caplog.text

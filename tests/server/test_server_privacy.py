@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 from canaries import CANARY, METHODS, WRITTEN, Quoting, every_way, hits
+from metrics_pages import page_of, samples_of
 from service_fakes import WAIT, Running, a_shelf, wait_until
-from test_server_metrics import page_of, samples_of
 from written_log import Written, logging_as_before
 
 from lapwing_server.engine import Loaded

@@ -222,7 +222,8 @@ LONG = [
     (request(Prompt(text="x" * (CHARACTERS + 1))), "prompt.text", "25601 characters, the server takes 25600"),
     (request(None, Response(text="x" * (CHARACTERS + 1))), "response.text", "25601 characters"),
     (request(Prompt(messages=[{"role": "user"}] * 1001)), "prompt.messages", "1001 messages, the server takes 1000"),
-    (request(Prompt(messages=[{"role": "u", "content": "x" * 20_000}] * 2)), "prompt.messages", "40000 characters"),
+    (request(Prompt(messages=[{"role": "u", "content": "x" * 20_000}] * 2)), "prompt.messages", "40002 characters"),
+    (request(Prompt(messages=[{"role": "x" * 20_000, "content": "y"}] * 2)), "prompt.messages", "40002 characters"),
 ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -131,6 +132,13 @@ def test_a_handler_that_is_a_plain_function_stops_the_start(monkeypatch: pytest.
     assert start_and_stop(Settings(port=0)), "control"
 
 
+@pytest.mark.parametrize("method", [name for name in SCOPES if name.startswith("/grpc.health.")])
+def test_the_health_knows_every_method_that_is_decided_about(method: str) -> None:
+    """Also those that only other versions of its package have: a plain function of theirs would stop the start."""
+    behavior = getattr(Health, method.rpartition("/")[2])
+    assert inspect.iscoroutinefunction(behavior) or inspect.isasyncgenfunction(behavior)
+
+
 def test_only_what_is_registered_must_be_decided_about(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(SCOPES, "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo")
     assert start_and_stop(Settings(port=0))
@@ -225,7 +233,7 @@ def test_calls_of_one_connection_have_a_bound() -> None:
             assert info(detector_pb2.GetServerInfoRequest(), timeout=WAIT), "another connection has its own"
         wait_until(lambda: server.server.guard.in_flight == 3)
         gate.open()
-        assert all(call.result() for call in calls)
+        assert all(one.result() for one in calls)
 
 
 def test_tokens_do_not_travel_in_the_open(world: World) -> None:

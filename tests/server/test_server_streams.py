@@ -281,6 +281,8 @@ def test_shadows_score_a_finished_response_when_there_is_room(waiting: int) -> N
             assert shadowed == (0 if waiting else 1), "only the metrics want it, so it is the first to be left out"
             seen = desk.counted("lapwing_detections_total", role="shadow", probe="other", verdict="flagged")
             assert seen == 2 * shadowed
+            skipped = desk.counted("lapwing_shadow_skips_total", reason="no_room")
+            assert skipped == (0 if shadowed else 2), "but not unseen"
 
     run(main())
 

@@ -9,7 +9,8 @@ import pytest
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 
-from lapwing_training.baselines import Combination, log_odds, raw_scores
+from lapwing_training.baselines import Combination, log_odds, raw_names, raw_scores
+from lapwing_training.scores import judging_steps
 from lapwing_training.table import Table
 from tests.training.training_fakes import make_table
 
@@ -59,3 +60,20 @@ def test_a_missing_log_probability_counts_as_the_middle_one_of_the_given_rows() 
     np.testing.assert_array_equal(filled, [-1.0, -2.0, -3.0, -2.0, -40.0, -50.0, -2.0, -60.0])
     assert raw_scores(table)["log_probability"][3] == -21.5  # control: of all rows, the tested ones included
     assert "log_probability" not in raw_scores(table, np.array([3, 6]))
+
+
+def test_the_raw_scores_are_counted_without_a_look_at_features() -> None:
+    table = make_table(rows=40)
+    half = replace(table, log_probabilities=np.where(np.arange(40) < 20, table.log_probabilities, np.nan))
+    bare = replace(table, features={"laplacian_eigenvalues.v1": table.features["laplacian_eigenvalues.v1"]})
+    for some in (table, half, bare):
+        for rows in (None, np.arange(20), np.arange(20, 40)):
+            assert raw_names(some, rows) == tuple(raw_scores(some, rows))
+
+    class Unread:
+        shape = (40, 4, 4, 1)
+
+    unread = replace(table, features={"attention_score.v1": Unread()})
+    assert judging_steps(unread) == 3 + 2
+    with pytest.raises(TypeError):  # control
+        raw_scores(unread)

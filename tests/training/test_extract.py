@@ -32,11 +32,6 @@ from lapwing_training.shards import WHOLE, read_shard, shard_paths, stage_kind
 from lapwing_training.store import read_store
 
 
-@pytest.fixture(scope="module")
-def loaded(tiny_model: Path) -> LanguageModel:
-    return LanguageModel.load(str(tiny_model))
-
-
 def test_stored_features_equal_those_of_eager_attention(loaded: LanguageModel, tmp_path: Path) -> None:
     told = extract_features(items(), tmp_path / "store", loaded, OPTIONS)
     table = read_store(tmp_path / "store").table

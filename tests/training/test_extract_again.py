@@ -23,11 +23,6 @@ from lapwing_training.shards import WHOLE, read_shard, shard_paths
 from lapwing_training.store import read_items, read_store
 
 
-@pytest.fixture(scope="module")
-def loaded(tiny_model: Path) -> LanguageModel:
-    return LanguageModel.load(str(tiny_model))
-
-
 def test_a_run_that_failed_goes_on_and_ends_with_the_same_bytes(
     loaded: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
