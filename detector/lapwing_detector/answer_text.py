@@ -28,8 +28,11 @@ class TextStream:
         now = self._decode(self.ids[self.start :])
         if now.endswith("\N{REPLACEMENT CHARACTER}") and not last:
             return ""
-        self.start, self.given = self.given, len(self.ids)
-        return now[len(before) :]
+        text = now[len(before) :]
+        if text:  # behind a token without any, some tokenizers drop a space as at the beginning of a text
+            self.start = self.given
+        self.given = len(self.ids)
+        return text
 
     def _decode(self, ids: list[int]) -> str:
         return str(self.tokenizer.decode(ids, skip_special_tokens=True))

@@ -10,6 +10,9 @@ from transformers import TopPLogitsWarper
 
 from lapwing_detector.options import GenerationOptions
 
+Choice = tuple[int, float]
+"""A token with its log-probability at temperature 1."""
+
 
 class Chooser:
     """Takes the likeliest token, or draws one, by one answer's options and seed."""
@@ -28,28 +31,36 @@ class Chooser:
         """A token at random.
 
         Args:
-            shifted: (vocabulary,) logits of one position, the largest of them 0, so that no temperature, however low,
-                makes it infinite.
+            shifted: (vocabulary,) logits of one position, the largest of them 0: it stays 0, however low the
+                temperature is, and the others at worst become -inf.
         """
-        scores = shifted[None] / self.temperature
+        scores = shifted.double()[None] / self.temperature  # float32 would make the lowest temperatures 0, and 0/0 NaN
         if self.warper is not None:
             scores = self.warper(torch.empty(1, 0, dtype=torch.long), scores)
         return int(torch.multinomial(scores.softmax(-1), 1, generator=self.random))
 
 
-def choose(choosers: Sequence[Chooser], logits: Tensor) -> list[tuple[int, float]]:
-    """The next token of several answers, each with its log-probability at temperature 1.
+def choose(choosers: Sequence[Chooser], logits: Tensor) -> list[Choice | Exception]:
+    """The next token of several answers.
 
     Args:
         choosers: one for each answer.
         logits: (answers, vocabulary) of one position.
+
+    Returns:
+        One for each answer; where nothing could be drawn the error, which is of that answer alone.
     """
     logits = logits.float()
     tokens = logits.argmax(-1)
     shifted = logits - logits.amax(-1, keepdim=True)
     finite = (~shifted.isnan().any(-1)).tolist()  # where not, the attention is not finite either: the detection says so
+    failed: dict[int, Exception] = {}
     for row, chooser in enumerate(choosers):
         if chooser.temperature > 0 and finite[row]:
-            tokens[row] = chooser.draw(shifted[row])
+            try:
+                tokens[row] = chooser.draw(shifted[row])
+            except Exception as error:
+                failed[row] = error
     chosen = shifted.gather(-1, tokens[:, None])[:, 0] - shifted.logsumexp(-1)
-    return list(zip(tokens.tolist(), chosen.tolist(), strict=True))
+    choices = zip(tokens.tolist(), chosen.tolist(), strict=True)
+    return [failed.get(row, choice) for row, choice in enumerate(choices)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +18,7 @@ from lapwing_detector.language_model import LanguageModel
 from lapwing_detector.log_probabilities import LogProbabilities, read_with_log_probabilities
 from lapwing_detector.options import GenerationOptions
 from lapwing_detector.probe import Probe
-from lapwing_detector.scoring import Scored, ScoreJob, Stopwatch, detect
+from lapwing_detector.scoring import Scored, ScoreJob, Stopwatch, among, attempted, detect
 from lapwing_detector.streams import Streams
 from lapwing_detector.summary import AttentionSummary
 from lapwing_detector.tokens import Prompt, Response, TokenIds, build_ids
@@ -202,17 +203,17 @@ class Detector:
             jobs: ids as `tokens` makes them, with probes that fit the model (`require`).
 
         Returns:
-            One for each job, in their order.
+            One for each job, in their order. A shadow that can't score costs nobody else a verdict.
         """
         clock, results = Stopwatch(), []
         with clock.stage("forward"):
             readings = self._read(jobs)
         for job, (summary, said) in zip(jobs, readings, strict=True):
             detection, *shadows = [
-                detect(probe, summary, job.ids, job.false_positive_rate, clock.seconds, said)
+                partial(detect, probe, among(summary, probe), job.ids, job.false_positive_rate, clock.seconds, said)
                 for probe in (job.probe, *job.shadows)
             ]
-            results.append(Scored(detection, tuple(shadows)))
+            results.append(Scored(detection(), tuple(map(attempted, shadows))))
         return results
 
     def _read(self, jobs: Sequence[ScoreJob]) -> Sequence[tuple[AttentionSummary, LogProbabilities | None]]:

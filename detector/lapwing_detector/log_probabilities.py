@@ -101,6 +101,8 @@ class States:
         for start in range(0, len(row), size):
             block = slice(start, start + size)
             logits = logits_at(row[block], place[block]).float()  # (block, vocabulary)
+            # Less the largest first: of a sure token the difference would have the rounding error of the logits.
+            logits = logits - logits.amax(dim=-1, keepdim=True)
             chosen = logits.gather(1, targets[block, None].to(logits.device))[:, 0]
             yield chosen - logits.logsumexp(dim=-1)
 

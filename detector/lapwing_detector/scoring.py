@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lapwing_detector.detection import DEFAULT_FALSE_POSITIVE_RATE, Detection, HeadContribution, Reason, State
+from lapwing_detector.errors import CaptureError, DetectorError
 from lapwing_detector.probe import Probe, Share
 from lapwing_detector.summary import AttentionSummary
 from lapwing_detector.tokens import TokenIds
@@ -34,8 +35,8 @@ class Scored:
     """What became of a job."""
 
     detection: Detection
-    shadows: tuple[Detection, ...] = ()
-    """In the order of `ScoreJob.shadows`."""
+    shadows: tuple[Detection | DetectorError, ...] = ()
+    """In the order of `ScoreJob.shadows`; the error of one that could not score."""
 
 
 class Stopwatch:
@@ -112,6 +113,24 @@ def detect(
         heads_contribution=0.0 if share is None else float(share.heads.sum(dtype=np.float64)),
         statistic_contributions={} if share is None else share.statistics,
     )
+
+
+def among(summary: AttentionSummary, probe: Probe) -> AttentionSummary:
+    """The layers that the probe knows of attention that was captured for others, too."""
+    rows = [row for row, layer in enumerate(summary.layers) if layer in probe.layers]
+    if len(rows) == len(summary.layers):
+        return summary
+    return AttentionSummary(summary.diagonal[rows], summary.received[rows], tuple(summary.layers[row] for row in rows))
+
+
+def attempted(detect: Callable[[], Detection]) -> Detection | DetectorError:
+    """The detection or the error instead of it."""
+    try:
+        return detect()
+    except DetectorError as error:
+        return error
+    except Exception as error:
+        return CaptureError(type(error).__name__)
 
 
 def finite(summary: AttentionSummary) -> bool:

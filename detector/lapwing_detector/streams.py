@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 
 from torch import Tensor
 
 from lapwing_detector.batch import Batch
-from lapwing_detector.choosing import choose
-from lapwing_detector.errors import InvalidInput, TooLong
+from lapwing_detector.choosing import Choice, choose
+from lapwing_detector.errors import CaptureError, InvalidInput, TooLong
 from lapwing_detector.generation import GeneratedToken, Generation
+from lapwing_detector.groups import Group, failed, regrouped, without_ended
 from lapwing_detector.language_model import LanguageModel
 from lapwing_detector.options import GenerationOptions
 from lapwing_detector.probe import Probe
-from lapwing_detector.running import RunningLogits
 from lapwing_detector.tokens import TokenIds
 from lapwing_detector.writing import Stream
 
@@ -28,25 +27,7 @@ MOST_READ = 8192
 """Tokens of prompts, padding included, that are read in one forward."""
 
 
-@dataclass(eq=False)
-class _Group:
-    """Answers in the order of the rows of their batch."""
-
-    streams: list[Stream]
-    batch: Batch
-    running: RunningLogits = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.running = RunningLogits(self.streams[0].probe, self.batch)
-
-    @property
-    def key(self) -> str:
-        """The same for groups that may become one."""
-        first = self.streams[0]
-        return f"alone {id(first)}" if first.alone else first.probe.revision
-
-    def rows(self, wanted: Callable[[Stream], bool]) -> list[int]:
-        return [row for row, stream in enumerate(self.streams) if wanted(stream)]
+Wanted = Callable[[Stream], bool]
 
 
 class Streams:
@@ -62,11 +43,14 @@ class Streams:
     """
 
     def __init__(self, model: LanguageModel) -> None:
+        self.wanted: Wanted | None = None
+        """Asked before every forward of each answer that would take part: False cancels it. None: all are wanted."""
+
         self._model = model
         self._waiting: list[Stream] = []
         """Their prompts are not read yet."""
 
-        self._groups: list[_Group] = []
+        self._groups: list[Group] = []
         self._shares: bool | None = None
         """Whether answers can share forwards; None until the first cache has been seen."""
 
@@ -98,7 +82,7 @@ class Streams:
     def cancel(self, stream: Stream) -> None:
         """End an answer without another word; one that has ended stays as it is."""
         stream.ended = True
-        self._tidy()
+        self._drop()
 
     def pause(self, stream: Stream) -> None:
         """Leave an answer as it is, with its cache, until it is resumed."""
@@ -109,39 +93,61 @@ class Streams:
         stream.paused = False
 
     def step(self) -> list[tuple[Stream, Event]]:
-        """One more token of every answer that is not paused; the prompts of new ones are read before.
+        """One more token of every answer that is not paused.
+
+        Before that new prompts are read, in one forward at most, so that the others don't wait for all of them: the
+        shortest first, but none is passed over for ever.
 
         Returns:
             What became ready: a token of each answer, behind its last one the whole, and where an answer failed the
             error, which is its end and only its own.
         """
         events = list(self._read_waiting())
-        self._tidy()
-        events += self._regroup()
+        self._drop()
+        self._groups, failures = regrouped(self._groups)
+        events += failures
         for group in list(self._groups):
             if group.streams[0].active:
-                events += self._advance(group)
-        self._tidy()
+                events += self._advance_wanted(group)
+        self.tidy()
         return events
+
+    def tidy(self) -> None:
+        """Give back the memory of answers that have ended, which `cancel` does not while others share it.
+
+        Every step does so at its end: this is for whoever makes none for a while, as all that is left is paused.
+        """
+        self._drop()
+        self._groups = [left for group in self._groups if (left := without_ended(group)) is not None]
 
     def _all(self) -> Iterator[Stream]:
         yield from self._waiting
         for group in self._groups:
             yield from group.streams
 
-    def _tidy(self) -> None:
+    def _drop(self) -> None:
+        """Forget answers that have ended, where nothing needs to be moved for it."""
         self._waiting = [stream for stream in self._waiting if not stream.ended]
         self._groups = [group for group in self._groups if not all(stream.ended for stream in group.streams)]
+
+    def _ask(self, streams: Iterable[Stream]) -> None:
+        """Cancels what is not wanted any more."""
+        for stream in streams:
+            if stream.active and self.wanted is not None and not self.wanted(stream):
+                stream.ended = True
 
     # Prompts.
 
     def _read_waiting(self) -> Iterator[tuple[Stream, Event]]:
+        self._ask(self._waiting)
         new = [stream for stream in self._waiting if stream.active]
-        self._waiting = [stream for stream in self._waiting if not stream.active]
-        if self._shares is None and new:
-            yield from self._read([new.pop(0)])
-        for together in _together(new) if self._shares else [[stream] for stream in new]:
-            yield from self._read(together)
+        if not new:
+            return
+        first = min(_together(new) if self._shares else [[stream] for stream in new], key=_turn)
+        self._waiting = [stream for stream in self._waiting if stream not in first]
+        for stream in self._waiting:
+            stream.passed += stream.active
+        yield from self._read(first)
 
     def _read(self, streams: list[Stream]) -> Iterator[tuple[Stream, Event]]:
         prompts, start = [stream.prompt.prompt_ids for stream in streams], time.perf_counter()
@@ -151,50 +157,34 @@ class Streams:
                 self._shares = batch.plain and self._model.takes_padding
         except Exception as error:
             if len(streams) == 1:
-                yield _failed(streams[0], error)
-            else:
+                yield failed(streams[0], error)
+            else:  # find out whose fault it was, one forward at a time
                 for stream in streams:
-                    yield from self._read([stream])
+                    stream.alone = True
+                self._waiting = [*streams, *self._waiting]
             return
         for stream in streams:
             stream.alone = not (self._shares and batch.plain)
-        group = _Group(streams, batch)
+        group = Group(streams, batch)
         self._groups.append(group)
         for row, (stream, choice) in enumerate(zip(streams, _choices(group, logits, start), strict=True)):
-            yield from _told(stream, partial(stream.begin, choice, partial(batch.summary, row)))
-
-    # Groups.
-
-    def _regroup(self) -> Iterator[tuple[Stream, Event]]:
-        """Puts together all that may share a forward, and takes out what is paused or has ended."""
-        before, self._groups = self._groups, []
-        active: dict[str, list[tuple[_Group, list[int]]]] = {}
-        for group in before:
-            if going := group.rows(lambda one: one.active):
-                active.setdefault(group.key, []).append((group, going))
-            if paused := group.rows(lambda one: one.paused and not one.ended):
-                yield from self._gather([(group, paused)])
-        for parts in active.values():
-            yield from self._gather(parts)
-
-    def _gather(self, parts: list[tuple[_Group, list[int]]]) -> Iterator[tuple[Stream, Event]]:
-        group, rows = parts[0]
-        if len(parts) == 1 and len(rows) == len(group.streams):
-            self._groups.append(group)
-            return
-        streams = [group.streams[row] for group, rows in parts for row in rows]
-        try:
-            self._groups.append(_Group(streams, Batch.gather([(group.batch, rows) for group, rows in parts])))
-        except Exception as error:
-            if len(parts) == 1:
-                yield from (_failed(stream, error) for stream in streams)
-            else:  # perhaps there is memory for each of them
-                for part in parts:
-                    yield from self._gather([part])
+            yield from _told(stream, choice, partial(stream.begin, summary=partial(batch.summary, row)))
 
     # Steps.
 
-    def _advance(self, group: _Group) -> Iterator[tuple[Stream, Event]]:
+    def _advance_wanted(self, group: Group) -> Iterator[tuple[Stream, Event]]:
+        self._ask(group.streams)
+        if all(stream.active for stream in group.streams):
+            yield from self._advance(group)
+            return
+        self._groups.remove(group)
+        rest, failures = regrouped([group])
+        yield from failures
+        self._groups += rest
+        for smaller in rest:
+            yield from self._advance(smaller)
+
+    def _advance(self, group: Group) -> Iterator[tuple[Stream, Event]]:
         start = time.perf_counter()
         try:
             logits = group.batch.feed([stream.next_token for stream in group.streams])
@@ -206,13 +196,13 @@ class Streams:
             wanted = any(stream.wants_logit for stream in group.streams)
             running: list[float | None] = group.running.logits() if wanted else [None] * len(choices)
         except Exception as error:
-            yield from (_failed(stream, error) for stream in group.streams)
+            yield from (failed(stream, error) for stream in group.streams)
             return
         for row, (stream, choice) in enumerate(zip(group.streams, choices, strict=True)):
             summary = partial(group.batch.summary, row)
-            yield from _told(stream, partial(stream.advance, choice, running[row], summary))
+            yield from _told(stream, choice, partial(stream.advance, logit=running[row], summary=summary))
 
-    def _advance_apart(self, group: _Group, error: Exception) -> Iterator[tuple[Stream, Event]]:
+    def _advance_apart(self, group: Group, error: Exception) -> Iterator[tuple[Stream, Event]]:
         """A forward failed: find out whose fault it was."""
         self._groups.remove(group)
         try:
@@ -220,40 +210,56 @@ class Streams:
                 raise error
             batches = group.batch.apart()
         except Exception as why:
-            yield from (_failed(stream, why) for stream in group.streams)
+            yield from (failed(stream, why) for stream in group.streams)
             return
-        failed = False
+        found = False
         for stream, batch in zip(group.streams, batches, strict=True):
-            alone = _Group([stream], batch)
+            alone = Group([stream], batch)
             self._groups.append(alone)
-            for one, event in self._advance(alone):
-                failed = failed or isinstance(event, Exception)
+            for one, event in self._advance_wanted(alone):
+                found = found or isinstance(event, Exception)
                 yield one, event
         for stream in group.streams:
-            stream.alone = not failed  # or the next forward of all of them would fail, too
+            stream.alone = not found  # or the next forward of all of them would fail, too
 
 
-def _choices(group: _Group, logits: Tensor, start: float) -> list[tuple[int, float]]:
+def _choices(group: Group, logits: Tensor, start: float) -> Sequence[Choice | Exception]:
     """The next token of each answer, and on their clocks the time since the start of the forward."""
     for stream in group.streams:
         stream.clock.add("forward", time.perf_counter() - start)
-    return choose([stream.chooser for stream in group.streams], logits)
-
-
-def _told(stream: Stream, tell: Callable[[], Sequence[Event]]) -> list[tuple[Stream, Event]]:
     try:
-        return [(stream, event) for event in tell()]
+        return choose([stream.chooser for stream in group.streams], logits)
     except Exception as error:
-        return [_failed(stream, error)]
+        return [error] * len(group.streams)
 
 
-def _failed(stream: Stream, error: Exception) -> tuple[Stream, Exception]:
-    stream.ended = True
-    return stream, error
+def _told(
+    stream: Stream, choice: Choice | Exception, tell: Callable[[Choice], Sequence[Event]]
+) -> list[tuple[Stream, Event]]:
+    """What an answer makes of the token that was chosen for it."""
+    if isinstance(choice, Exception):
+        return [failed(stream, choice)]
+    try:
+        return [(stream, event) for event in tell(choice)]
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except Exception as error:
+        return [failed(stream, error)]
+    except BaseException as error:  # a panic in a tokenizer, which is written in Rust; its text may quote the answer
+        return [failed(stream, CaptureError(type(error).__name__))]
+
+
+def _turn(streams: list[Stream]) -> tuple[int, int]:
+    """The least is read next: the shortest, but each time that one is passed over halves its length."""
+    passed = max(stream.passed for stream in streams)
+    return len(streams[0].prompt.prompt_ids) >> passed, -passed
 
 
 def _together(streams: Iterable[Stream]) -> list[list[Stream]]:
-    """Streams whose prompts are read in one forward: of one probe, and none less than half as long as the longest."""
+    """Streams whose prompts are read in one forward: of one probe, and none less than half as long as the longest.
+
+    The first of each is the longest.
+    """
     together: list[list[Stream]] = []
     for stream in sorted(streams, key=lambda one: (one.probe.revision, -len(one.prompt.prompt_ids))):
         if together and _alike(together[-1], stream):
@@ -266,7 +272,8 @@ def _together(streams: Iterable[Stream]) -> list[list[Stream]]:
 def _alike(streams: list[Stream], other: Stream) -> bool:
     longest, count = len(streams[0].prompt.prompt_ids), len(other.prompt.prompt_ids)
     return (
-        streams[0].probe.revision == other.probe.revision
+        not (streams[0].alone or other.alone)
+        and streams[0].probe.revision == other.probe.revision
         and 2 * count >= longest
         and (len(streams) + 1) * longest <= MOST_READ
     )

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lapwing_detector.answer_text import StopStrings, TextStream
-from lapwing_detector.choosing import Chooser
+from lapwing_detector.choosing import Choice, Chooser
 from lapwing_detector.detection import Detection
 from lapwing_detector.generation import GeneratedToken, Generation
 from lapwing_detector.language_model import LanguageModel
@@ -39,6 +39,9 @@ class Stream:
         self.alone = False
         """It shares no forwards, since it can't or since sharing failed."""
 
+        self.passed = 0
+        """Steps in which another prompt was read."""
+
         self.clock = Stopwatch()
         self.chooser = Chooser(options)
         self._limit, self._stop_tokens = limit, model.stop_tokens
@@ -55,7 +58,7 @@ class Stream:
         """The token that was chosen, and is fed before it is scored and given out: only then has it a row."""
         return self._next[0]
 
-    def begin(self, choice: tuple[int, float], summary: Callable[[], AttentionSummary]) -> list[Generation]:
+    def begin(self, choice: Choice, summary: Callable[[], AttentionSummary]) -> list[Generation]:
         """The prompt was read.
 
         Args:
@@ -80,7 +83,7 @@ class Stream:
         return (len(self.written) + 1) % self.options.score_every == 0
 
     def advance(
-        self, following: tuple[int, float], logit: float | None, summary: Callable[[], AttentionSummary]
+        self, following: Choice, logit: float | None, summary: Callable[[], AttentionSummary]
     ) -> list[GeneratedToken | Generation]:
         """The next token was fed.
 

@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from lapwing_detector.errors import DetectorError
 from lapwing_detector.scoring import Scored, ScoreJob
 from lapwing_detector.tokens import TokenIds
 from lapwing_server.admission import Admission, TooLate
@@ -161,7 +162,11 @@ class Forwards:
     def _count(self, entry: Entry, scored: Scored) -> None:
         self._metrics.scored(scored.detection, entry.item.role)
         for shadow in scored.shadows:
-            self._metrics.scored(shadow, "shadow")
+            if isinstance(shadow, DetectorError):
+                self._metrics.unseen("failed")
+                report(shadow, "a shadow")
+            else:
+                self._metrics.scored(shadow, "shadow")
 
     def _settle(self, entry: Entry, outcome: Outcome) -> None:
         del self._taken[entry]

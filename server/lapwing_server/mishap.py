@@ -15,7 +15,7 @@ log = logging.getLogger("lapwing.server")
 
 
 class Panic(Exception):
-    """Stands for what is no `Exception` and yet belongs to one request, as a panic in a library that is written in Rust."""
+    """Stands for what is no `Exception` and yet belongs to one request, as a panic in a library written in Rust."""
 
 
 def as_exception(error: BaseException) -> Exception:

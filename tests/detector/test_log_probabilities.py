@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from transformers import PreTrainedModel
 from lapwing_detector import log_probabilities
 from lapwing_detector.language_model import LanguageModel
 from lapwing_detector.log_probabilities import States, finishing, read_with_log_probabilities
+from lapwing_detector.token_statistics import log_odds
 from lapwing_detector.tokens import TokenIds
 from tests.detector.architectures import build
 from tests.detector.tiny_models import FAMILIES, OTHERS, VOCABULARY, long_model, new_model, tiny_model, token_ids
@@ -127,6 +129,25 @@ def test_a_model_whose_head_is_not_told_apart_gives_its_logits_as_they_are(monke
     same, states = agree(model, texts())
     assert same
     assert states._own.shape[1] == batch(texts())[0].shape[1]
+
+
+def test_of_a_sure_token_the_doubt_is_told_as_well_as_by_a_step_of_decoding() -> None:
+    model = new_model("llama")
+    head: Any = model.get_output_embeddings()
+    with torch.no_grad():
+        head.weight.mul_(12.0)
+        prompt, written = token_ids(1, 6), []
+        ids = prompt
+        for _ in range(12):
+            written.append(int(model(ids).logits[0, -1].argmax()))
+            ids = torch.cat([ids, torch.tensor([[written[-1]]])], dim=1)
+        exact = copy.deepcopy(model).double()(ids).logits[0].log_softmax(-1)
+    text = TokenIds(tuple(prompt[0].tolist()), tuple(written))
+    [found] = States(model, *batch([text])).log_probabilities([text])
+    expected = np.array([float(exact[5 + place, token]) for place, token in enumerate(written)])
+    assert np.exp(expected).max() > 0.99
+    # The sure tokens' log-odds, which a probe reads, to the digits that a score may differ by.
+    np.testing.assert_allclose(log_odds(found.astype(np.float64)), log_odds(expected), atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", [None, "longrope"])

@@ -10,7 +10,7 @@ import torch
 
 from lapwing_detector.detection import Reason
 from lapwing_detector.detector import Detector
-from lapwing_detector.errors import ProbeMismatch
+from lapwing_detector.errors import DetectorError, ProbeMismatch
 from lapwing_detector.language_model import LanguageModel
 from lapwing_detector.probe import Probe
 from lapwing_detector.scoring import ScoreJob
@@ -54,6 +54,47 @@ def test_each_probe_reads_what_it_needs_from_one_forward(detector: Detector) -> 
     assert scored[1].shadows == ()
     assert scored[1].detection.probe_name == "second"
     assert detector.score_ids([]) == []
+
+
+def of_layers(probe: Probe, *layers: int) -> Probe:
+    """One that knows no others."""
+    rows = [probe.layers.index(layer) for layer in layers]
+    ones = np.ones_like(probe.weights[rows])
+    return replace(probe, layers=layers, weights=ones, selected=np.ones_like(probe.selected[rows]), statistics={})
+
+
+def test_probes_of_other_layers_share_a_forward(detector: Detector) -> None:
+    ids, some = detector.tokens(*ITEMS[0]), of_layers(detector.probe, 1, 3)
+    jobs = [ScoreJob(ids, detector.probe, shadows=(some,)), ScoreJob(ids, some, shadows=(detector.probe,))]
+    alone = [detector.score_ids([ScoreJob(ids, probe)])[0].detection.logit for probe in (detector.probe, some)]
+    together = [[one.detection.logit, one.shadows[0].logit] for one in detector.score_ids(jobs)]
+    assert together[0] == pytest.approx(alone, abs=1e-5)
+    assert together[1] == pytest.approx(alone[::-1], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("error", "told"), [(ProbeMismatch("other"), "other"), (ZeroDivisionError("x"), "ZeroDivision")]
+)
+def test_a_shadow_that_fails_costs_only_its_own_verdict(
+    detector: Detector, error: Exception, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bad, good = a_shadow(detector, 5, "bad"), a_shadow(detector, 2, "good")
+    score = Probe.score
+
+    def failing(probe: Probe, *args: object) -> object:
+        if probe is bad:
+            raise error
+        return score(probe, *args)
+
+    monkeypatch.setattr(Probe, "score", failing)
+    job = ScoreJob(detector.tokens(*ITEMS[0]), detector.probe, shadows=(bad, good))
+    [scored] = detector.score_ids([job])
+    assert scored.detection.logit is not None
+    assert isinstance(scored.shadows[0], DetectorError)
+    assert told in str(scored.shadows[0])
+    assert scored.shadows[1].probe_name == "good"
+    with pytest.raises(type(error)):
+        detector.score_ids([ScoreJob(job.ids, bad)])
 
 
 def test_a_probe_that_reads_no_head_beside_one_that_does(detector: Detector) -> None:

@@ -109,7 +109,7 @@ def test_a_token_that_cannot_be_fed_ends_its_answer_alone(layer: int) -> None:
     expected = written(model, probe, 20, LENGTHS)
     streams, answers = begun(model, probe)
     victim = list(answers)[1]
-    bad = victim.next_token
+    bad, before = victim.next_token, len(answers[victim].tokens)
     others = [stream.next_token for stream in answers if stream is not victim]
     assert bad not in others
     with failing(model, lambda ids: ids.shape[1] == 1 and bad in ids.flatten(), layer) as failures:
@@ -117,7 +117,7 @@ def test_a_token_that_cannot_be_fed_ends_its_answer_alone(layer: int) -> None:
     assert failures == [3, 1]  # together, and apart
     go_on(streams, answers)
     assert isinstance(answers[victim].error, MemoryError)
-    assert len(answers[victim].tokens) == 3
+    assert len(answers[victim].tokens) == before > 0
     rest = {stream: answer for stream, answer in answers.items() if stream is not victim}
     assert worst(model, rest) < SAME_SCORE
     by_seed = {stream.options.seed: ids_of({stream: answer})[0] for stream, answer in expected.items()}
@@ -206,6 +206,88 @@ def test_a_model_without_a_cache_is_refused_and_not_read_token_by_token_anew() -
     [answer] = _answers_of(model, a_probe(), heads)
     assert isinstance(answer.error, UnsupportedGeneration)
     assert "returns no cache" in str(answer.error)
+
+
+@pytest.mark.parametrize("temperature", [5e-324, 1e-300, 1e-46])
+def test_the_lowest_temperatures_take_the_likeliest_token(temperature: float) -> None:
+    model, probe = language_model(), a_probe()
+    options = {"top_p": 0.9}
+    likeliest = ids_of(written(model, probe, 10, LENGTHS, temperature=0.0))
+    assert ids_of(written(model, probe, 10, LENGTHS, temperature=temperature)) == likeliest
+    assert ids_of(written(model, probe, 10, LENGTHS, temperature=temperature, **options)) == likeliest
+    assert ids_of(written(model, probe, 10, LENGTHS, temperature=1.0)) != likeliest
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_a_token_that_cannot_be_drawn_ends_its_answer_alone(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, probe = language_model(), a_probe()
+    streams, answers = begun(model, probe, steps)
+    victim = list(answers)[1]
+
+    def draw(_: object) -> int:
+        raise RuntimeError("no probabilities")
+
+    monkeypatch.setattr(victim.chooser, "draw", draw)
+    go_on(streams, answers)
+    assert isinstance(answers.pop(victim).error, RuntimeError)
+    assert all(answer.generation for answer in answers.values())
+    assert worst(model, answers) < SAME_SCORE
+
+
+def test_logits_from_which_nothing_can_be_chosen_end_those_that_share_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, probe = language_model(), a_probe()
+    streams, answers = begun(model, probe)
+    feed = Batch.feed
+
+    def one_too_few(batch: Batch, tokens: list[int]) -> torch.Tensor:
+        return feed(batch, tokens)[:, :0]
+
+    monkeypatch.setattr(Batch, "feed", one_too_few)
+    step(streams, answers)
+    assert all(answer.error for answer in answers.values())
+    assert len(streams) == 0
+
+
+class PanicException(BaseException):
+    """No `Exception`, like those of tokenizers."""
+
+
+@pytest.mark.parametrize("error", [PanicException, KeyboardInterrupt, SystemExit])
+def test_a_panic_in_the_tokenizer_ends_its_answer_alone_and_an_interrupt_ends_all(
+    error: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, probe = language_model(), a_probe()
+    streams, answers = begun(model, probe)
+    victim = list(answers)[1]
+
+    def push(*_: object) -> str:
+        raise error("a secret")
+
+    monkeypatch.setattr(victim._text, "push", push)
+    if error is not PanicException:
+        with pytest.raises(error):
+            streams.step()
+        return
+    go_on(streams, answers)
+    told = answers.pop(victim).error
+    assert isinstance(told, CaptureError)
+    assert str(told) == "PanicException"
+    assert all(answer.generation for answer in answers.values())
+
+
+def test_prompts_that_fail_together_are_read_apart_one_in_a_step() -> None:
+    model, probe = language_model(), a_probe()
+    streams, answers = Streams(model), {}
+    for length in LENGTHS:
+        answers[streams.add(prompt(length), probe, GenerationOptions(max_new_tokens=30))] = Answer()
+    with failing(model, lambda ids: len(ids) > 1 and ids.shape[1] > 1) as failures, forwards_of(model.model) as seen:
+        for _ in range(4):
+            step(streams, answers)
+    assert failures == [2]
+    assert sorted(shape for shape in seen if shape[1] > 1)[-1] == (2, 15)
+    assert all(answer.tokens for answer in answers.values())
+    go_on(streams, answers)
+    assert worst(model, answers) < SAME_SCORE
 
 
 def _answers_of(model: LanguageModel, probe: Probe, heads: dict[int, tuple[int, ...]]) -> list[Answer]:

@@ -21,7 +21,7 @@ MEAN, QUARTER, MINIMUM = TOKEN_STATISTICS
 
 def responses() -> list[np.ndarray]:
     random = np.random.default_rng(0)
-    return [np.maximum(-random.exponential(size=tokens) ** 2, -27.0) for tokens in (1, 2, 3, 4, 5, 8, 9, 200)]
+    return [np.maximum(-(random.exponential(size=tokens) ** 2), -27.0) for tokens in (1, 2, 3, 4, 5, 8, 9, 200)]
 
 
 def test_they_are_what_their_names_say() -> None:

@@ -1,4 +1,4 @@
-"""However a stream of attention ends, nothing is left of it: places, tasks, threads, descriptors, sums."""
+"""However a stream of attention ends, nothing is left of it: calls, places, tasks, threads, sums."""
 
 from __future__ import annotations
 
@@ -108,12 +108,14 @@ def killed(server: Running, client: Client) -> None:
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=path, text=True) as sender:
         assert sender.stdin is not None
         assert sender.stdout is not None
-        sender.stdin.write(sent)
-        sender.stdin.close()
-        assert sender.stdout.readline() == "asked\n"
-        wait_until(lambda: server.server.scheduler.places.taken == 3)
-        wait_until(lambda: assemblies() == 3)
-        sender.send_signal(signal.SIGKILL)
+        try:
+            sender.stdin.write(sent)
+            sender.stdin.close()
+            assert sender.stdout.readline() == "asked\n"
+            wait_until(lambda: server.server.scheduler.places.taken == 3)
+            wait_until(lambda: assemblies() == 3)
+        finally:
+            sender.send_signal(signal.SIGKILL)
 
 
 def first_messages() -> Iterator[Any]:
@@ -154,12 +156,11 @@ def test_a_stream_leaves_nothing_behind(server: Running, client: Client, how: st
     assert baseline["places"] == 0
     ENDS[how](server, client)
 
-    def nothing_left() -> bool:
-        gc.collect()
-        now = balance(server)
-        return assemblies() == 0 and all(now[name] <= baseline[name] for name in baseline)
-
-    wait_until(nothing_left)
+    server.settle()
+    gc.collect()
+    wait_until(lambda: assemblies() == 0)
+    for name in ("calls", "places", "tasks", "threads"):
+        wait_until(lambda name=name: balance(server)[name] <= baseline[name])
 
 
 def test_a_stream_that_took_too_long_leaves_nothing_behind() -> None:

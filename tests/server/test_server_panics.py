@@ -22,7 +22,7 @@ SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
 
-class PanicException(BaseException):  # noqa: N818 - so it is called
+class PanicException(BaseException):
     """As pyo3 defines what a panic in Rust becomes."""
 
 

@@ -51,7 +51,7 @@ def _of_the_rows(judged: Mapping[str, Any]) -> Iterator[str]:
     if judged["mode"] == "mixed":
         yield "The store mixes texts that the model wrote with texts that it only read: a probe of one kind may differ."
     if "log_probability" not in judged["comparison"]:
-        yield "The items carry no log-probability, so that baseline is absent; lapwing generate keeps it."
+        yield "The store holds no log-probability, so that baseline is absent; extract into a new directory to have it."
     elif judged["log_probability_missing"]:
         yield f"{judged['log_probability_missing']} test rows have no log-probability; they count as the middle one."
 

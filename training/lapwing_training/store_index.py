@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from lapwing_detector.language_model import LanguageModel
 from lapwing_training.errors import InvalidData, NotEnoughData
 from lapwing_training.generations import LabelledGeneration
@@ -60,7 +62,7 @@ def finish_store(
         "heads": heads,
         "identity": loaded.identity.to_dict(),
         "stratum": options.stratum,
-        "items": _columns(items, work, loaded, options.stratum),
+        "items": _columns(items, work, loaded, options.stratum, _means(files)),
         "left_out": left_out,
         "shards": listed(files),
         "stages": {str(fraction): listed(stages[fraction]) for fraction in sorted(stages)},
@@ -110,10 +112,21 @@ def mode_in(item: LabelledGeneration, loaded: LanguageModel) -> str | None:
     return "supplied" if item.mode == "generated" and not is_written_by(item, loaded) else item.mode
 
 
+def _means(files: Sequence[ShardFile]) -> dict[str, float]:
+    """Mean log-probability of the response's tokens, by id, as it was found in reading them."""
+    said = {id: one for file in files for id, one in (file.shard.log_probabilities or {}).items()}
+    return {id: float(one.mean(dtype=np.float64)) for id, one in said.items() if len(one) and np.isfinite(one).all()}
+
+
 def _columns(
-    items: Sequence[LabelledGeneration], work: Work, loaded: LanguageModel, stratum: str
+    items: Sequence[LabelledGeneration],
+    work: Work,
+    loaded: LanguageModel,
+    stratum: str,
+    means: Mapping[str, float],
 ) -> dict[str, list[Any]]:
     tokens = [work.tokens[item.id] for item in items]
+    kept = [log_probability_of(item, loaded) for item in items]
     return {
         "id": [item.id for item in items],
         "group": [item.group_or_prompt for item in items],
@@ -121,6 +134,7 @@ def _columns(
         "stratum": [stratum_of(item, stratum) for item in items],
         "token_count": [len(ids.all) for ids in tokens],
         "response_tokens": [len(ids.response_ids) for ids in tokens],
-        "log_probability": [log_probability_of(item, loaded) for item in items],
+        # What was kept while it was written comes first: relabelling an old store changes nothing.
+        "log_probability": [means.get(item.id) if own is None else own for item, own in zip(items, kept, strict=True)],
         "mode": [mode_in(item, loaded) for item in items],
     }

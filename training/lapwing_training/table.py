@@ -42,7 +42,7 @@ class Table:
 
     token_counts: NDArray[np.int64]
     log_probabilities: Floats
-    """(rows,) mean token log-probability of the response; NaN where it was not kept."""
+    """(rows,) mean token log-probability of the response; NaN where it is not known."""
 
     features: Mapping[str, Values]
     """By feature id, (rows, layers, heads, width(k)); read through the methods."""

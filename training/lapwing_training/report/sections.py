@@ -92,7 +92,7 @@ def _transfer_short(result: Mapping[str, Any]) -> Iterator[Block]:
 def _without_log_probability(result: Mapping[str, Any]) -> tuple[str, ...]:
     count = result["log_probability_missing"]
     if "log_probability" not in result["comparison"]:
-        return ("The items carry no log-probability, so that baseline is absent.",)
+        return ("The store holds no log-probability, so that baseline is absent.",)
     return (f"{count} rows have no log-probability; they count as the middle one.",) if count else ()
 
 
