@@ -18,6 +18,15 @@ def write(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
 
 
+def make(directory: Path) -> None:
+    """A directory that is on the disk when this returns, with those above it that were missing."""
+    directory = directory.absolute()
+    missing = [place for place in (directory, *directory.parents) if not place.exists()]
+    directory.mkdir(parents=True, exist_ok=True)
+    for place in reversed(missing):
+        sync(place.parent)
+
+
 def sync(directory: Path) -> None:
     """The names in a directory are on the disk when this returns."""
     descriptor = os.open(directory, os.O_RDONLY)

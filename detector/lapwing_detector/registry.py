@@ -182,9 +182,7 @@ class Registry:
         """
         if begin:
             require_free(self.root)
-            if not self.root.exists():
-                self.root.mkdir(parents=True, exist_ok=True)
-                durable.sync(self.root.parent)
+            durable.make(self.root)
         else:
             self.current()  # no lock is left where there is no registry
         with held(self.root):
@@ -212,6 +210,7 @@ class Registry:
                 load_revision(self.root, name, revision, digest)
             except ProbeCorrupt as error:
                 raise ProbeCorrupt(f"{error}; to publish it again, remove {place} first") from error
+            durable.sync(place.parent)  # whoever put it there may have been killed before this
             return
         place.parent.mkdir(exist_ok=True)
         require_inside(self.root, place.parent)

@@ -54,8 +54,17 @@ def read_header(message: detector_pb2.AttentionHeader, probe: Probe, running: Mo
         max_tokens: most tokens that it takes.
 
     Raises:
-        Refusal: a field can't be right, or the attention is of another model than the probe's.
+        Refusal: a field can't be right, the attention is of another model than the probe's, or attention is not all
+            that the probe reads.
     """
+    if probe.reads_log_probabilities:
+        raise Refusal(
+            StatusCode.FAILED_PRECONDITION,
+            "NEEDS_LOG_PROBABILITIES",
+            f"probe {probe.name} also reads log-probabilities, which are not sent here; name one that reads attention "
+            "only, or let the server's model score",
+            field="probe",
+        )
     require_model(message, probe, running)
     layers = read_layers(message.layers, probe)
     if message.heads != probe.selected.shape[1]:

@@ -11,6 +11,7 @@ from grpc import StatusCode
 
 from lapwing.v1 import detector_pb2
 from lapwing_detector.detection import Detection
+from lapwing_detector.errors import DetectorError
 from lapwing_detector.probe import Probe
 from lapwing_detector.scoring import Stopwatch, detect
 from lapwing_detector.tokens import TokenIds
@@ -21,6 +22,7 @@ from lapwing_server.attention_header import Header, read_header
 from lapwing_server.context import Context, note
 from lapwing_server.engine import Engine
 from lapwing_server.metrics import Metrics
+from lapwing_server.mishap import report
 from lapwing_server.readiness import Readiness
 from lapwing_server.refusal import Refusal, invalid
 from lapwing_server.worker import Worker
@@ -46,7 +48,8 @@ class Sender:
         self._header = header
         self._shared = shared
         self._clock = Stopwatch()
-        self._assembly = Assembly(header, shared.probe, shared.shadows, most_bytes=most_bytes)
+        self._shadows = [shadow for shadow in shared.shadows if not shadow.reads_log_probabilities]
+        self._assembly = Assembly(header, shared.probe, self._shadows, most_bytes=most_bytes)
 
     def add(self, message: Request) -> None:
         """Takes a slice.
@@ -82,8 +85,16 @@ class Sender:
         tokens = self._assembly.require_whole()
         detection = self._detect(self._shared.probe, tokens)
         assert detection is not None, "all heads of the probe are whole"
-        shadows = (self._detect(shadow, tokens) for shadow in self._shared.shadows)
+        shadows = (self._attempt(shadow, tokens) for shadow in self._shadows)
         return detection, [shadow for shadow in shadows if shadow is not None]
+
+    def _attempt(self, shadow: Probe, tokens: int) -> Detection | None:
+        """What a shadow says; its failure is nobody else's."""
+        try:
+            return self._detect(shadow, tokens)
+        except DetectorError as error:
+            report(error, "a shadow")
+            return None
 
     def _detect(self, probe: Probe, tokens: int) -> Detection | None:
         """What a probe says; None for a shadow whose heads did not come, or not as those of an attention map."""

@@ -71,6 +71,9 @@ class Engine(Protocol):
 class Streams(Protocol):
     """Several generations that share forwards. A stream is told apart by what it is, not by what it holds."""
 
+    wanted: Callable[[Any], bool] | None
+    """Asked before every forward of each stream that it would hold: False ends the stream, without an event."""
+
     def add(self, prompt: TokenIds, probe: Probe, options: GenerationOptions) -> Hashable:
         """A new stream; runs nothing.
 
@@ -79,7 +82,7 @@ class Streams(Protocol):
         """
 
     def step(self) -> Sequence[tuple[Hashable, GeneratedToken | Generation | Exception]]:
-        """One forward for each group of streams, and what became ready; an exception ends its stream alone."""
+        """A forward for each group of streams and one for new prompts; an exception ends its stream alone."""
 
     def cancel(self, stream: Any) -> None:
         """No further forward holds the stream; as often as one likes."""
@@ -89,6 +92,9 @@ class Streams(Protocol):
 
     def resume(self, stream: Any) -> None:
         """The stream takes part again."""
+
+    def tidy(self) -> None:
+        """Gives back the memory of streams that have ended."""
 
     def __len__(self) -> int:
         """Streams that take part in the next step."""

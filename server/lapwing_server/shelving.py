@@ -100,14 +100,22 @@ def registry_of(shelf: Shelf) -> Registry | None:
 
 
 def fitting(shelf: Shelf, require: Require) -> Shelf:
-    """The shelf without the probes of another model.
+    """The shelf without the probes of another model, each of which is logged and noted under its name.
 
     Raises:
         ProbeMismatch: the active one is of another model.
     """
     require(shelf.active)
-    entries = tuple(fitted(entry, require) for entry in shelf.entries)
-    return replace(shelf, entries=entries, shadows=tuple(one for one in shelf.shadows if not fault(one, require)))
+    entries = {entry.name: fitted(entry, require) for entry in shelf.entries}
+    foreign = {shadow.name: (shadow, said) for shadow in shelf.shadows if (said := fault(shadow, require))}
+    for name, (shadow, said) in foreign.items():
+        entries[name] = entries[name].without(Rejected(shadow.revision, said))
+    for before in shelf.entries:
+        for rejected in entries[before.name].rejected:
+            if rejected not in before.rejected:
+                log.error("probe %s %s rejected: %s", before.name, rejected.revision, rejected.reason)
+    shadows = tuple(shadow for shadow in shelf.shadows if not fault(shadow, require))
+    return replace(shelf, entries=tuple(entries.values()), shadows=shadows)
 
 
 def first_shelf(found: Found, place: Path) -> Shelf:

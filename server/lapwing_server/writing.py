@@ -55,6 +55,7 @@ class Writing:
         try:
             if self._streams is None:
                 self._streams = engine.streams()
+                self._streams.wanted = self._goes_on
             self._join(engine, self._streams)
             self._look_after(self._streams)
             self._step(self._streams)
@@ -95,6 +96,13 @@ class Writing:
             return False
         return True
 
+    def _goes_on(self, handle: Hashable) -> bool:
+        """Asked before every forward that holds the stream; what ends it is told in the next round."""
+        stream = self._open.get(handle)
+        return stream is None or not (
+            stream.stopped or (stream.deadline is not None and stream.deadline <= self._clock())
+        )
+
     def _join(self, engine: Engine, streams: Streams) -> None:
         while self._new:
             stream = self._new.popleft()
@@ -115,6 +123,7 @@ class Writing:
 
     def _step(self, streams: Streams) -> None:
         if not len(streams):
+            streams.tidy()
             return
         events, written = streams.step(), 0
         for handle, event in events:

@@ -191,6 +191,8 @@ class FakeStreams:
     def __init__(self, engine: FakeEngine) -> None:
         self._engine = engine
         self._streams: list[FakeStream] = []
+        self.wanted: Callable[[FakeStream], bool] | None = None
+        self.tidied = 0
 
     def __len__(self) -> int:
         return sum(not stream.paused for stream in self._streams)
@@ -212,8 +214,12 @@ class FakeStreams:
     def resume(self, stream: FakeStream) -> None:
         stream.paused = False
 
+    def tidy(self) -> None:
+        self.tidied += 1
+
     def step(self) -> list[tuple[FakeStream, FakeToken | FakeGeneration | Exception]]:
         group = [stream for stream in self._streams if not stream.paused]
+        group = [stream for stream in group if self.wanted is None or self.wanted(stream)]
         if not group:
             return []
         try:

@@ -10,15 +10,17 @@ import grpc
 import pytest
 from engine_fakes import FakeEngine
 from google.rpc import error_details_pb2, status_pb2
-from scheduler_fakes import a_desk, run
+from scheduler_fakes import PROBE, a_desk, an_item, run
 from service_fakes import WAIT, Gate, Running, told
 
 from lapwing.v1 import detector_pb2, detector_pb2_grpc
+from lapwing_detector.tokens import TokenIds
 from lapwing_server.admission import LONGEST_PUSHBACK, Places, Ratio, TooLate, pushback
 from lapwing_server.limits import Limits
 from lapwing_server.metrics import Metrics
 from lapwing_server.refusal import Refusal
 from lapwing_server.security.principals import Principal
+from lapwing_server.waiting import Item
 
 ME, YOU = Principal("me", frozenset()), Principal("you", frozenset())
 
@@ -263,3 +265,31 @@ def test_health_and_information_are_not_queued() -> None:
         assert stub.GetServerInfo(detector_pb2.GetServerInfoRequest(), timeout=WAIT).version
         gate.open()
         assert all(call.result(WAIT) for call in calls)
+
+
+class StrippingEngine(FakeEngine):
+    """Drops a stop token at the end of an answer, as the real detector does."""
+
+    def tokens(self, prompt: Any, response: Any = None) -> TokenIds:
+        ids = super().tokens(prompt, response)
+        return TokenIds(ids.prompt_ids, ids.response_ids[:-1] if ids.response_ids[-1:] == (2,) else ids.response_ids)
+
+
+def test_token_ids_teach_nothing_of_texts() -> None:
+    async def main() -> None:
+        async with a_desk(StrippingEngine()) as desk:
+            await desk.scheduler.score([an_item("hello")])
+            before = desk.scheduler.admission.wording.of(1)
+            for _ in range(50):
+                await desk.scheduler.score([Item([65, 66, 67], [68, 69, 2], PROBE, 0.05)])
+            assert desk.scheduler.admission.wording.of(1) == before > 0
+
+    run(main())
+
+
+def test_an_average_of_next_to_nothing_falls_back_to_what_it_began_with() -> None:
+    ratio = Ratio(0.3)
+    ratio.saw(5, 5)
+    for _ in range(9_000):
+        ratio.saw(-1, 0)
+    assert ratio.of(10) == pytest.approx(3.0)

@@ -148,6 +148,18 @@ def test_metrics_count_the_whole_once_and_the_shadows_beside_it() -> None:
             assert sample(server, "lapwing_score_probability_count", role=role, probe=name) == 1.0
 
 
+def test_a_shadow_that_reads_log_probabilities_is_left_out_and_harms_nobody() -> None:
+    maps, probe, shadow = some_maps(TOKENS), a_probe(), a_shadow(statistic_weights={"mean_log_probability.v1": 1.0})
+    entries = tuple(Shelved(one.name, one, "") for one in (probe, shadow))
+    with Running(shelf=Shelf(entries, probe, (shadow,))) as server, stub_of(server) as stub:
+        server.server.metrics.probes(server.server.readiness.loaded.shelf)
+        [answer] = answers(stub, a_header(), a_summary(maps))
+        assert answer.detection.logit == pytest.approx(local_score(maps).logit, abs=1e-5)
+        assert sample(server, "lapwing_shadow_skips_total", reason="not_sent") == 1.0
+        named = attention_refused(stub, a_header(probe=shadow.name), a_summary(maps))
+        assert (named.reason, named.field) == ("NEEDS_LOG_PROBABILITIES", "header.probe")
+
+
 def test_a_stream_keeps_the_probe_that_it_began_with() -> None:
     maps, outgoing = some_maps(TOKENS), SimpleQueue[Any]()
     with Running(shelf=a_shelf("a", "b")) as server, stub_of(server) as stub:

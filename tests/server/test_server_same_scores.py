@@ -93,9 +93,10 @@ def test_shares_add_up_to_the_logit(detector: Detector, stub: Any) -> None:
     for prompt, response in sequences(detector, 4):
         message = detector_pb2.ScoreRequest(prompt={"token_ids": prompt}, response={"token_ids": response})
         found = stub.Score(message).detection
-        rest = found.bias + sum(found.statistic_contributions.values())
-        assert np.frombuffer(found.token_contributions.data, "<f4").sum() + rest == pytest.approx(found.logit, abs=1e-5)
-        assert found.heads_contribution + rest == pytest.approx(found.logit, abs=1e-5)
+        tokens = np.frombuffer(found.token_contributions.data, "<f4").sum()
+        assert tokens + found.bias == pytest.approx(found.logit, abs=1e-5)
+        heads = found.heads_contribution + sum(found.statistic_contributions.values())
+        assert heads + found.bias == pytest.approx(found.logit, abs=1e-5)
 
 
 def events(stub: Any, seed: int, **options: Any) -> list[Any]:
