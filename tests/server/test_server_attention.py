@@ -154,7 +154,7 @@ def test_a_shadow_that_reads_log_probabilities_is_left_out_and_harms_nobody() ->
     with Running(shelf=Shelf(entries, probe, (shadow,))) as server, stub_of(server) as stub:
         server.server.metrics.probes(server.server.readiness.loaded.shelf)
         [answer] = answers(stub, a_header(), a_summary(maps))
-        assert answer.detection.logit == pytest.approx(local_score(maps).logit, abs=1e-5)
+        assert answer.detection.logit == pytest.approx(local_score(maps), abs=1e-5)
         assert sample(server, "lapwing_shadow_skips_total", reason="not_sent") == 1.0
         named = attention_refused(stub, a_header(probe=shadow.name), a_summary(maps))
         assert (named.reason, named.field) == ("NEEDS_LOG_PROBABILITIES", "header.probe")

@@ -97,6 +97,7 @@ def test_no_forward_begins_after_a_deadline() -> None:
 def test_control_without_a_look_at_the_deadline_many_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Forwards, "_wanted", lambda self, entry: True)
     monkeypatch.setattr(Writing, "_wanted", lambda self, stream: True)
+    monkeypatch.setattr(Writing, "_goes_on", lambda self, handle: True)
     engine, _ = ends(7, 300)
     assert engine.late > 0
 
