@@ -16,6 +16,7 @@ STEPS = "▁▂▃▄▅▆▇█"
 ROWS = (
     ("token_count", "length only"),
     ("log_probability", "mean token log-probability"),
+    ("token_statistics", "log-probability statistics"),
     ("summed_attention_score", "AttnScore summed over heads"),
     ("random_heads", "random heads, same number"),
     ("all_heads", "all heads, no selection"),
