@@ -132,12 +132,13 @@ def test_the_end_says_what_was_lost() -> None:
 
 
 def test_its_thread_ends_with_it() -> None:
-    before = threading.active_count()
+    before = set(threading.enumerate())
     lines = Lines(io.StringIO())
-    assert threading.active_count() == before + 1
+    (own,) = set(threading.enumerate()) - before
     lines.handle(record("x"))
+    assert own.is_alive()
     lines.close()
-    wait_until(lambda: threading.active_count() == before)
+    wait_until(lambda: not own.is_alive())
 
 
 def test_whatever_is_in_it_can_be_written(tmp_path: Path) -> None:
@@ -161,9 +162,11 @@ def test_a_server_whose_log_nobody_reads_serves_and_ends() -> None:
             target = process.stdout.readline().removeprefix("listening on ").strip()
             with grpc.insecure_channel(target) as channel:
                 probes, health = probes_pb2_grpc.ProbesStub(channel), health_pb2_grpc.HealthStub(channel)
+                states = health.Watch(health_pb2.HealthCheckRequest(), timeout=WAIT, wait_for_ready=True)
+                assert any(one.status == health_pb2.HealthCheckResponse.SERVING for one in states), "it loads first"
                 list_probes = probes_pb2.ListProbesRequest()
                 for _ in range(1000):
-                    probes.ListProbes(list_probes, timeout=WAIT, wait_for_ready=True)
+                    probes.ListProbes(list_probes, timeout=WAIT)
                 assert health.Check(health_pb2.HealthCheckRequest(), timeout=WAIT)
             process.terminate()
             assert process.wait(WAIT) == 0
