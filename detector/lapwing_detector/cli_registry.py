@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,6 +12,7 @@ import typer
 
 if TYPE_CHECKING:
     from lapwing_detector.registry_current import Current
+    from lapwing_detector.registry_strays import Stray
 
 probes = typer.Typer(
     no_args_is_help=True,
@@ -21,6 +24,8 @@ probes = typer.Typer(
     "told to reload.\n\n"
     "Example: lapwing probes publish my-probe --registry /srv/probes --activate",
 )
+
+SCORES = "scores; a running server must be told to reload"
 
 Root = Annotated[
     Path, typer.Option("--registry", envvar="LAPWING_REGISTRY", help="Directory of the registry.", show_default=False)
@@ -52,20 +57,27 @@ def publish(
         print(json.dumps({"name": done.name, "revision": done.revision, "new": done.new, "active": scores}))
         return
     print(f"published {shown}" if done.new else f"{shown} was published before")
-    print("it scores" if scores else f"to let it score: lapwing probes activate {shown} --registry {registry}")
+    print(f"it {SCORES}" if scores else f"to let it score: lapwing probes activate {shown} --registry {registry}")
 
 
 @probes.command("list")
 def list_(registry: Root, as_json: AsJson = False) -> None:
     """Show the probes, the revisions that their names stand for, and which of them score.
 
+    What is gone, and what lies there without ever having been published, is told on standard error.
+
     Example: lapwing probes list --registry /srv/probes
     """
     from lapwing_detector.registry import Registry
 
-    current = Registry(registry).current()
+    opened = Registry(registry)
+    current = opened.current()
+    note([*opened.missing(), *opened.strays()])
     if as_json:
         print(json.dumps(described(current)))
+        return
+    if not current.published:
+        print(f"no probe was published yet: lapwing probes publish PROBE --registry {registry}")
         return
     rows = [("PROBE", "REVISION", "STATE", "OTHER REVISIONS, NEWEST FIRST")]
     for probe in described(current)["probes"]:
@@ -108,8 +120,8 @@ def rollback(
     """
     from lapwing_detector.registry import Registry
 
-    if name:
-        parsed(name)
+    if name and parsed(name)[1] is not None:
+        raise typer.BadParameter(f"{name} has a revision; give the name alone, or: lapwing probes activate {name}")
     tell(Registry(registry).rollback(name or None), as_json, name)
 
 
@@ -137,11 +149,15 @@ def shadow(
 def verify(registry: Root, as_json: AsJson = False) -> None:
     """Load every revision and say which are not what was published. Exit code 1 if there is one.
 
+    What lies there without ever having been published, and so never scores, is told on standard error.
+
     Example: lapwing probes verify --registry /srv/probes
     """
     from lapwing_detector.registry import Registry
 
-    verdicts = Registry(registry).verify()
+    opened = Registry(registry)
+    verdicts = opened.verify()
+    note(opened.strays())
     if as_json:
         print(json.dumps([vars(verdict) | {"ok": not verdict.reason} for verdict in verdicts]))
     else:
@@ -162,6 +178,12 @@ def parsed(text: str) -> tuple[str, str | None]:
         raise typer.BadParameter(error.reason) from error
 
 
+def note(strays: Iterable[Stray]) -> None:
+    """What somebody should look at."""
+    for stray in strays:
+        print(f"{stray.path} {stray.reason}", file=sys.stderr)
+
+
 def tell(current: Current, as_json: bool, name: str = "") -> None:
     """What a name stands for now; the active one without a name."""
     if as_json:
@@ -169,7 +191,7 @@ def tell(current: Current, as_json: bool, name: str = "") -> None:
     elif name and name != current.active:
         print(f"{name} stands for {current.revisions[name]}")
     else:
-        print(f"{current.active}@{current.revisions[current.active]} scores; a running server must be told to reload")
+        print(f"{current.active}@{current.revisions[current.active]} {SCORES}")
 
 
 def described(current: Current) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from lapwing_detector.registry_files import (
     write_current,
 )
 from lapwing_detector.registry_lock import held
+from lapwing_detector.registry_strays import Stray, lying, missing, strays
 
 
 @dataclass(frozen=True)
@@ -161,6 +162,15 @@ class Registry:
             for name in sorted(current.published)
             for revision in current.published[name]
         ]
+
+    def strays(self) -> list[Stray]:
+        """What lies here and was never published."""
+        places = lying(self.root)
+        return list(strays(self.root, places, self.current()))
+
+    def missing(self) -> list[Stray]:
+        """Published revisions that are gone; whether those that are there are sound, `verify` says."""
+        return list(missing(self.root, self.current()))
 
     def _fault(self, current: Current, name: str, revision: str) -> str:
         try:

@@ -106,13 +106,12 @@ class Current:
         """
         if name is None and self.previous:
             return replace(self, active=self.previous, previous="")._without_idle_shadows()
+        if not self.active:
+            raise RegistryError("nothing was published yet, so there is nothing to go back to")
         name, _ = self.resolve(name or self.active)
         older = self.history.get(name, ())
         if not older:
-            raise RegistryError(
-                f"{name} stands for its first revision, {self.revisions[name]}; there is none to go back to, but "
-                f"any can be made the active one: lapwing probes activate NAME@REVISION"
-            )
+            raise self._first(name)
         back = replace(self, revisions={**self.revisions, name: older[-1]}, history={**self.history, name: older[:-1]})
         return back._without_idle_shadows()
 
@@ -148,6 +147,13 @@ class Current:
         }
         return (json.dumps(content | {"sha256": digest_of(content)}, indent=1) + "\n").encode()
 
+    def _first(self, name: str) -> RegistryError:
+        others = [one for one in self.newest_first(name) if one != self.revisions[name]]
+        mend = (
+            f"any other can be activated: lapwing probes activate {name}@{others[0]}" if others else "it has no other"
+        )
+        return RegistryError(f"{name} stands for the first revision it had, {self.revisions[name]}; {mend}")
+
     def _standing_for(self, name: str, revision: str) -> Current:
         before = self.revisions.get(name)
         if before == revision:
@@ -171,7 +177,11 @@ def reference(text: str) -> tuple[str, str | None]:
     """
     name, at, revision = text.partition("@")
     if not NAME.fullmatch(name) or (at and not REVISION.fullmatch(revision)):
-        raise InvalidInput("probe", f"{text[:80]!r} is neither NAME nor NAME@REVISION (12 hexadecimal digits)")
+        raise InvalidInput(
+            "probe",
+            f"{text[:80]!r} is neither NAME nor NAME@REVISION; a name has 1 to 63 of a-z, 0-9 and -, the first one no "
+            "hyphen, a revision 12 of 0-9 and a-f",
+        )
     return name, revision if at else None
 
 

@@ -37,39 +37,46 @@ WARM_UP_TOKENS = 3
 
 
 class Engine(Protocol):
-    """A model as the server knows it; every method is called in the worker thread only. It has no probe of its own."""
+    """A model as the server knows it. It has no probe of its own.
+
+    What runs the model or its tokenizer is called in the worker's thread only. What says which model it is changes
+    nothing and runs nothing, and is asked by any thread while the worker computes.
+    """
 
     @property
     def identity(self) -> ModelIdentity:
-        """The model that runs."""
+        """The model that runs; the same for good. Any thread."""
 
     @property
     def max_tokens(self) -> int:
-        """Most tokens of prompt and response together."""
+        """Most tokens of prompt and response together; the same for good. Any thread."""
 
     def require(self, probe: Probe) -> None:
-        """Refuses a probe that was fitted on another model.
+        """Refuses a probe that was fitted on another model. Any thread: probes are loaded beside the worker.
 
         Raises:
             ProbeMismatch: says what differs.
         """
 
     def tokens(self, prompt: Prompt, response: Response | None = None) -> TokenIds:
-        """The ids that are scored.
+        """The ids that are scored. Worker's thread only.
 
         Raises:
             InvalidInput: with the field that can't be used; TooLong if it is the length.
         """
 
     def score_ids(self, jobs: Sequence[ScoreJob]) -> list[Scored]:
-        """The scores of several sequences, by one padded forward."""
+        """The scores of several sequences, by one padded forward. Worker's thread only."""
 
     def streams(self) -> Streams:
-        """Generations that share forwards; none so far."""
+        """Generations that share forwards; none so far. Worker's thread only, as all that is done with them."""
 
 
 class Streams(Protocol):
-    """Several generations that share forwards. A stream is told apart by what it is, not by what it holds."""
+    """Several generations that share forwards. A stream is told apart by what it is, not by what it holds.
+
+    For the worker's thread only.
+    """
 
     wanted: Callable[[Any], bool] | None
     """Asked before every forward of each stream that it would hold: False ends the stream, without an event."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 from lapwing_detector.errors import DetectorError, RegistryError
@@ -13,10 +14,14 @@ from lapwing_detector.probe_files import MANIFEST, load_directory
 from lapwing_detector.registry import Registry
 from lapwing_detector.registry_current import Current
 from lapwing_detector.registry_files import load_revision
+from lapwing_detector.registry_strays import lying, strays
 from lapwing_server.shelf import LONGEST_REASON, Rejected, Shelved
 
 Require = Callable[[Probe], None]
 """Raises ProbeMismatch for a probe that the model can't be scored with."""
+
+MOST_ORPHANS = 10
+"""Few, so that they never crowd out what was published and rejected."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,8 @@ class Found:
     """Name of the probe that should score; empty for whichever is sound."""
 
     shadows: tuple[Probe, ...] = ()
+    orphans: tuple[tuple[str, Rejected], ...] = ()
+    """Name and fault of what lies there like a revision and was never published."""
 
 
 def found_in_registry(root: Path, active: str | None, require: Require | None) -> Found:
@@ -36,6 +43,7 @@ def found_in_registry(root: Path, active: str | None, require: Require | None) -
     Raises:
         RegistryError: it can't be read, is empty, or a name is given that it should say itself.
     """
+    places = lying(root)
     current = Registry(root).current()
     if not current.active:
         raise RegistryError(f"{root} is an empty registry; publish a probe: lapwing probes publish PROBE")
@@ -54,7 +62,17 @@ def found_in_registry(root: Path, active: str | None, require: Require | None) -
             entries[name] = entries[name].without(outcome)
         elif outcome is not None:
             shadows.append(outcome)
-    return Found(entries, current.active, tuple(shadows))
+    return Found(entries, current.active, tuple(shadows), orphans(root, places, current))
+
+
+def orphans(root: Path, places: Sequence[Path], current: Current) -> tuple[tuple[str, Rejected], ...]:
+    """What `Found` tells of them; the first ones, if there are many."""
+    found = (
+        (stray.name, Rejected(stray.revision, escaped(stray.reason, LONGEST_REASON)))
+        for stray in strays(root, places, current)
+        if stray.revision
+    )
+    return tuple(islice(found, MOST_ORPHANS))
 
 
 def registered(root: Path, current: Current, name: str, require: Require | None) -> Shelved:

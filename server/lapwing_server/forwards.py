@@ -6,6 +6,7 @@ import logging
 import math
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 from lapwing_detector.errors import DetectorError
@@ -18,6 +19,7 @@ from lapwing_server.limits import Limits
 from lapwing_server.metrics import Metrics
 from lapwing_server.mishap import as_exception, report
 from lapwing_server.readings import fingerprint
+from lapwing_server.soundness import Row
 from lapwing_server.waiting import Call, Entry, Item, Outcome, Waiting
 
 log = logging.getLogger("lapwing.server")
@@ -40,7 +42,13 @@ class Forwards:
     """Every method is called in the worker; `running` and `items` may be read by anybody."""
 
     def __init__(
-        self, waiting: Waiting, limits: Limits, metrics: Metrics, admission: Admission, clock: Callable[[], float]
+        self,
+        waiting: Waiting,
+        limits: Limits,
+        metrics: Metrics,
+        admission: Admission,
+        clock: Callable[[], float],
+        row: Row,
     ) -> None:
         self.running = 0
         """Tokens of what was taken and has no outcome yet."""
@@ -50,6 +58,7 @@ class Forwards:
         self._metrics = metrics
         self._admission = admission
         self._clock = clock
+        self._row = row
         self._overhead = Overhead()
         self._cuts: deque[list[Entry]] = deque()
         self._done: list[Call] = []
@@ -139,10 +148,7 @@ class Forwards:
         try:
             scored = engine.score_ids(jobs)
         except BaseException as error:
-            if len(batch) == 1:
-                self._settle(batch[0], as_exception(error))
-            else:  # one of them may be to blame, and shall fail alone
-                self._cuts.extendleft([entry] for entry in reversed(batch))
+            self._blame(batch, as_exception(error))
             return self._clock() - begun
         seconds, tokens = self._clock() - begun, sum(entry.size for entry in batch)
         self._overhead.saw(padded, seconds)
@@ -154,13 +160,26 @@ class Forwards:
             self._settle(entry, one.detection)
         return seconds
 
+    def _blame(self, batch: list[Entry], error: Exception) -> None:
+        """A forward failed: whoever may not be to blame has another one."""
+        if len(batch) > 1:
+            self._cuts.extendleft([entry] for entry in reversed(batch))
+        elif shadows := batch[0].item.shadows:  # it also captured what only they read
+            self._metrics.unseen("failed", len(shadows))
+            report(error, "a shadow")
+            batch[0].item = replace(batch[0].item, shadows=())
+            self._cuts.appendleft(batch)
+        else:
+            self._settle(batch[0], error)
+
     def _measure(self, scored: Sequence[Scored]) -> None:
         """The seconds of the whole batch are in each of its detections."""
         self._metrics.stage("forward", scored[0].detection.seconds.get("forward", 0.0))
         self._metrics.stage("probe", sum(one.detection.seconds.get("probe", 0.0) for one in scored))
 
     def _count(self, entry: Entry, scored: Scored) -> None:
-        self._metrics.scored(scored.detection, entry.item.role)
+        if entry.item.role:
+            self._metrics.scored(scored.detection, entry.item.role)
         for shadow in scored.shadows:
             if isinstance(shadow, DetectorError):
                 self._metrics.unseen("failed")
@@ -171,6 +190,7 @@ class Forwards:
     def _settle(self, entry: Entry, outcome: Outcome) -> None:
         del self._taken[entry]
         self.running -= entry.size
+        self._row.saw(outcome)
         if entry.call.answer is None and isinstance(outcome, Exception):  # of shadows alone, so nobody else is told
             self._metrics.unseen("failed", 1 + len(entry.item.shadows))
             report(outcome, "a shadow")

@@ -9,7 +9,7 @@ from grpc import StatusCode
 
 from lapwing_detector.errors import DetectorError
 from lapwing_server.logs import described
-from lapwing_server.refusal import Refusal, refusal_of
+from lapwing_server.refusal import Refusal, code_and_reason, refusal_of
 
 log = logging.getLogger("lapwing.server")
 
@@ -49,6 +49,13 @@ def report(error: BaseException, method: str) -> str:
     log.error("error %s in %s", error_id, method, extra={"error_id": error_id, **described(error)})
     log.debug("error %s says: %s", error_id, error)
     return error_id
+
+
+def is_ours(error: Exception) -> bool:
+    """Whether it is a failure of the server itself, and no refusal of what was asked."""
+    if isinstance(error, Refusal):
+        return error.code is StatusCode.INTERNAL
+    return not isinstance(error, DetectorError) or code_and_reason(error)[0] is StatusCode.INTERNAL
 
 
 def to_refusal(error: Exception, method: str) -> Refusal:

@@ -6,24 +6,27 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from functools import partial
 from typing import Final
 
+from lapwing_detector.detection import DEFAULT_FALSE_POSITIVE_RATE, Detection, Reason
 from lapwing_detector.options import GenerationOptions
 from lapwing_detector.probe import Probe
 from lapwing_server.admission import Admission, Places, TooLate
-from lapwing_server.engine import Engine, Prompt
+from lapwing_server.engine import WARM_UP, Engine, Prompt
 from lapwing_server.forwards import Forwards
 from lapwing_server.limits import Limits
 from lapwing_server.metrics import Metrics
 from lapwing_server.mishap import caught, report
+from lapwing_server.soundness import Row
 from lapwing_server.stream import Stream
 from lapwing_server.waiting import Call, Item, Outcome, Waiting, call_of
 from lapwing_server.worker import Worker
 from lapwing_server.writing import Writing
 
-FAILED_ROUNDS: Final = 3
-"""In a row, after which the server says that it does not serve. One may be the fault of what was asked."""
+UNCOUNTED: Final = ""
+"""Role of a score that the server makes for itself."""
 
 
 class Scheduler:
@@ -36,8 +39,7 @@ class Scheduler:
         limits: how much is taken on.
         metrics: what is told of it.
         clock: seconds, that never go back.
-        sound: told on the event loop when several rounds in a row failed as a whole (False), and when one that
-            computed something did not (True).
+        doubt: called on the event loop when so much failed in a row that the model may be to blame; `works` tells.
     """
 
     def __init__(
@@ -46,7 +48,7 @@ class Scheduler:
         limits: Limits,
         metrics: Metrics,
         clock: Callable[[], float] = time.monotonic,
-        sound: Callable[[bool], None] = lambda sound: None,
+        doubt: Callable[[], None] = lambda: None,
     ) -> None:
         self.places = Places(limits, metrics)
         self.admission = Admission(limits, metrics)
@@ -56,13 +58,12 @@ class Scheduler:
         self._clock = clock
         self._queue = Waiting()
         metrics.queue_is(lambda: self._queue.items)
-        self._forwards = Forwards(self._queue, limits, metrics, self.admission, clock)
-        self._writing = Writing(metrics, clock, self._add_shadow)
+        self._doubt = doubt
+        self._row = Row(self._raise_doubt)
+        self._forwards = Forwards(self._queue, limits, metrics, self.admission, clock, self._row)
+        self._writing = Writing(metrics, clock, self._row, self._add_shadow)
         self._engine: Engine | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._sound = sound
-        self._failed = 0
-        """Rounds in a row."""
         self._awake = False
         self._lock = threading.Lock()
 
@@ -97,15 +98,7 @@ class Scheduler:
         """
         begun, sizes = self._clock(), self.admission.sizes(items)
         self.admission.check(sizes, begun, deadline, self._queue, self._forwards.running)
-        answer: asyncio.Future[list[Outcome]] = asyncio.get_running_loop().create_future()
-        call = call_of(items, sizes, begun, deadline, answer)
-        self._queue.add(call)
-        self._wake()
-        try:
-            outcomes = await answer
-        except asyncio.CancelledError:
-            self._forget(call)
-            raise
+        outcomes = await self._outcomes(items, sizes, begun, deadline)
         for outcome in outcomes:
             if isinstance(outcome, TooLate):
                 raise outcome
@@ -144,6 +137,35 @@ class Scheduler:
         self._wake()
         return stream
 
+    async def works(self, probe: Probe) -> bool:
+        """Whether the model scores a plain text and writes a token, by the way of all requests and behind what waits.
+
+        Args:
+            probe: that scores both, which the metrics don't count.
+        """
+        item = Item(*WARM_UP, probe, DEFAULT_FALSE_POSITIVE_RATE, role=UNCOUNTED)
+        [outcome] = await self._outcomes([item], self.admission.sizes([item]), self._clock(), None)
+        if not isinstance(outcome, Detection) or outcome.reason is Reason.NON_FINITE:
+            return False
+        with closing(self.generate(WARM_UP[0], probe, GenerationOptions(max_new_tokens=1), role=UNCOUNTED)) as stream:
+            try:
+                return [event async for event in stream] != []
+            except Exception:  # logged where the requests failed that raised the doubt
+                return False
+
+    async def _outcomes(
+        self, items: Sequence[Item], sizes: Sequence[int], begun: float, deadline: float | None
+    ) -> list[Outcome]:
+        answer: asyncio.Future[list[Outcome]] = asyncio.get_running_loop().create_future()
+        call = call_of(items, sizes, begun, deadline, answer)
+        self._queue.add(call)
+        self._wake()
+        try:
+            return await answer
+        except asyncio.CancelledError:
+            self._forget(call)
+            raise
+
     def _forget(self, call: Call) -> None:
         """Nothing more of a call is computed."""
         call.gone = True
@@ -169,19 +191,18 @@ class Scheduler:
         assert engine is not None, "begin() comes first"
         assert loop is not None
         try:
-            if self._compute(engine, loop):
-                self._count(loop, failed=False)
+            self._compute(engine, loop)
         except BaseException as error:  # it belongs to nobody, and must not end the rounds
             report(error, "a round")
-            self._give_up(loop, error)
+            self._row.saw(caught(error))
+            tell(loop, partial(answer_all, self._forwards.abandon(caught(error))))
         finally:
             with self._lock:
                 self._awake = bool(self._queue.items or self._forwards.items) or self._writing.busy
                 if self._awake:
                     self._worker.post(self._round)
 
-    def _compute(self, engine: Engine, loop: asyncio.AbstractEventLoop) -> bool:
-        """Whether there was something to compute."""
+    def _compute(self, engine: Engine, loop: asyncio.AbstractEventLoop) -> None:
         begun = self._clock()
         calls, tokens, seconds = self._forwards.run(engine)
         if calls:
@@ -191,17 +212,10 @@ class Scheduler:
             tell(loop, partial(announce_all, streams))
         if tokens or busy:
             self.admission.rest.saw(max(0.0, self._clock() - begun - seconds), 1)
-        return bool(tokens) or busy
 
-    def _give_up(self, loop: asyncio.AbstractEventLoop, error: BaseException) -> None:
-        """Tells whoever waits for what the round had taken, and counts it."""
-        tell(loop, partial(answer_all, self._forwards.abandon(caught(error))))
-        self._count(loop, failed=True)
-
-    def _count(self, loop: asyncio.AbstractEventLoop, *, failed: bool) -> None:
-        before, self._failed = self._failed, self._failed + 1 if failed else 0
-        if self._failed == FAILED_ROUNDS or (before >= FAILED_ROUNDS and not failed):
-            tell(loop, partial(self._sound, not failed))
+    def _raise_doubt(self) -> None:
+        assert self._loop is not None, "begin() comes first"
+        tell(self._loop, self._doubt)
 
 
 def tell(loop: asyncio.AbstractEventLoop, news: Callable[[], None]) -> None:

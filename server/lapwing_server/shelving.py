@@ -44,6 +44,8 @@ def shelve(
         wanted = active or (previous.active.name if previous is not None else "")
         found = found_in_directory(place, wanted, require)
     shelf = first_shelf(found, place) if previous is None else next_shelf(found, place, previous)
+    for name, orphan in found.orphans:
+        shelf = shelf.with_entry((shelf.find(name) or Shelved(name, None, orphan.reason)).without(orphan))
     for entry in shelf.entries:
         for rejected in entry.rejected:
             log.error("probe %s %s rejected: %s", entry.name, rejected.revision, rejected.reason)

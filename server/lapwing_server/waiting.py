@@ -29,7 +29,7 @@ class Item:
     """Score unseen from the same attention."""
 
     role: str = "active"
-    """Why `probe` scores, as the metrics call it: active, named or shadow."""
+    """Why `probe` scores, as the metrics call it: active, named or shadow; empty for a score that they don't count."""
 
     ids: TokenIds | None = None
     """Prompt and response when they are tokenised already; the two are not looked at then."""

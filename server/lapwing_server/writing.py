@@ -11,6 +11,7 @@ from lapwing_server.admission import TooLate
 from lapwing_server.engine import Engine, Streams
 from lapwing_server.metrics import Metrics
 from lapwing_server.mishap import as_exception
+from lapwing_server.soundness import Row
 from lapwing_server.stream import Stream
 from lapwing_server.waiting import Item
 
@@ -21,9 +22,12 @@ if TYPE_CHECKING:
 class Writing:
     """Every method but `add` is called in the worker; `open` may be read by anybody."""
 
-    def __init__(self, metrics: Metrics, clock: Callable[[], float], shadow: Callable[[Item], None]) -> None:
+    def __init__(
+        self, metrics: Metrics, clock: Callable[[], float], row: Row, shadow: Callable[[Item], None]
+    ) -> None:
         self._metrics = metrics
         self._clock = clock
+        self._row = row
         self._shadow = shadow
         """Told what else is to be scored once a generation is finished."""
         self._new: deque[Stream] = deque()
@@ -146,13 +150,15 @@ class Writing:
         return is_token
 
     def _finish(self, stream: Stream, generation: Generation) -> None:
-        self._metrics.scored(generation.detection, stream.role)
+        if stream.role:
+            self._metrics.scored(generation.detection, stream.role)
         if stream.shadows:
             ids = TokenIds(generation.prompt_ids, generation.token_ids)
             rate, (first, *others) = stream.options.false_positive_rate, stream.shadows
             self._shadow(Item([], [], first, rate, tuple(others), "shadow", ids))
 
     def _put(self, stream: Stream, event: GeneratedToken | Generation | Exception) -> None:
+        self._row.saw(event)
         stream.outbox.append(event)
         if not hasattr(event, "token_id"):
             stream.outbox.append(None)

@@ -59,11 +59,17 @@ def run(capsys: pytest.CaptureFixture[str]) -> Any:
 
 def test_from_the_first_probe_to_the_last_step_back(run: Any, saved: list[Path], tmp_path: Path) -> None:
     told = run("publish", saved[0])
-    assert (told.code, told.out) == (0, f"published alpha@{FIRST}\nit scores\n")
+    assert (told.code, told.out) == (
+        0,
+        f"published alpha@{FIRST}\nit scores; a running server must be told to reload\n",
+    )
     told = run("publish", saved[1])
     assert told.out.startswith(f"published alpha@{SECOND}\nto let it score: lapwing probes activate alpha@{SECOND}")
     assert run("publish", saved[1]).out.startswith(f"alpha@{SECOND} was published before\n")
-    assert run("publish", saved[2], "--activate").out == f"published beta@{BETA}\nit scores\n"
+    assert (
+        run("publish", saved[2], "--activate").out
+        == f"published beta@{BETA}\nit scores; a running server must be told to reload\n"
+    )
     assert run("list").out.split("\n")[1:3] == [
         f"alpha  {FIRST}          {SECOND}",
         f"beta   {BETA}  active",
@@ -121,18 +127,51 @@ def test_a_damaged_revision_is_found(run: Any, saved: list[Path], tmp_path: Path
     assert "README.md is not the file that was saved" in told.err
 
 
+def test_what_is_gone_and_what_was_never_published_is_told_beside_the_list(
+    run: Any, saved: list[Path], tmp_path: Path
+) -> None:
+    root = tmp_path / "registry"
+    run("publish", saved[0])
+    run("publish", saved[1])
+    assert run("list").err == run("verify").err == ""
+    (root / "alpha" / SECOND).rename(root / "alpha" / ("0" * 12))
+    told = run("list")
+    assert (told.code, told.out.count("\n")) == (0, 2)
+    assert f"alpha/{SECOND} was published and is gone; publish the probe again" in told.err
+    assert f"alpha/{'0' * 12} is not among what was published, so it never scores" in told.err
+    assert run("list", "--json").values["active"] == "alpha"
+    told = run("verify", "--json")
+    assert (told.code, [one["ok"] for one in json.loads(told.out)]) == (1, [True, False])
+    assert told.err.count("\n") == 1
+    run("publish", saved[1])
+    told = run("verify")
+    assert (told.code, told.err.count("\n")) == (0, 1), "what never scores is no failure"
+
+
+def test_a_registry_that_was_just_begun_says_what_is_next(run: Any, tmp_path: Path) -> None:
+    (tmp_path / "registry").mkdir()
+    (tmp_path / "registry" / ".lock").touch()
+    assert "lapwing probes publish PROBE --registry" in run("list").out
+    told = run("rollback")
+    assert (told.code, told.err) == (
+        1,
+        "lapwing probes: nothing was published yet, so there is nothing to go back to\n",
+    )
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [
         (["activate", "gamma"], 1, "no probe is called 'gamma'; known are alpha"),
         (["activate", "alpha@" + "0" * 12], 1, f"no revision '{'0' * 12}'; known are {FIRST}"),
-        (["rollback"], 1, "there is none to go back to"),
+        (["rollback"], 1, "it has no other"),
         (["shadow", "alpha"], 1, "is the active probe"),
         (["publish", "./nowhere"], 1, "give the path that lapwing train wrote"),
         (["list", "--registry", "/nowhere"], 1, "begin one: lapwing probes publish"),
         (["activate", "Alpha"], 2, "neither NAME nor NAME@REVISION"),
         (["activate", "alpha@head"], 2, "neither NAME nor NAME@REVISION"),
         (["rollback", "../alpha"], 2, "neither NAME nor NAME@REVISION"),
+        (["rollback", f"alpha@{FIRST}"], 2, f"or: lapwing probes activate alpha@{FIRST}"),
         (["activate"], 2, "Missing argument"),
         (["publsh"], 2, "No such command"),
         (["list", "--jsno"], 2, "No such option"),

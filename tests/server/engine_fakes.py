@@ -114,7 +114,7 @@ class FakeEngine:
 
     threads: set[str] = field(default_factory=set)
     calls: list[str] = field(default_factory=list)
-    """"score" or "step" for each forward."""
+    """"score", "read" (of new prompts) or "step" for each forward."""
 
     batches: list[list[int]] = field(default_factory=list)
     """Tokens of each sequence, for each forward that scored."""
@@ -183,10 +183,25 @@ class FakeStream:
     options: GenerationOptions
     written: tuple[int, ...] = ()
     paused: bool = False
+    read: bool = False
+    """Whether a forward has read its prompt."""
+
+    @property
+    def next_token(self) -> int:
+        return 65 + len(self.written) % 26
+
+    @property
+    def context(self) -> tuple[int, ...]:
+        """What its next forward reads, or has read before."""
+        return (*self.prompt.prompt_ids, *self.written, self.next_token) if self.read else self.prompt.prompt_ids
 
 
 class FakeStreams:
-    """Generations that share forwards; a paused one takes part in none."""
+    """Generations that share forwards, as the real ones: one reads all new prompts, and one takes all a token further.
+
+    A paused one takes part in none. Where a forward fails, each that was in it has one alone, to find out whose fault
+    it was.
+    """
 
     def __init__(self, engine: FakeEngine) -> None:
         self._engine = engine
@@ -218,18 +233,37 @@ class FakeStreams:
         self.tidied += 1
 
     def step(self) -> list[tuple[FakeStream, FakeToken | FakeGeneration | Exception]]:
-        group = [stream for stream in self._streams if not stream.paused]
-        group = [stream for stream in group if self.wanted is None or self.wanted(stream)]
+        events = self._forward("read", [stream for stream in self._streams if not stream.read])
+        return events + self._forward("step", [stream for stream in self._streams if stream.read])
+
+    def _forward(
+        self, what: str, streams: Sequence[FakeStream]
+    ) -> list[tuple[FakeStream, FakeToken | FakeGeneration | Exception]]:
+        group = [stream for stream in streams if not stream.paused and self._goes_on(stream)]
         if not group:
             return []
         try:
-            self._engine.forward("step", [stream.prompt.prompt_ids for stream in group])
+            self._engine.forward(what, [stream.context for stream in group])
         except Exception as error:
-            return [self._failed(stream, error) for stream in group]
-        events: list[tuple[FakeStream, FakeToken | FakeGeneration | Exception]] = []
+            return self._apart(what, group, error)
+        if what == "step":
+            return [(stream, event) for stream in group for event in self._advance(stream)]
         for stream in group:
-            events += [(stream, event) for event in self._advance(stream)]
-        return events
+            stream.read = True
+        return []
+
+    def _apart(
+        self, what: str, group: Sequence[FakeStream], error: Exception
+    ) -> list[tuple[FakeStream, FakeToken | FakeGeneration | Exception]]:
+        if len(group) == 1:
+            return [self._failed(group[0], error)]
+        return [event for stream in group for event in self._forward(what, [stream])]
+
+    def _goes_on(self, stream: FakeStream) -> bool:
+        if self.wanted is None or self.wanted(stream):
+            return True
+        self._end(stream)
+        return False
 
     def _failed(self, stream: FakeStream, error: Exception) -> tuple[FakeStream, Exception]:
         self._end(stream)
@@ -241,7 +275,7 @@ class FakeStreams:
 
     def _advance(self, stream: FakeStream) -> list[FakeToken | FakeGeneration]:
         options, index = stream.options, len(stream.written)
-        stream.written += (65 + index % 26,)
+        stream.written += (stream.next_token,)
         self._engine.steps += 1
         room = self._engine.max_tokens - len(stream.prompt.prompt_ids)
         detection = detect(stream.probe, stream.prompt.followed_by(stream.written), options.false_positive_rate)

@@ -109,7 +109,8 @@ class Running:
         loaded = Loaded(self.engine, shelf or a_shelf())
         own = settings.keys().isdisjoint(("host", "tls_client_ca", "tokens_file"))  # nobody else reaches it
         self.loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self.loop.run_forever, name="test-event-loop")
+        # A daemon: a server that does not stop fails its test, and does not keep the process for ever.
+        self._thread = threading.Thread(target=self.loop.run_forever, name="test-event-loop", daemon=True)
         self._thread.start()
         self._stopped = False
         try:
@@ -147,9 +148,11 @@ class Running:
     def close(self) -> None:
         if not self._stopped:
             self._stopped = True
-            self.call(self.server.stop())
-            self.call(self.loop.shutdown_default_executor())
-            self._end_loop()
+            try:
+                self.call(self.server.stop())
+                self.call(self.loop.shutdown_default_executor())
+            finally:
+                self._end_loop()
 
     def _end_loop(self) -> None:
         self.loop.call_soon_threadsafe(self.loop.stop)

@@ -208,6 +208,32 @@ def test_a_broken_shadow_ceases_and_says_why(registry: Registry, caller: Caller)
     assert caller.server.server.readiness.loaded.shelf.shadows == ()
 
 
+def test_what_was_never_published_is_rejected_and_says_what_to_do(registry: Registry, caller: Caller) -> None:
+    assert not caller.reload()["alpha"].rejected_revisions, "control"
+    orphan = write_probe(registry.root / "alpha" / ALPHA[1].revision, ALPHA[1])
+    shutil.copytree(orphan, registry.root / "gamma" / ALPHA[2].revision)
+    shown = caller.reload()
+    assert (shown["alpha"].state, shown["alpha"].revision) == (probes_pb2.PROBE_STATE_ACTIVE, ALPHA[0].revision)
+    assert list(shown["alpha"].revisions) == [ALPHA[0].revision]
+    [rejected] = caller.get("alpha").rejected_revisions
+    assert rejected.revision == ALPHA[1].revision
+    assert f"finish it: lapwing probes publish {orphan}" in rejected.message
+    assert shown["gamma"].state == probes_pb2.PROBE_STATE_REJECTED
+    assert f"it holds alpha@{ALPHA[1].revision}, which belongs elsewhere" in shown["gamma"].state_message
+    assert caller.refused("gamma").reason == "UNKNOWN_PROBE"
+    registry.publish(orphan)
+    assert not caller.reload()["alpha"].rejected_revisions
+
+
+def test_a_name_that_the_registry_forgot_does_not_serve(registry: Registry, caller: Caller) -> None:
+    assert caller.scores("beta") == scored_by(BETA[0])
+    (registry.root / "CURRENT").unlink()
+    registry.publish(registry.root / "alpha" / ALPHA[0].revision)
+    shown = caller.reload()["beta"]
+    assert shown.state == probes_pb2.PROBE_STATE_REJECTED
+    assert "so it never scores" in shown.state_message
+
+
 def test_a_registry_that_can_not_be_read_changes_nothing(registry: Registry, caller: Caller) -> None:
     publish(registry, ALPHA[1], activate=True)
     whole = (registry.root / "CURRENT").read_bytes()

@@ -1,0 +1,75 @@
+"""Whether the model still computes: what failed in a row raises a doubt, and a try of the server's own settles it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Final
+
+from lapwing_detector.detection import Detection, Reason
+from lapwing_server.mishap import is_ours
+
+FAILED_IN_A_ROW: Final = 5
+"""Requests, after which the model itself is in doubt. Fewer may be the fault of what was asked."""
+
+AGAIN: Final = 5.0
+"""Seconds between two tries of a model that failed one."""
+
+
+class Row:
+    """Counts requests that failed in a row, for no fault of theirs. Every method is called in the worker."""
+
+    def __init__(self, doubt: Callable[[], None]) -> None:
+        self._doubt = doubt
+        self._failed = 0
+
+    def saw(self, outcome: object) -> None:
+        """What came of a request: a token or a detection ends the row; refusing what was asked says nothing."""
+        if isinstance(outcome, Detection):
+            self._count(outcome.reason is Reason.NON_FINITE)
+        elif not isinstance(outcome, Exception):
+            self._count(False)
+        elif is_ours(outcome):
+            self._count(True)
+
+    def _count(self, failed: bool) -> None:
+        self._failed = self._failed + 1 if failed else 0
+        if self._failed == FAILED_IN_A_ROW:
+            self._failed = 0
+            self._doubt()
+
+
+class Checkup:
+    """Tries the model once it is in doubt, and as long as it fails. Lives on the event loop.
+
+    So the same request, sent again and again, takes no server out of service; and a server that nobody sends requests
+    to any more, because it says that it does not serve, finds out by itself that it could.
+
+    Args:
+        works: tries the model.
+        tell: told that it failed (False), and when it works again (True).
+    """
+
+    def __init__(self, works: Callable[[], Awaitable[bool]], tell: Callable[[bool], Awaitable[None]]) -> None:
+        self._works = works
+        self._tell = tell
+        self._task: asyncio.Task[None] | None = None
+
+    def doubt(self) -> None:
+        """Tries it, unless that is going on."""
+        if self._task is None or self._task.done():
+            self._task = asyncio.create_task(self._look())
+
+    def close(self) -> None:
+        """Gives up what is going on."""
+        if self._task is not None:
+            self._task.cancel()
+
+    async def _look(self) -> None:
+        if await self._works():
+            return
+        await self._tell(False)
+        await asyncio.sleep(AGAIN)
+        while not await self._works():
+            await asyncio.sleep(AGAIN)
+        await self._tell(True)
