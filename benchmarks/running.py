@@ -148,7 +148,7 @@ def summed(heads: Mapping[int, tuple[int, ...]], diagonal: Tensor, received: Ten
         maps = [head % MAPS for head in heads[layer.index]]
         sequences.add_kept(layer, HEADS, diagonal[None, maps], received[None, maps], tokens)
     sequences.tokens = tokens
-    sequences.counted.append(torch.ones(1, tokens, dtype=torch.bool))
+    sequences.counted.add(torch.ones(1, tokens, dtype=torch.bool))
     return sequences
 
 
@@ -162,7 +162,7 @@ def feed(sequences: Sequences) -> None:
         sequences.add_kept(layer, HEADS, row[..., -1:], row, tokens)
     sequences.close(tokens)
     sequences.tokens = tokens
-    sequences.counted.append(torch.ones(1, 1, dtype=torch.bool))
+    sequences.counted.add(torch.ones(1, 1, dtype=torch.bool))
 
 
 def _seconds(ways: Mapping[str, Way], repetitions: int) -> dict[str, list[float]]:

@@ -8,10 +8,15 @@ import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lapwing_client.requests import text, unusable
+from lapwing_client.requests import listed, text, unusable
 
 SCHEME = re.compile(r"(dns|ipv4|ipv6|unix|unix-abstract|vsock|xds|google-c2p):")
 """What gRPC resolves by itself; any other word before a colon is a host."""
+
+NAME = re.compile(r"[^\s/:\[\]@?#]+")
+"""A host that is no IPv6 number; whether there is such a machine is another question."""
+
+FORMS = "HOST:PORT, without http:// and with a port below 65536, or a list of several"
 
 Place = tuple[str, int]
 """Host and port."""
@@ -42,14 +47,16 @@ class Target:
         Raises:
             InvalidRequest: it is none of these, or a name in a list is not known.
         """
-        written = [text(target, "target")] if isinstance(target, str) else [text(one, "target") for one in target]
-        if len(written) == 1 and (match := SCHEME.match(written[0])):
-            return resolved(written[0], match[1])
-        parts = [part.strip() for one in written for part in one.split(",")]
+        written = [target] if isinstance(target, str) else listed(target, "target", FORMS)
+        parts = [part.strip() for one in written for part in text(one, "target").split(",")]
+        if len(written) == 1 and (match := SCHEME.match(written[0].strip())):
+            return resolved(written[0].strip(), match[1])
+        if len(parts) == 1 and is_host(parts[0]):
+            return cls(parts[0], places(parts), False, is_local(parts[0]))
+        if not parts or not all(place_of(part) for part in parts):
+            raise unusable("target", f"is {', '.join(parts)!r:.200}; give {FORMS}")
         if len(parts) == 1:
             return cls(parts[0], places(parts), False, is_local(parts[0]))
-        if not all(place_of(part) for part in parts):
-            raise unusable("target", f"is {', '.join(parts)!r:.200}; give HOST:PORT, or several of them")
         return cls(numeric(parts), places(parts), True, all(map(is_local, parts)))
 
 
@@ -73,9 +80,20 @@ def places(parts: Sequence[str]) -> tuple[Place, ...]:
 def place_of(address: str) -> Place | None:
     """Host and port of HOST:PORT; None when it isn't of this form."""
     host, colon, port = address.rpartition(":")
-    if not colon or not host or not port.isascii() or not port.isdigit() or int(port) >= 2**16:
+    if not colon or not port.isascii() or not port.isdigit() or int(port) >= 2**16:
         return None
-    return host.strip("[]"), int(port)
+    return (host.strip("[]"), int(port)) if is_host(host) else None
+
+
+def is_host(host: str) -> bool:
+    """Whether it is the name or number of a machine; an IPv6 number may stand in brackets."""
+    if ":" not in host:
+        return bool(NAME.fullmatch(host))
+    number = host[1:-1] if host.startswith("[") and host.endswith("]") else host
+    try:
+        return ipaddress.ip_address(number).version == 6
+    except ValueError:
+        return False
 
 
 def numeric(parts: Sequence[str]) -> str:

@@ -259,11 +259,11 @@ class AsyncClient:
             return await asyncio.sleep(step.seconds)
         call = self._begin(step.call, step.deadline, wait_for_ready=step.wait_for_server)
         reply = await self._read(call, step.deadline)
-        self._connection.answered()
-        return step.call.read(reply)
+        return self._connection.answered(step.call.read(reply))
 
     def _begin(self, call: Call[Any], deadline: Deadline, **options: Any) -> Any:
         """Begins a call of any kind with what every call carries."""
+        self._connection.require_small(call.request)
         method = call.method(self._open())
         return method(call.request, timeout=deadline.time(), metadata=self._connection.metadata, **options)
 

@@ -37,7 +37,8 @@ class Client:
             certificates of others, or a `TLS` with a certificate of one's own; unencrypted without it.
         timeout: seconds that a call may take unless it is given its own.
         retry: whether calls are tried again, up to four times, when the server does not answer or has too much to do;
-            of streams only those that have not begun, and only when it does not answer.
+            of streams only those that have not begun, and only when it does not answer. A request of more than 1 MiB
+            is sent once.
 
     Raises:
         InvalidRequest: an argument can't be used; `field` says which.
@@ -402,12 +403,12 @@ class Client:
         method = step.call.method(self._stubs)
         around = method if hands is None else hands.around(method)
         reply = self._call(around, step.call.request, step.deadline, wait_for_ready=step.wait_for_server)
-        self._connection.answered()
-        return step.call.read(reply)
+        return self._connection.answered(step.call.read(reply))
 
     def _call(self, method: Callable[..., Answer], request: Any, timeout: Timeout | None, **options: Any) -> Answer:
         """Makes a call of any kind with what every call carries."""
         deadline = self._connection.deadline(timeout)
+        self._connection.require_small(request)
         try:
             return method(request, timeout=deadline.time(), metadata=self._connection.metadata, **options)
         except grpc.RpcError as error:
@@ -419,4 +420,6 @@ class Client:
 
     def _error_of(self, error: grpc.RpcError, deadline: Deadline) -> LapwingError:
         found = self._connection.error_of(error)
+        if self._closed and isinstance(found, Cancelled):
+            return Cancelled(CLOSED, code="CANCELLED")
         return self._connection.explained(found, deadline) if self._connection.puzzling(found) else found

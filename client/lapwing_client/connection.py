@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
+
+from google.protobuf.message import Message
 
 from lapwing_client import requests
 from lapwing_client.addresses import Target
 from lapwing_client.deadline import Deadline, Timeout
-from lapwing_client.errors import LapwingError, Unavailable, error_of_call
+from lapwing_client.errors import LARGEST_REPLY, LapwingError, TooLarge, Unavailable, error_of_call
+from lapwing_client.results import ServerInfo
 from lapwing_client.retries import service_config
 from lapwing_client.tls import TLS, Source, explain, speaks_of_tls
 
-LARGEST_REPLY = 64 * 2**20
-"""Bytes; gRPC's default of 4 MiB is less than a batch of long texts answers with."""
+Answer = TypeVar("Answer")
+
+RETRY_BUFFER = 2**20
+"""Bytes of a request up to which gRPC keeps it for another attempt; by itself 256 KiB. A server reads that much in any
+case and says itself what it does not take, with a push-back of -1; what gRPC refuses to read is larger and so not sent
+again."""
 
 PING, PING_TIMEOUT = 30.0, 10.0
 """Seconds of silence in a call after which the server is asked whether it is there, and that it has to answer. A
@@ -39,14 +46,16 @@ class Connection:
         timeout: Timeout,
         retry: bool,
     ) -> None:
+        self.where = Target.of(target)
         self.target = target if isinstance(target, str) else ",".join(target)
         self.timeout = timeout if isinstance(timeout, Deadline) else Deadline(timeout).seconds
         self.retry = retry
-        self.where = Target.of(target)
         self.tls = TLS.of(tls)
         self.metadata = headers(token, self.tls is not None, self.where, self.target)
         self._name = name_to_check(self.where, self.tls) if self.tls else ""
         self._answered = False
+        self._largest_request = 0
+        """Bytes; 0 while the server has not said it."""
 
     def __repr__(self) -> str:
         return f"{self.target!r}, {'unencrypted' if self.tls is None else 'TLS'}"
@@ -65,15 +74,28 @@ class Connection:
         """The deadline of one call."""
         return Deadline.of(self.timeout if timeout is None else timeout)
 
-    def answered(self) -> None:
-        """Somebody did."""
+    def answered(self, answer: Answer) -> Answer:
+        """Notes that there was an answer, and what it says of the server; returns it."""
         self._answered = True
+        if isinstance(answer, ServerInfo):
+            self._largest_request = answer.limits.max_request_bytes
+        return answer
+
+    def require_small(self, request: Any) -> None:
+        """Refuses what the server would not take; as far as `server_info` was asked how much that is.
+
+        Raises:
+            TooLarge: the request has more bytes.
+        """
+        most = self._largest_request
+        if most and isinstance(request, Message) and (size := request.ByteSize()) > most:
+            message = f"the request has {size} bytes, the server takes {most} in one message (so server_info said)"
+            raise TooLarge(f"{message}; send less at once", reason="TOO_LARGE", code="RESOURCE_EXHAUSTED")
 
     def error_of(self, error: Any) -> LapwingError:
         """The error for a `grpc.RpcError`."""
         found = error_of_call(error, self.target)
-        if found.reason:
-            self.answered()
+        self._answered |= bool(found.reason)
         return found
 
     def puzzling(self, error: LapwingError) -> bool:
@@ -98,7 +120,10 @@ def headers(token: str | None, encrypted: bool, where: Target, target: str) -> t
     if not encrypted and not where.local:
         message = f"is {target!r}; a token goes only to this machine or over an encrypted connection: give tls="
         raise requests.unusable("target", message)
-    if not (token.isascii() and token.isprintable() and token.strip() == token != ""):
+    if not isinstance(token, str) or not token:
+        what = "empty" if token == "" else f"a {type(token).__name__}"
+        raise requests.unusable("token", f"is {what}; give text, or leave it out where none is needed")
+    if not (token.isascii() and token.isprintable() and token.strip() == token):
         raise requests.unusable("token", "has characters that no header can hold; give printable ASCII")
     return (("authorization", f"Bearer {token}"),)
 
@@ -122,6 +147,7 @@ def channel_options(retry: bool, several: bool = False, name: str = "") -> list[
     options: list[tuple[str, Any]] = [
         ("grpc.max_receive_message_length", LARGEST_REPLY),
         ("grpc.enable_retries", int(retry)),
+        ("grpc.per_rpc_retry_buffer_size", RETRY_BUFFER),
         ("grpc.keepalive_time_ms", int(PING * 1000)),
         ("grpc.keepalive_timeout_ms", int(PING_TIMEOUT * 1000)),
         ("grpc.http2.max_pings_without_data", 0),

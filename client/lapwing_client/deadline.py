@@ -9,6 +9,9 @@ from dataclasses import dataclass, field
 from lapwing_client.errors import DeadlineExceeded
 from lapwing_client.requests import real, unusable
 
+LONGEST = 365 * 86_400.0
+"""Seconds; gRPC takes what is much longer for what has passed."""
+
 
 @dataclass(frozen=True)
 class Deadline:
@@ -50,7 +53,7 @@ class Deadline:
         if (left := self.left) <= 0:
             message = f"the deadline of {self.seconds:g} s had passed before the call began; give it more time"
             raise DeadlineExceeded(message, code="DEADLINE_EXCEEDED")
-        return left
+        return min(left, LONGEST)
 
     @classmethod
     def of(cls, timeout: Timeout) -> Deadline:

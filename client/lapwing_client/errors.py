@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, ClassVar
 
 from google.rpc import error_details_pb2, status_pb2
@@ -9,6 +10,11 @@ from grpc import StatusCode
 
 DETAILS = "grpc-status-details-bin"
 
+SIZES = re.compile(r"larger than max \((\d+) vs\. (\d+)\)")
+"""How gRPC says that it does not read a message."""
+
+LARGEST_REPLY = 64 * 2**20
+"""Bytes; gRPC's default of 4 MiB is less than a batch of long texts answers with."""
 
 CLOSED = "the client is closed; make another one"
 """What a closed client says of every call."""
@@ -169,15 +175,22 @@ def error_of_call(error: Any, target: str) -> LapwingError:
         if key == DETAILS:
             return error_of_status(status_pb2.Status.FromString(value))
     if code is StatusCode.RESOURCE_EXHAUSTED and "larger than max" in text:
-        return TooLarge(
-            f"the message is larger than the other side reads ({text}); "
-            "score fewer or shorter items in one call: server_info().limits says how much goes",
-            code=code.name,
-            reason="MESSAGE_TOO_LARGE",
-        )
+        return TooLarge(larger_than_read(text), code=code.name, reason="MESSAGE_TOO_LARGE")
     if code is StatusCode.UNAVAILABLE:
         text = f"no Lapwing server answers at {target} ({text}); start one: lapwing serve"
     return BY_CODE[code](text, code=code.name)
+
+
+def larger_than_read(said: str) -> str:
+    """What gRPC says when it does not even read a message, in words that help."""
+    found = SIZES.search(said)
+    size, most = found.groups() if found else ("more", "less")
+    if most == str(LARGEST_REPLY):
+        return f"the answer has {size} bytes, this client reads {most}; ask for less at once: fewer or shorter items"
+    return (
+        f"the request has {size} bytes, the server reads no message of more than {most}; send fewer or shorter items "
+        "at once: server_info().limits.max_request_bytes says how much it takes"
+    )
 
 
 def error_of_status(status: status_pb2.Status) -> LapwingError:

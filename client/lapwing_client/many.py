@@ -41,10 +41,9 @@ Outcome = Detection | LapwingError
 
 def at_once(concurrency: int) -> int:
     """How many items may be asked for at the same time."""
-    number = requests.fitting(concurrency, 32, "concurrency")
-    if number is None or not 1 <= number <= 1000:
-        raise requests.unusable("concurrency", f"is {concurrency!r:.40}; give a number from 1 to 1000")
-    return number
+    if not (requests.is_whole(concurrency) and 1 <= concurrency <= 1000):
+        raise requests.unusable("concurrency", f"is {concurrency!r:.40}; give a whole number from 1 to 1000")
+    return int(concurrency)
 
 
 def outcome(item: Any, options: dict[str, Any], deadline: Deadline) -> Plan[Outcome]:

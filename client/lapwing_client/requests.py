@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 from lapwing.v1 import detection_pb2, detector_pb2, probes_pb2
@@ -82,8 +82,8 @@ def is_whole(value: Any) -> bool:
 
 
 def listed(value: Any, field: str, forms: str) -> list[Any]:
-    """The items of a sequence."""
-    if isinstance(value, bytes | Mapping) or not hasattr(value, "__iter__"):
+    """The items of anything that has an order."""
+    if isinstance(value, bytes | Mapping | Set) or not hasattr(value, "__iter__"):
         raise unusable(field, f"is a {type(value).__name__}; give {forms}")
     return list(value)
 
@@ -109,13 +109,15 @@ def score_batch_request(
     items: Sequence[tuple[Prompt, Response]], *, false_positive_rate: float | None = None, probe: str = ""
 ) -> detector_pb2.ScoreBatchRequest:
     """Several responses to be scored."""
+    given = listed(items, "items", "a list of pairs of prompt and response")
+    pairs = [pair(item, f"items[{i}]") for i, item in enumerate(given)]
     return detector_pb2.ScoreBatchRequest(
         items=[
             detector_pb2.ScoreItem(
                 prompt=prompt_message(prompt, f"items[{i}].prompt"),
                 response=response_message(response, f"items[{i}].response"),
             )
-            for i, (prompt, response) in enumerate(pair(item, f"items[{i}]") for i, item in enumerate(items))
+            for i, (prompt, response) in enumerate(pairs)
         ],
         false_positive_rate=real(false_positive_rate, "false_positive_rate"),
         probe=text(probe, "probe"),

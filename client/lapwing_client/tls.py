@@ -85,6 +85,9 @@ def pem(source: Source, kind: str, field: str) -> bytes:
     Raises:
         InvalidRequest: it can't be read, or holds nothing of this kind.
     """
+    if not isinstance(source, str | Path | bytes) or source == "":
+        what = "empty" if source == "" else f"a {type(source).__name__}"  # which may hold a key
+        raise unusable(field, f"is {what}; give the path of a file, or the bytes in it")
     try:
         data = source if isinstance(source, bytes) else Path(source).read_bytes()
     except OSError as error:

@@ -255,8 +255,8 @@ class Captured:
         assert forward.visible is not None
         self._sequences.close(forward.tokens)
         self._sequences.tokens = forward.tokens
-        self._sequences.visible.append(forward.visible)
-        self._sequences.counted.append(forward.counted)
+        self._sequences.visible.add(forward.visible)
+        self._sequences.counted.add(forward.counted)
         cache = cache_in(output)
         self._mark = None if cache is None else CacheMark(cache)
         if self._run is not None:
@@ -383,7 +383,8 @@ class Captured:
         inputs = {name: value[..., -1:] for name, value in pending.run.inputs.items()}
         if "position_ids" in inputs:
             inputs["position_ids"] = inputs["position_ids"] + 1
-        visible = torch.cat([*self._sequences.visible, torch.ones_like(self._sequences.visible[-1][:, :1])], dim=1)
+        known = self._sequences.visible.all
+        visible = torch.cat([known, torch.ones_like(known[:, :1])], dim=1)
         if not bool(visible.all()):
             inputs["attention_mask"] = visible.long()
         self._run = pending.run

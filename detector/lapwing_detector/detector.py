@@ -127,7 +127,7 @@ class Detector:
             InvalidInput: with the field that can't be used.
             TooLong: more tokens than the model was made for.
         """
-        ids = build_ids(self.tokenizer, prompt, response)
+        ids = build_ids(self.tokenizer, prompt, response, opening=self.language_model.opening)
         ids = TokenIds(ids.prompt_ids, without_end(ids.response_ids, self.language_model.stop_tokens))
         if max(ids.all, default=0) >= self.language_model.vocabulary:
             raise InvalidInput(

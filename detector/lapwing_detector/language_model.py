@@ -20,6 +20,7 @@ from lapwing_detector.errors import InvalidInput, UnsupportedModel
 from lapwing_detector.identity import ModelIdentity, identity_of
 from lapwing_detector.rotary import switching_points
 from lapwing_detector.summary import AttentionSummary
+from lapwing_detector.tokens import opening_of
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
 NO_LIMIT = 1 << 20
@@ -111,6 +112,11 @@ class LanguageModel:
         settings = getattr(self.model.generation_config, "eos_token_id", None)
         listed = settings if isinstance(settings, list) else [settings]
         return frozenset(int(token) for token in (*listed, self.tokenizer.eos_token_id) if token is not None)
+
+    @cached_property
+    def opening(self) -> tuple[int, ...]:
+        """What the tokenizer puts in front of a text."""
+        return opening_of(self.tokenizer)
 
     @property
     def pad_id(self) -> int:

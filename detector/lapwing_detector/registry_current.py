@@ -149,9 +149,7 @@ class Current:
 
     def _first(self, name: str) -> RegistryError:
         others = [one for one in self.newest_first(name) if one != self.revisions[name]]
-        mend = (
-            f"any other can be activated: lapwing probes activate {name}@{others[0]}" if others else "it has no other"
-        )
+        mend = f"activate another: lapwing probes activate {name}@{others[0]}" if others else "it has no other"
         return RegistryError(f"{name} stands for the first revision it had, {self.revisions[name]}; {mend}")
 
     def _standing_for(self, name: str, revision: str) -> Current:

@@ -43,9 +43,8 @@ def read_current(root: Path) -> Current:
     if not path.is_file():
         if is_registry(root) and not os.path.lexists(path):
             return Current()
-        raise RegistryError(
-            f"{root} is no registry of probes; begin one: lapwing probes publish PROBE --registry {root}"
-        )
+        begin = f"lapwing probes publish PROBE --registry {root}"
+        raise RegistryError(f"{root} is no registry of probes; begin one: {begin}")
     if not path.resolve().is_relative_to(root.resolve()):
         raise RegistryError(f"{path} leads out of the registry; remove it and publish the probes again")
     try:

@@ -40,11 +40,8 @@ class RunningLogits:
         self._probe = probe
         self._captured = captured
         self._sequences: Sequences | None = None
-        self._forwards = 0
-        """Of `_sequences`, those that were read."""
-
         self._tokens = 0
-        """Columns of these forwards."""
+        """Of `_sequences`, the columns that were read."""
 
         self._columns: list[list[int]] = []
         """By sequence: the columns of its tokens, without padding and what was fed after its end."""
@@ -89,17 +86,14 @@ class RunningLogits:
             _Part(self._probe, weights[[one == _memory(sums) for one in owners]].to(sums.diagonal.device), batch)
             for sums in (sequences.joint if heads else ())
         ]
-        self._sequences, self._forwards, self._tokens = sequences, 0, 0
+        self._sequences, self._tokens = sequences, 0
         self._columns = [[] for _ in range(batch)]
 
     def _new_columns(self, sequences: Sequences) -> list[list[int]]:
         """By sequence: the columns of its tokens that were fed since the last call."""
-        new: list[list[int]] = [[] for _ in self._columns]
-        for counted in sequences.counted[self._forwards :]:
-            for row, flags in enumerate(counted.tolist()):
-                new[row] += [self._tokens + place for place, counts in enumerate(flags) if counts]
-            self._tokens += counted.shape[1]
-        self._forwards = len(sequences.counted)
+        counted = sequences.counted.all[:, self._tokens :].tolist()
+        new = [[self._tokens + place for place, counts in enumerate(flags) if counts] for flags in counted]
+        self._tokens = sequences.counted.tokens
         for known, more in zip(self._columns, new, strict=True):
             known += more
         return new

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lapwing_detector.errors import CaptureError
+from lapwing_detector.flags import Flags
 from lapwing_detector.layers import AttentionLayer, require_heads
 from lapwing_detector.summary import AttentionSummary
 
@@ -65,11 +66,11 @@ class Sequences:
     ends: Tensor | None = None
     """(batch,) column from which on what is fed is no longer of the sequence; None: none has ended."""
 
-    visible: list[Tensor] = field(default_factory=list)
-    """(batch, rows) bool, one for each forward: the token is no padding."""
+    visible: Flags = field(default_factory=Flags)
+    """(batch, tokens): the token is no padding."""
 
-    counted: list[Tensor] = field(default_factory=list)
-    """(batch, rows) bool, one for each forward: the row counts, being no padding and not of a finished sequence."""
+    counted: Flags = field(default_factory=Flags)
+    """(batch, tokens): the row counts, being no padding and not of a finished sequence."""
 
     heads: dict[int, int] = field(default_factory=dict)
     """By layer index: how many heads it has, kept or not."""
@@ -91,7 +92,7 @@ class Sequences:
     @property
     def batch(self) -> int | None:
         """Sequences; None before the first forward."""
-        return int(self.counted[0].shape[0]) if self.counted else None
+        return len(self.counted.all) if self.counted.tokens else None
 
     def keeps(self, layer: AttentionLayer) -> bool:
         """Whether the rows of this layer are summed up."""
@@ -189,15 +190,15 @@ class Sequences:
             CaptureError: nothing was captured, or the layers differ in their number of heads.
         """
         self._require_one_shape()
-        return [self._summary(row, counted) for row, counted in enumerate(torch.cat(self.counted, dim=1).cpu())]
+        return [self._summary(row, counted) for row, counted in enumerate(self.counted.all.cpu())]
 
     def summary(self, sequence: int) -> AttentionSummary:
         """That of one sequence by its place in the batch; raises like `summaries`."""
         self._require_one_shape()
-        return self._summary(sequence, torch.cat([counted[sequence] for counted in self.counted]).cpu())
+        return self._summary(sequence, self.counted.all[sequence].cpu())
 
     def _require_one_shape(self) -> None:
-        if not self.counted:
+        if not self.counted.tokens:
             raise CaptureError(
                 "nothing was captured; run the model inside the context: with capture_attention(model) as captured: ..."
             )
@@ -262,8 +263,8 @@ def gathered(parts: list[Part]) -> Sequences:
             joint.received[mine, :, columns] = theirs.received[part.rows, :, part.first : part.of.tokens]
             start = mine.stop
     for name in ("visible", "counted"):
-        flags = [torch.cat(getattr(part.of, name), dim=1)[part.rows, part.first :] for part in parts]
-        getattr(new, name).append(torch.cat([F.pad(one, (tokens - one.shape[1], 0)) for one in flags]))
+        flags = [getattr(part.of, name).all[part.rows, part.first :] for part in parts]
+        getattr(new, name).add(torch.cat([F.pad(one, (tokens - one.shape[1], 0)) for one in flags]))
     return new
 
 

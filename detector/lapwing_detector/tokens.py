@@ -36,13 +36,20 @@ class TokenIds:
         return TokenIds(self.prompt_ids, (*self.response_ids, *response_ids))
 
 
-def build_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, response: Response | None = None) -> TokenIds:
+def build_ids(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Prompt,
+    response: Response | None = None,
+    *,
+    opening: Sequence[int] | None = None,
+) -> TokenIds:
     """The ids of prompt and response, with exactly one BOS token in front if the tokenizer adds one.
 
     Args:
         tokenizer: its chat template is used for messages, and the prompt of the assistant's turn added.
         prompt: text, chat messages, or ids; ids are left as they are.
         response: text or ids; None where it is still to be written.
+        opening: what `opening_of` this tokenizer is, for whoever has many texts.
 
     Raises:
         InvalidInput: names the field, such as `prompt`, `prompt[1].content` or `response_ids[3]`.
@@ -52,16 +59,16 @@ def build_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, response: Resp
         raise InvalidInput("prompt", "is empty; give the model something to answer")
     if _is_empty(prompt) and _is_empty(response):
         raise InvalidInput("prompt", "is empty, and so is the response; give at least one of them")
-    return TokenIds(_prompt_ids(tokenizer, prompt), _response_ids(tokenizer, response))
+    return TokenIds(_prompt_ids(tokenizer, prompt, opening), _response_ids(tokenizer, response))
 
 
-def _prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Any) -> tuple[int, ...]:
-    if isinstance(prompt, str):
-        return _opened(tokenizer, _encode(tokenizer, prompt, "prompt"))
-    _require_list("prompt", prompt, "text, chat messages or token ids")
-    if prompt and isinstance(prompt[0], Mapping):
-        return _opened(tokenizer, _encode(tokenizer, _chat_text(tokenizer, prompt), "prompt"))
-    return _checked_ids(tokenizer, "prompt_ids", prompt)
+def _prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Any, opening: Sequence[int] | None) -> tuple[int, ...]:
+    if not isinstance(prompt, str):
+        _require_list("prompt", prompt, "text, chat messages or token ids")
+        if not (prompt and isinstance(prompt[0], Mapping)):
+            return _checked_ids(tokenizer, "prompt_ids", prompt)
+        prompt = _chat_text(tokenizer, prompt)
+    return _opened(tokenizer, _encode(tokenizer, prompt, "prompt"), opening)
 
 
 def _response_ids(tokenizer: PreTrainedTokenizerBase, response: Any) -> tuple[int, ...]:
@@ -87,26 +94,26 @@ def _encode(
     return cast(list[int], tokenizer(text, add_special_tokens=special, verbose=False, **options)["input_ids"])
 
 
-def _opened(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> tuple[int, ...]:
+def _opened(tokenizer: PreTrainedTokenizerBase, ids: list[int], opening: Sequence[int] | None) -> tuple[int, ...]:
     """With what the tokenizer puts in front of a text, once, whether or not the text or its template wrote it, too.
 
-    A second BOS would split the attention sink and move every statistic. What the tokenizer puts behind a text, such
-    as an end-of-sequence token, does not belong to a prompt.
+    A second BOS would split the attention sink and move every statistic.
     """
     bos = tokenizer.bos_token_id
     while bos is not None and ids[:2] == [bos, bos]:
         ids = ids[1:]
+    front = [*(opening_of(tokenizer) if opening is None else opening)]
+    return (*ids,) if ids[: len(front)] == front else (*front, *ids)
+
+
+def opening_of(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """What the tokenizer puts in front of a text.
+
+    What it puts behind one, such as an end-of-sequence token, does not belong to a prompt.
+    """
     wrapped, bare = (_encode(tokenizer, "a", "prompt", special=special) for special in (True, False))
-    opening = _before(wrapped, bare)
-    return (*ids,) if ids[: len(opening)] == opening else (*opening, *ids)
-
-
-def _before(wrapped: list[int], bare: list[int]) -> list[int]:
-    """The ids of `wrapped` in front of the run that equals `bare`."""
-    for start in range(len(wrapped) - len(bare) + 1):
-        if wrapped[start : start + len(bare)] == bare:
-            return wrapped[:start]
-    return []
+    starts = (start for start in range(len(wrapped)) if wrapped[start : start + len(bare)] == bare)
+    return tuple(wrapped[: next(starts, 0)])
 
 
 def _chat_text(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Any]) -> str:

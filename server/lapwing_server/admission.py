@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import random
+import threading
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Final
 
 from grpc import StatusCode
@@ -64,9 +66,15 @@ class Ratio:
 
 
 class Admission:
-    """Decides by what waits and by how long things took so far."""
+    """Decides by what waits and by how long things took so far.
 
-    def __init__(self, limits: Limits, metrics: Metrics) -> None:
+    Args:
+        limits: how much may wait.
+        metrics: told of what is refused.
+        told_apart: whether clients say who they are, so that none of them gets more than its part of the queue.
+    """
+
+    def __init__(self, limits: Limits, metrics: Metrics, *, told_apart: bool = False) -> None:
         self.pace = Ratio()
         """Seconds for a token of a forward that scores; 0, which refuses nothing, as long as it is unknown."""
         self.rest = Ratio()
@@ -77,12 +85,23 @@ class Admission:
         """Tokens of a forward. Its items are done when all of it is, those that came later included."""
         self._limits = limits
         self._metrics = metrics
+        # Of those who need not say who they are, all that come through one proxy, and all on this machine, look like
+        # one client: a bound for each would only take places from it that nobody else asks for.
+        self._each = limits.items_of_one if told_apart else limits.queue_items
 
     def sizes(self, items: Sequence[Item]) -> list[int]:
         """About how many tokens each has."""
         return [max(1, item.token_count + round(self.wording.of(item.characters))) for item in items]
 
-    def check(self, sizes: Sequence[int], now: float, deadline: float | None, waiting: Waiting, running: int) -> None:
+    def check(
+        self,
+        sizes: Sequence[int],
+        now: float,
+        deadline: float | None,
+        waiting: Waiting,
+        running: int,
+        client: str = "",
+    ) -> None:
         """Lets a call in, or not.
 
         Args:
@@ -91,19 +110,20 @@ class Admission:
             deadline: by when it must be done.
             waiting: what comes before it.
             running: tokens of what is being computed.
+            client: whose call it is.
 
         Raises:
             Refusal: it is too late already, there are too many, or it would be too late when its turn comes.
         """
         if deadline is not None and deadline <= now:
             raise TooLate
-        self._require_room(len(sizes), waiting, running)
+        self._require_room(len(sizes), waiting, running, client)
         if deadline is None or not (running or waiting.items):
             return  # with nothing before it, it is tried: else a wrong average would refuse for ever
         own = sum(sizes)
         over = now + self._seconds(running, waiting.tokens + own) - deadline
         if over > 0:  # a rough count was enough for most
-            over = now + self._seconds(running, waiting.ahead_of(len(sizes)) + own) - deadline
+            over = now + self._seconds(running, waiting.ahead_of(len(sizes), client) + own) - deadline
         if over > 0:
             raise self._shed(
                 "DEADLINE_UNREACHABLE", "it would not be done by its deadline; give it more time or try again", over
@@ -116,15 +136,18 @@ class Admission:
         rounds = forwards + math.ceil(running / forward)
         return MARGIN * (self.pace.of(running + forwards * forward) + self.rest.of(rounds))
 
-    def _require_room(self, items: int, waiting: Waiting, running: int) -> None:
-        most = self._limits.queue_items
-        if items > most:
-            self._metrics.shed("QUEUE_FULL")
-            message = f"{items} items are more than the queue holds, which is {most}; send fewer at once"
-            raise Refusal(StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL", message, never_retry=True)
-        if waiting.items + items > most:
-            half = self._seconds(running, waiting.tokens) / 2
-            raise self._shed("QUEUE_FULL", f"{waiting.items} of at most {most} items wait already; try again", half)
+    def _require_room(self, items: int, waiting: Waiting, running: int, client: str) -> None:
+        for reason, whose, before, most in (
+            ("QUEUE_FULL", "", waiting.items, self._limits.queue_items),
+            ("CLIENT_QUEUE_FULL", " of this client", waiting.items_of(client), self._each),
+        ):
+            if items > most:
+                self._metrics.shed(reason)
+                message = f"{items} items are more than may wait{whose}, which is {most}; send fewer at once"
+                raise Refusal(StatusCode.RESOURCE_EXHAUSTED, reason, message, never_retry=True)
+            if before + items > most:
+                half = self._seconds(running, waiting.tokens) / 2
+                raise self._shed(reason, f"{before} of at most {most} items{whose} wait already; try again", half)
 
     def _shed(self, reason: str, message: str, seconds: float) -> Refusal:
         self._metrics.shed(reason)
@@ -142,7 +165,7 @@ class Places:
 
     def __init__(self, limits: Limits, metrics: Metrics) -> None:
         self._most = {"generate": limits.generate_streams, "attention": limits.attention_streams}
-        self._each = limits.streams_per_client
+        self._each = limits.streams_of_one
         self._metrics = metrics
         self._taken: Counter[str] = Counter()
         self._of_client: Counter[str] = Counter()
@@ -182,3 +205,51 @@ class Places:
         self._metrics.shed("TOO_MANY_STREAMS")
         message += " at the same time; try again"
         return Refusal(StatusCode.RESOURCE_EXHAUSTED, "TOO_MANY_STREAMS", message, retry_after=STREAM_PUSHBACK)
+
+
+class AttentionBytes:
+    """Counts the bytes of attention that all open streams together hold. May be used by several threads."""
+
+    def __init__(self, limits: Limits, metrics: Metrics) -> None:
+        self._most = limits.attention_total_bytes
+        self._metrics = metrics
+        self._held: dict[object, int] = {}
+        self._lock = threading.Lock()
+        metrics.attention_is(lambda: self.held)
+
+    @property
+    def held(self) -> int:
+        """Bytes of all streams together."""
+        with self._lock:
+            return sum(self._held.values())
+
+    @contextmanager
+    def share(self) -> Iterator[Callable[[int], None]]:
+        """The part of one stream, which is empty again on leaving.
+
+        Yields:
+            Asked before the stream holds so many bytes in place of what it held. Raises Refusal when they are more than
+            the server has left. While sums grow they are there twice, which is not counted: those of one stream grow
+            at a time.
+        """
+        stream = object()
+        with self._lock:
+            self._held[stream] = 0
+        try:
+            yield partial(self._hold, stream)
+        finally:
+            with self._lock:
+                del self._held[stream]
+
+    def _hold(self, stream: object, nbytes: int) -> None:
+        with self._lock:
+            if stream not in self._held:
+                return  # its client left while its last slice was read; what was read goes with that
+            others = sum(self._held.values()) - self._held[stream]
+            if others + nbytes <= self._most:
+                self._held[stream] = nbytes
+                return
+        self._metrics.shed("ATTENTION_FULL")
+        message = f"other streams hold {others} of at most {self._most} bytes of attention, and this one needs {nbytes}"
+        message += "; try again"
+        raise Refusal(StatusCode.RESOURCE_EXHAUSTED, "ATTENTION_FULL", message, retry_after=STREAM_PUSHBACK)

@@ -123,7 +123,7 @@ def limits_message(limits: Limits) -> detector_pb2.Limits:
         max_heatmap_pixels=limits.heatmap_pixels,
         max_messages=limits.messages,
         max_characters_per_token=limits.characters_per_token,
-        max_streams_per_client=limits.streams_per_client,
+        max_streams_per_client=limits.streams_of_one,
         max_stop_strings=limits.stop_strings,
         max_stop_string_characters=limits.stop_string_characters,
         max_stream_seconds=limits.stream_seconds,

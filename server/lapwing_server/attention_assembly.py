@@ -5,7 +5,7 @@ Only heads that some probe reads are held and looked at; of all others the slice
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,18 +14,10 @@ from lapwing.v1 import detector_pb2, tensor_pb2
 from lapwing_detector.features import FEATURES
 from lapwing_detector.probe import Probe
 from lapwing_detector.summary import AttentionSummary
+from lapwing_server.attention_doubts import Doubt, rows_doubts, summary_doubts
 from lapwing_server.attention_header import Header
 from lapwing_server.attention_order import Order, Place
-from lapwing_server.attention_slices import (
-    Doubt,
-    Numbers,
-    Sums,
-    read_tensor,
-    rows_doubts,
-    rows_sums,
-    summary_doubts,
-    summary_sums,
-)
+from lapwing_server.attention_slices import Numbers, Sums, is_half, read_tensor, rows_sums, summary_sums
 from lapwing_server.attention_sums import TOKEN_BYTES, HeldSums
 from lapwing_server.refusal import invalid
 
@@ -41,12 +33,21 @@ class Assembly:
         probe: whose heads must come whole.
         shadows: further probes; where the heads of one do not come or are not sound, it alone has no score.
         most_bytes: that the sums may take.
+        hold: asked before the sums take so many bytes in all; raises Refusal where all streams together take too many.
 
     Raises:
         Refusal: the tokens that the header declares would take more.
     """
 
-    def __init__(self, header: Header, probe: Probe, shadows: Iterable[Probe] = (), *, most_bytes: int) -> None:
+    def __init__(
+        self,
+        header: Header,
+        probe: Probe,
+        shadows: Iterable[Probe] = (),
+        *,
+        most_bytes: int,
+        hold: Callable[[int], None] = lambda nbytes: None,
+    ) -> None:
         self._header = header
         self._probe = probe
         self._order = Order(header)
@@ -60,7 +61,7 @@ class Assembly:
         self._coarse = False
         """Whether what is below 6e-8 was lost on the way."""
 
-        self._sums = HeldSums(int(held.sum()), header.most_tokens, most_bytes, header.declared)
+        self._sums = HeldSums(int(held.sum()), header.most_tokens, most_bytes, header.declared, hold)
         self._require_room(self._least_tokens, self._least_field)
 
     @property
@@ -98,7 +99,7 @@ class Assembly:
         kept = self._picked(weights, place), None if diagonal is None else self._picked(diagonal, place)
         doubts = rows_doubts(*kept, place.first_token, self._header.rules)
         self._add(place, rows_sums(*kept, place.first_token), doubts)
-        self._coarse |= diagonal is None and weights.dtype.itemsize == 2
+        self._coarse |= diagonal is None and is_half(weights.dtype)
 
     def tokens(self, field: str) -> int:
         """How far all heads of the probe have come.
@@ -172,7 +173,7 @@ class Assembly:
     def _diagonal_of(self, message: detector_pb2.AttentionRowsSlice, weights: Numbers) -> Numbers | None:
         """The diagonal that comes beside rows; None where it need not, and does not."""
         if not message.HasField("diagonal"):
-            if weights.dtype.itemsize == 2 and takes_logarithms(self._probe):
+            if is_half(weights.dtype) and takes_logarithms(self._probe):
                 reason = "float16 loses what is below 6e-8, and the probe takes logarithms"
                 raise invalid("rows.diagonal", f"is missing: {reason}; send the diagonal in float32, or all of it")
             return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from functools import partial
 
@@ -15,6 +15,7 @@ from lapwing_detector.errors import DetectorError
 from lapwing_detector.probe import Probe
 from lapwing_detector.scoring import Stopwatch, detect
 from lapwing_detector.tokens import TokenIds
+from lapwing_server.admission import AttentionBytes
 from lapwing_server.answers import detection_message
 from lapwing_server.asked import Asked, asked
 from lapwing_server.attention_assembly import Assembly
@@ -37,19 +38,20 @@ class Sender:
         header: of the stream.
         shared: the probes that score it.
         most_bytes: that its sums may take.
+        hold: see `Assembly`.
 
     Raises:
         Refusal: what the header declares would take more.
     """
 
-    def __init__(self, header: Header, shared: Asked, most_bytes: int) -> None:
+    def __init__(self, header: Header, shared: Asked, most_bytes: int, hold: Callable[[int], None]) -> None:
         self.role = shared.role
         self.shadows = len(shared.shadows)
         self._header = header
         self._shared = shared
         self._clock = Stopwatch()
         self._shadows = [shadow for shadow in shared.shadows if not shadow.reads_log_probabilities]
-        self._assembly = Assembly(header, shared.probe, self._shadows, most_bytes=most_bytes)
+        self._assembly = Assembly(header, shared.probe, self._shadows, most_bytes=most_bytes, hold=hold)
 
     def add(self, message: Request) -> None:
         """Takes a slice.
@@ -114,6 +116,7 @@ class AttentionReader:
         self._readiness = readiness
         self._worker = worker
         self._metrics = metrics
+        self._bytes = AttentionBytes(readiness.limits, metrics)
 
     async def answer(self, requests: AsyncIterator[Request], context: Context) -> None:
         """Reads a stream to its end and writes the answers.
@@ -127,7 +130,8 @@ class AttentionReader:
         seconds = self._readiness.limits.stream_seconds
         try:
             async with asyncio.timeout(seconds):
-                return await self._read(requests, context)
+                with self._bytes.share() as hold:
+                    return await self._read(requests, context, hold)
         except TimeoutError:
             message = f"a stream may take {seconds:g} s; send the attention when all of it is there"
             refusal = Refusal(StatusCode.DEADLINE_EXCEEDED, "STREAM_TOO_LONG", message)
@@ -137,7 +141,7 @@ class AttentionReader:
         refusal.__context__ = None
         raise refusal.with_traceback(None)
 
-    async def _read(self, requests: AsyncIterator[Request], context: Context) -> None:
+    async def _read(self, requests: AsyncIterator[Request], context: Context, hold: Callable[[int], None]) -> None:
         engine = self._readiness.loaded.engine
         sender: Sender | None = None
         async for request in requests:
@@ -145,7 +149,7 @@ class AttentionReader:
             if part is None:
                 raise invalid("part", "is not set; give header, summary, rows or score_now")
             if sender is None:
-                sender = await self._begin(request, part, engine)
+                sender = await self._begin(request, part, engine, hold)
             elif part == "header":
                 raise invalid("header", "came before; it is the first message and only it", "OUT_OF_ORDER")
             elif part == "score_now":
@@ -158,7 +162,7 @@ class AttentionReader:
         note(response_tokens=detection.response_tokens)
         await write(detection, context, running=False)
 
-    async def _begin(self, request: Request, part: str, engine: Engine) -> Sender:
+    async def _begin(self, request: Request, part: str, engine: Engine, hold: Callable[[int], None]) -> Sender:
         if part != "header":
             raise invalid("header", f"must come before {part}", "OUT_OF_ORDER")
         try:
@@ -168,11 +172,12 @@ class AttentionReader:
         except Refusal as refusal:
             raise refusal.under("header") from None
         note(prompt_tokens=header.prompt_tokens)
-        return Sender(header, shared, self._readiness.limits.attention_bytes)
+        return Sender(header, shared, self._readiness.limits.attention_bytes, hold)
 
     def _end(self, sender: Sender) -> Detection:
         detection, shadows = sender.final()
-        self._metrics.stage("probe", detection.seconds["probe"])
+        for stage in ("read", "probe"):
+            self._metrics.stage(stage, detection.seconds[stage])
         self._metrics.scored(detection, sender.role)
         for shadow in shadows:
             self._metrics.scored(shadow, "shadow")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -22,14 +24,18 @@ class HeldSums:
         most_tokens: that will ever come.
         most_bytes: that they may take.
         declared: tokens that will come, where that is known; room is made for them at once.
+        hold: asked before so many bytes are taken in all; raises where that is too much.
     """
 
-    def __init__(self, heads: int, most_tokens: int, most_bytes: int, declared: int | None) -> None:
+    def __init__(
+        self, heads: int, most_tokens: int, most_bytes: int, declared: int | None, hold: Callable[[int], None]
+    ) -> None:
         self.heads = heads
         self.most_tokens = min(most_tokens, most_bytes // max(1, heads * TOKEN_BYTES))
         """Tokens for which there can be room."""
 
         self._declared = declared
+        self._hold = hold
         self._diagonal = np.zeros((heads, 0), DIAGONAL)
         self._received = np.zeros((heads, 0), RECEIVED)
 
@@ -62,6 +68,7 @@ class HeldSums:
         if tokens <= capacity:
             return
         wider = self._declared or min(max(tokens, 2 * capacity), self.most_tokens)
+        self._hold(self.heads * wider * TOKEN_BYTES)
         self._diagonal, self._received = widened(self._diagonal, wider), widened(self._received, wider)
 
 

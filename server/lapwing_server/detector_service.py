@@ -41,7 +41,9 @@ class DetectorService(detector_pb2_grpc.DetectorServicer):
     async def Score(self, request: detector_pb2.ScoreRequest, context: Context) -> detector_pb2.ScoreResponse:  # noqa: N802
         """One response."""
         item = asked(request, self._readiness).item(request)
-        [outcome] = await self._scheduler.score([item], deadline=deadline_of(context))
+        [outcome] = await self._scheduler.score(
+            [item], deadline=deadline_of(context), client=principal_of(context).name
+        )
         if isinstance(outcome, Exception):
             raise outcome
         note(prompt_tokens=outcome.prompt_tokens, response_tokens=outcome.response_tokens)
@@ -58,7 +60,8 @@ class DetectorService(detector_pb2_grpc.DetectorServicer):
         read = [shared.item_or_refusal(item) for item in request.items]
         good = [item for item in read if isinstance(item, Item)]
         note(items=len(read), readable=len(good))
-        scored = iter(await self._scheduler.score(good, deadline=deadline_of(context)) if good else ())
+        deadline, client = deadline_of(context), principal_of(context).name
+        scored = iter(await self._scheduler.score(good, deadline=deadline, client=client) if good else ())
         outcomes = [next(scored) if isinstance(one, Item) else one for one in read]
         results = [self._result(one, i) for i, one in enumerate(outcomes)]
         note(failed=sum(one.HasField("error") for one in results))
@@ -72,10 +75,16 @@ class DetectorService(detector_pb2_grpc.DetectorServicer):
         """
         limits, shared = self._readiness.limits, asked(request, self._readiness)
         prompt, options = read_prompt(request.prompt, shared.room), read_options(request, limits)
-        deadline = deadline_of(context)
-        with self._scheduler.places.take("generate", principal_of(context)):
+        deadline, principal = deadline_of(context), principal_of(context)
+        with self._scheduler.places.take("generate", principal):
             stream = self._scheduler.generate(
-                prompt, shared.probe, options, deadline=deadline, shadows=shared.shadows, role=shared.role
+                prompt,
+                shared.probe,
+                options,
+                deadline=deadline,
+                shadows=shared.shadows,
+                role=shared.role,
+                client=principal.name,
             )
             with closing(stream):
                 try:

@@ -39,8 +39,8 @@ WARM_UP_TOKENS = 3
 class Engine(Protocol):
     """A model as the server knows it. It has no probe of its own.
 
-    What runs the model or its tokenizer is called in the worker's thread only. What says which model it is changes
-    nothing and runs nothing, and is asked by any thread while the worker computes.
+    What runs the model or its tokenizer is called in the worker's thread only. Which model it is, any thread may ask,
+    once it is loaded, while the worker computes: that changes nothing and runs nothing.
     """
 
     @property

@@ -146,22 +146,22 @@ class Forwards:
         padded, begun = len(batch) * max(entry.size for entry in batch), self._clock()
         self._metrics.batch(len(batch), padded)
         try:
-            scored = engine.score_ids(jobs)
+            scored = list(zip(batch, engine.score_ids(jobs), strict=True))
         except BaseException as error:
-            self._blame(batch, as_exception(error))
+            self._blame(batch, error)
             return self._clock() - begun
         seconds, tokens = self._clock() - begun, sum(entry.size for entry in batch)
         self._overhead.saw(padded, seconds)
         self._admission.pace.saw(seconds, tokens)
         self._admission.together.saw(tokens, 1)
-        self._measure(scored)
-        for entry, one in zip(batch, scored, strict=True):
+        self._measure([one for _, one in scored])
+        for entry, one in scored:
             self._count(entry, one)
             self._settle(entry, one.detection)
         return seconds
 
-    def _blame(self, batch: list[Entry], error: Exception) -> None:
-        """A forward failed: whoever may not be to blame has another one."""
+    def _blame(self, batch: list[Entry], error: BaseException) -> None:
+        """A forward failed: who may not be to blame has another one."""
         if len(batch) > 1:
             self._cuts.extendleft([entry] for entry in reversed(batch))
         elif shadows := batch[0].item.shadows:  # it also captured what only they read
@@ -170,7 +170,7 @@ class Forwards:
             batch[0].item = replace(batch[0].item, shadows=())
             self._cuts.appendleft(batch)
         else:
-            self._settle(batch[0], error)
+            self._settle(batch[0], as_exception(error))
 
     def _measure(self, scored: Sequence[Scored]) -> None:
         """The seconds of the whole batch are in each of its detections."""

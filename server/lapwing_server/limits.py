@@ -40,8 +40,9 @@ class Limits(BaseModel):
     generate_streams: Count = 8
     """Generate streams at the same time. They share one model, and each holds a cache of keys and values."""
 
-    streams_per_client: Count = 8
-    """Streams of one client (of one token or certificate, else of one address) at the same time."""
+    streams_per_client: Count | None = None
+    """Streams of one client (of one token or certificate, else of one address) at the same time; half as many as
+    generate_streams, and at least one, without it."""
 
     public_streams: Count = 1000
     """Streams at the same time that need no token: of the health, and of the reflection."""
@@ -64,8 +65,15 @@ class Limits(BaseModel):
     attention_bytes: Size = 512 * 2**20
     """Bytes of sums that one ScoreAttention stream may make the server hold."""
 
+    attention_total_bytes: Size = 2**30
+    """Bytes of sums of all ScoreAttention streams together."""
+
     queue_items: Count = 512
     """Items that wait for their turn; one more is refused at once."""
+
+    queue_items_per_client: Count | None = None
+    """Those of one client, where clients say who they are (tokens_file, tls_client_ca); half of queue_items, and at
+    least one, without it."""
 
     batch_tokens: Count = 8192
     """Tokens of one shared forward, padding counted; a single longer item is taken alone."""
@@ -84,6 +92,16 @@ class Limits(BaseModel):
 
     characters_per_token: Count = 64
     """What has more characters for each token that the model takes is refused before it is tokenised."""
+
+    @property
+    def streams_of_one(self) -> int:
+        """Streams of one client: not all there are, unless somebody says so."""
+        return self.streams_per_client or max(1, self.generate_streams // 2)
+
+    @property
+    def items_of_one(self) -> int:
+        """Items of one client that wait, where clients say who they are."""
+        return self.queue_items_per_client or max(1, self.queue_items // 2)
 
     def room(self, tokens: int) -> Room:
         """The sizes that may fit into a model that takes so many tokens."""

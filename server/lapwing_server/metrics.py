@@ -29,8 +29,15 @@ OTHER: Final = "other"
 ROLES: Final = ("active", "named", "shadow")
 """Why a probe scored: it is the active one, the request named it, or it scores unseen beside the active one."""
 
-STAGES: Final = ("queue", "tokenise", "forward", "probe", "first_token")
-SHED: Final = ("QUEUE_FULL", "DEADLINE_UNREACHABLE", "RATE_LIMITED", "TOO_MANY_STREAMS")
+STAGES: Final = ("queue", "tokenise", "forward", "read", "probe", "first_token")
+SHED: Final = (
+    "QUEUE_FULL",
+    "DEADLINE_UNREACHABLE",
+    "RATE_LIMITED",
+    "TOO_MANY_STREAMS",
+    "CLIENT_QUEUE_FULL",
+    "ATTENTION_FULL",
+)
 DROPPED: Final = ("cancelled", "expired")
 UNSEEN: Final = ("failed", "no_room", "not_sent")
 ITEM_ERRORS: Final = tuple(sorted({"INTERNAL", *(reason for _, reason in TRANSLATION.values())}))
@@ -91,13 +98,15 @@ class Metrics:
         self._in_flight = gauge("lapwing_calls_in_flight", "Calls that have not ended.", ["method"])
         self._stages = histogram(
             "lapwing_stage_seconds",
-            "Time of a part of a call; forward is that of the whole batch, first_token that of a stream until then.",
+            "Time of a part of a call; forward is that of the whole batch, first_token that of a stream until then, "
+            "read that of taking in the attention that a client sent.",
             ["stage"],
             buckets=SECONDS,
         )
         self._items = histogram("lapwing_forward_items", "Sequences that shared a forward.", buckets=ITEMS)
         self._tokens = histogram("lapwing_forward_tokens", "Tokens of a forward, padding counted.", buckets=TOKENS)
         self._queue = gauge("lapwing_queue_items", "Items that wait for the model.")
+        self._attention = gauge("lapwing_attention_bytes", "Bytes of sums that open ScoreAttention streams hold.")
         self._generated = counter("lapwing_generated_tokens_total", "Tokens that were written.")
         self._detections = counter(
             "lapwing_detections_total",
@@ -172,6 +181,10 @@ class Metrics:
     def queue_is(self, waiting: Callable[[], int]) -> None:
         """Who says how many items wait; asked whenever somebody reads the metrics."""
         self._queue.set_function(waiting)
+
+    def attention_is(self, held: Callable[[], int]) -> None:
+        """The same of the bytes that ScoreAttention streams hold."""
+        self._attention.set_function(held)
 
     def generated(self, tokens: int) -> None:
         """So many more tokens were written."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from typing import Final
 
 from grpc import StatusCode
 
@@ -11,6 +12,8 @@ from lapwing_server.engine import Loaded
 from lapwing_server.limits import Limits
 from lapwing_server.refusal import Refusal
 from lapwing_server.shelf import Shelf
+
+LOADING: Final = "model and probe are being loaded"
 
 
 class Phase(StrEnum):
@@ -28,7 +31,7 @@ class Readiness:
 
     limits: Limits = field(default_factory=Limits)
     phase: Phase = Phase.LOADING
-    message: str = "model and probe are being loaded"
+    message: str = LOADING
     """Why it is not serving; empty when it is."""
 
     _loaded: Loaded | None = None
@@ -41,6 +44,13 @@ class Readiness:
         """Other probes from now on; whoever has what was loaded before keeps it until they are done."""
         self._loaded = replace(self.loaded, shelf=shelf)
 
+    def begin_again(self) -> bool:
+        """Loads once more if nothing could be loaded; whether that is so."""
+        if self.phase is not Phase.FAILED or self._loaded is not None:
+            return False
+        self.phase, self.message = Phase.LOADING, LOADING
+        return True
+
     def fail(self, message: str) -> None:
         """Model or probe could not be loaded."""
         self.phase, self.message = Phase.FAILED, message
@@ -50,12 +60,10 @@ class Readiness:
         if self.phase is Phase.SERVING:
             self.fail(message)
 
-    def mended(self) -> bool:
-        """It serves again, if it was broken; whether it was."""
-        if self.phase is not Phase.FAILED or self._loaded is None:
-            return False
-        self.phase, self.message = Phase.SERVING, ""
-        return True
+    def mended(self) -> None:
+        """It serves again, if it was broken."""
+        if self.phase is Phase.FAILED and self._loaded is not None:
+            self.phase, self.message = Phase.SERVING, ""
 
     def stop(self) -> None:
         """The server goes; what runs may finish."""

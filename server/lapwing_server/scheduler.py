@@ -38,6 +38,7 @@ class Scheduler:
         worker: whose thread computes.
         limits: how much is taken on.
         metrics: what is told of it.
+        told_apart: whether clients say who they are, so that each may be held to its part of the queue.
         clock: seconds, that never go back.
         doubt: called on the event loop when so much failed in a row that the model may be to blame; `works` tells.
     """
@@ -49,9 +50,11 @@ class Scheduler:
         metrics: Metrics,
         clock: Callable[[], float] = time.monotonic,
         doubt: Callable[[], None] = lambda: None,
+        *,
+        told_apart: bool = False,
     ) -> None:
         self.places = Places(limits, metrics)
-        self.admission = Admission(limits, metrics)
+        self.admission = Admission(limits, metrics, told_apart=told_apart)
         self._worker = worker
         self._limits = limits
         self._metrics = metrics
@@ -86,19 +89,20 @@ class Scheduler:
         """Whether there is nothing to do."""
         return not self._awake
 
-    async def score(self, items: Sequence[Item], *, deadline: float | None = None) -> list[Outcome]:
+    async def score(self, items: Sequence[Item], *, deadline: float | None = None, client: str = "") -> list[Outcome]:
         """What came of each item: its detection, or what is wrong with it alone.
 
         Args:
             items: what is to be scored. They may share forwards with each other and with other calls.
             deadline: after which nothing of it is computed, by the scheduler's clock.
+            client: who asks; clients take turns.
 
         Raises:
             Refusal: it is not taken on, or was not done by its deadline.
         """
         begun, sizes = self._clock(), self.admission.sizes(items)
-        self.admission.check(sizes, begun, deadline, self._queue, self._forwards.running)
-        outcomes = await self._outcomes(items, sizes, begun, deadline)
+        self.admission.check(sizes, begun, deadline, self._queue, self._forwards.running, client)
+        outcomes = await self._outcomes(items, sizes, begun, deadline, client)
         for outcome in outcomes:
             if isinstance(outcome, TooLate):
                 raise outcome
@@ -113,6 +117,7 @@ class Scheduler:
         deadline: float | None = None,
         shadows: tuple[Probe, ...] = (),
         role: str = "active",
+        client: str = "",
     ) -> Stream:
         """A new generation; whoever does not read it to its end must `close` it.
 
@@ -123,6 +128,7 @@ class Scheduler:
             deadline: after which no token is begun, by the scheduler's clock.
             shadows: score the finished response unseen.
             role: why `probe` scores, as the metrics call it.
+            client: who asks; what the shadows score comes in its turns.
 
         Raises:
             Refusal: the deadline has passed.
@@ -131,7 +137,15 @@ class Scheduler:
         if deadline is not None and deadline <= begun:
             raise TooLate
         stream = Stream(
-            prompt, probe, options, begun=begun, deadline=deadline, wake=self._wake, shadows=shadows, role=role
+            prompt,
+            probe,
+            options,
+            begun=begun,
+            deadline=deadline,
+            wake=self._wake,
+            shadows=shadows,
+            role=role,
+            client=client,
         )
         self._writing.add(stream)
         self._wake()
@@ -154,10 +168,10 @@ class Scheduler:
                 return False
 
     async def _outcomes(
-        self, items: Sequence[Item], sizes: Sequence[int], begun: float, deadline: float | None
+        self, items: Sequence[Item], sizes: Sequence[int], begun: float, deadline: float | None, client: str = ""
     ) -> list[Outcome]:
         answer: asyncio.Future[list[Outcome]] = asyncio.get_running_loop().create_future()
-        call = call_of(items, sizes, begun, deadline, answer)
+        call = call_of(items, sizes, begun, deadline, answer, client)
         self._queue.add(call)
         self._wake()
         try:
@@ -172,10 +186,10 @@ class Scheduler:
         for _ in range(self._queue.remove(call)):
             self._metrics.dropped("cancelled")
 
-    def _add_shadow(self, item: Item) -> None:
+    def _add_shadow(self, item: Item, client: str) -> None:
         """Scores for the metrics alone, when there is little else to do."""
         if self._queue.items < self._limits.queue_items // 2:
-            self._queue.add(call_of([item], self.admission.sizes([item]), self._clock(), None, None))
+            self._queue.add(call_of([item], self.admission.sizes([item]), self._clock(), None, None, client))
         else:
             self._metrics.unseen("no_room", 1 + len(item.shadows))
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from functools import partial
 
 import grpc
+from grpc import StatusCode
 from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
@@ -27,7 +28,8 @@ from lapwing_server.metrics_server import MetricsServer
 from lapwing_server.mishap import report
 from lapwing_server.parsing import Parser
 from lapwing_server.probes_service import ProbesService
-from lapwing_server.readiness import Readiness
+from lapwing_server.readiness import Phase, Readiness
+from lapwing_server.refusal import Refusal
 from lapwing_server.registrar import Registrar
 from lapwing_server.scheduler import Scheduler
 from lapwing_server.security import authenticator, credentials
@@ -35,6 +37,7 @@ from lapwing_server.security.scopes import require_listed
 from lapwing_server.security.watched import Watcher
 from lapwing_server.settings import Settings as Settings
 from lapwing_server.shelf import LONGEST_REASON
+from lapwing_server.soundness import AGAIN, Checkup
 from lapwing_server.swapping import Swapper
 from lapwing_server.worker import Worker
 
@@ -64,14 +67,20 @@ class Server:
         self.guard = Guard(self.metrics, self.authenticator.admit, self._parser)
         self.readiness = Readiness(limits=self.settings.limits)
         self.worker = Worker("lapwing-worker")
-        self.scheduler = Scheduler(self.worker, self.settings.limits, self.metrics, sound=self._is_sound)
+        self._checkup = Checkup(self._works, self._tell_whether_it_works)
+        self.scheduler = Scheduler(
+            self.worker,
+            self.settings.limits,
+            self.metrics,
+            doubt=self._checkup.doubt,
+            told_apart=self.settings.told_apart,
+        )
         self._artist = Worker("lapwing-artist")
         self._reader = Worker("lapwing-reader")
-        self._swapper = Swapper(self.readiness, self.metrics.probes)
+        self._swapper = Swapper(self.readiness, self._load_again, self.metrics.probes)
         self._load = load
         self._health = Health(SERVICES)
         self._loading: asyncio.Task[None] | None = None
-        self._telling: set[asyncio.Task[None]] = set()
         self._page: MetricsServer | None = None
         self.metrics_port: int | None = None
         """Where the metrics are; None without them."""
@@ -102,9 +111,10 @@ class Server:
     async def stop(self) -> None:
         """Says NOT_SERVING, lets calls in flight finish, ends."""
         self.readiness.stop()
-        await self._health.close()
+        self._checkup.close()
         if self._loading is not None:
             self._loading.cancel()
+        await self._health.close()
         stopping = asyncio.create_task(self._grpc.stop(self.settings.grace))
         idle = asyncio.create_task(self.guard.idle())
         await asyncio.wait((stopping, idle), return_when=asyncio.FIRST_COMPLETED)
@@ -152,7 +162,7 @@ class Server:
         try:
             loaded = await self.worker.run(self._load)
         except DetectorError as error:
-            log.error("not serving: %s", error)
+            log.error("not serving: %s (ReloadProbes loads once more)", error)
             self.readiness.fail(escaped(str(error), LONGEST_REASON))
         except (asyncio.CancelledError, KeyboardInterrupt, SystemExit):
             raise
@@ -167,18 +177,31 @@ class Server:
             await self._health.set_serving(True)
             log.info("serving %s with probe %s", loaded.engine.identity.name, loaded.shelf.active.name)
 
-    def _is_sound(self, sound: bool) -> None:
-        """Says of a model that computes no longer that it does not serve, and of one that does again that it does."""
-        if sound:
-            if not self.readiness.mended():
-                return
-            log.info("serving again: a round of the model did not fail")
+    async def _load_again(self) -> Loaded:
+        """Loads once more, where nothing could be loaded.
+
+        Raises:
+            Refusal: it still can't be, or the first time is not over, or the server goes.
+        """
+        if self.readiness.begin_again():
+            self._loading = asyncio.create_task(self._prepare())
+            await asyncio.wait((self._loading,))
+            if self.readiness.phase is Phase.FAILED:
+                message = f"not serving: {self.readiness.message}"
+                raise Refusal(StatusCode.FAILED_PRECONDITION, "SERVER_FAILED", message)
+        return self.readiness.loaded
+
+    async def _works(self) -> bool:
+        return await self.scheduler.works(self.readiness.loaded.shelf.active)
+
+    async def _tell_whether_it_works(self, works: bool) -> None:
+        if works:
+            self.readiness.mended()
+            log.info("serving again: the model works")
         else:
-            log.error("not serving: the model failed several times in a row; start the server anew")
-            self.readiness.broken("the model failed several times in a row; the log has the rest")
-        task = asyncio.create_task(self._health.set_serving(sound))
-        self._telling.add(task)
-        task.add_done_callback(self._telling.discard)
+            log.error("not serving: the model fails, on a plain text, too; start the server anew if that goes on")
+            self.readiness.broken(f"the model fails; it is tried every {AGAIN:g} s, and the log has the rest")
+        await self._health.set_serving(works)
 
 
 async def serve(load: Callable[[], Loaded], settings: Settings, announce: Callable[[str], None]) -> None:

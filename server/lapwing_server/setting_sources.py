@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from pydantic import ValidationError
 
-from lapwing_server.contradictions import Contradiction
+from lapwing_server.contradictions import Contradiction, Contradictions
 from lapwing_server.setting_names import flag, settable, suggestion
 from lapwing_server.settings import PATHS_OF_SECRETS, Settings
 from lapwing_server.toml_text import NoToml, parsed
@@ -83,7 +83,7 @@ def read(flags: Mapping[str, Any], config: Path | None = None, *, verbose: bool 
     try:
         settings = Settings(**merged)
     except ValidationError as error:
-        problems += [told(problem, origins) for problem in error.errors(include_url=False)]
+        problems += told(error, merged, origins)
     if problems:
         raise UnusableSettings("\n".join(problems))
     return Found(settings, origins, environment.ignored)
@@ -130,12 +130,40 @@ def merge(weaker: Mapping[str, Any], stronger: Mapping[str, Any]) -> dict[str, A
     return merged
 
 
-def told(problem: Any, origins: Mapping[str, str]) -> str:
-    """A line for one finding of pydantic."""
+def told(error: ValidationError, values: Mapping[str, Any], origins: Mapping[str, str]) -> list[str]:
+    """A line for each thing that is wrong with the values, by name."""
+    findings = error.errors(include_url=False)
+    unusable = {".".join(map(str, finding["loc"])) for finding in findings} - {""}
+    lines = [told_of_one(finding, origins) for finding in findings if finding["loc"]]
+    return lines + [told_of_several(one, origins) for one in contradictions_beside(error, values, unusable)]
+
+
+def contradictions_beside(
+    error: ValidationError, values: Mapping[str, Any], unusable: set[str]
+) -> Iterator[Contradiction]:
+    """Those between the values that are usable each by itself, which pydantic looks at only when all are."""
+    if unusable:
+        try:
+            Settings(**nested({name: value for name, value in flat(values).items() if name not in unusable}))
+        except ValidationError as without:
+            error = without
+    for finding in error.errors(include_url=False):
+        found = finding.get("ctx", {}).get("error")
+        for one in found.all if isinstance(found, Contradictions) else ():
+            # What an unusable value was meant to say is not known.
+            if not any(f"{name}.".startswith(f"{bad}.") for name in (*one.names, *one.without) for bad in unusable):
+                yield one
+
+
+def told_of_several(error: Contradiction, origins: Mapping[str, str]) -> str:
+    """A line for one contradiction."""
+    sources = [f"{name} from {origins[name]}" for name in error.names if name in origins]
+    return f"{', '.join(error.names)}: {error}" + (f" ({', '.join(sources)})" if sources else "")
+
+
+def told_of_one(problem: Any, origins: Mapping[str, str]) -> str:
+    """A line for one value."""
     error = problem.get("ctx", {}).get("error")
-    if isinstance(error, Contradiction):
-        sources = [f"{name} from {origins[name]}" for name in error.names if name in origins]
-        return f"{', '.join(error.names)}: {error}" + (f" ({', '.join(sources)})" if sources else "")
     name = ".".join(map(str, problem["loc"]))
     source = f" (from {origins[name]})" if name in origins else ""
     if problem["type"] == "extra_forbidden":

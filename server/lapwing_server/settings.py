@@ -13,7 +13,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from lapwing_server.addresses import bracketed
-from lapwing_server.contradictions import contradictions
+from lapwing_server.contradictions import Contradictions, contradictions
 from lapwing_server.limits import Count, Limits, no_truth
 
 
@@ -150,8 +150,8 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _consistent(self) -> Settings:
-        for contradiction in contradictions(self):
-            raise contradiction
+        if found := tuple(contradictions(self)):
+            raise Contradictions(found)
         return self
 
     @property
@@ -163,6 +163,11 @@ class Settings(BaseSettings):
     def encrypted(self) -> bool:
         """Whether clients are spoken to over TLS."""
         return self.tls_cert is not None
+
+    @property
+    def told_apart(self) -> bool:
+        """Whether clients say who they are; else they are known by their address, which many may share."""
+        return self.tokens_file is not None or self.tls_client_ca is not None
 
     @property
     def options(self) -> list[tuple[str, int]]:

@@ -34,6 +34,7 @@ class Stream:
         wake: Callable[[], None],
         shadows: tuple[Probe, ...] = (),
         role: str = "active",
+        client: str = "",
     ) -> None:
         self.prompt = prompt
         self.probe = probe
@@ -43,6 +44,7 @@ class Stream:
         """Both by the scheduler's clock."""
         self.shadows = shadows
         self.role = role
+        self.client = client
         self.seconds: dict[str, float] = {}
         """By stage, as far as the detector does not know them."""
         self.stopped = False

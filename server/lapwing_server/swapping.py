@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -37,18 +37,22 @@ class Swapper:
     something that this server does not do.
     """
 
-    def __init__(self, readiness: Readiness, told: Callable[[Shelf], None] = lambda shelf: None) -> None:
+    def __init__(
+        self, readiness: Readiness, load_again: Callable[[], Awaitable[Loaded]], told: Callable[[Shelf], None]
+    ) -> None:
         self._readiness = readiness
+        self._load_again = load_again
         self._told = told
         self._worker = Worker("lapwing-librarian")
         self._one = asyncio.Lock()
         self._changes: set[asyncio.Task[Any]] = set()
 
     async def reload(self) -> Shelf:
-        """The shelf as its directory says now.
+        """The shelf as its directory says now; where the server could load nothing, it tries to load everything.
 
         Raises:
             RegistryError: the registry can't be read; the shelf stays as it was.
+            Refusal: nothing is loaded.
         """
         return await self._finish(self._reload())
 
@@ -77,6 +81,8 @@ class Swapper:
 
     async def _reload(self) -> Shelf:
         async with self._one:
+            if self._readiness.loaded_or_none is None:
+                return (await self._load_again()).shelf
             loaded = self._readiness.loaded
             return self._swap(await self._worker.run(lambda: reloaded(loaded)))
 

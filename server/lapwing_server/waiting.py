@@ -6,8 +6,9 @@ import asyncio
 import math
 import threading
 from collections import OrderedDict, deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 
 from lapwing_detector.detection import Detection
 from lapwing_detector.probe import Probe
@@ -68,6 +69,9 @@ class Call:
     answer: asyncio.Future[list[Outcome]] | None
     """None when nobody waits."""
 
+    client: str = ""
+    """Whose it is: the name of a principal; empty for the server's own."""
+
     entries: deque[Entry] = field(default_factory=deque)
     """Those that still wait."""
 
@@ -111,6 +115,7 @@ def call_of(
     begun: float,
     deadline: float | None,
     answer: asyncio.Future[list[Outcome]] | None,
+    client: str = "",
 ) -> Call:
     """A call with an entry for each item.
 
@@ -120,55 +125,102 @@ def call_of(
         begun: when it was asked for.
         deadline: after which nothing of it is computed.
         answer: what becomes of it; None when nobody waits.
+        client: whose it is.
     """
-    call = Call(begun, deadline, answer, items=len(items))
+    call = Call(begun, deadline, answer, client, items=len(items))
     call.entries.extend(Entry(call, *each) for each in zip(range(len(items)), items, sizes, strict=True))
     return call
 
 
+@dataclass(eq=False, slots=True)
+class Line:
+    """The calls of one client, which take turns."""
+
+    calls: OrderedDict[Call, None] = field(default_factory=OrderedDict)
+    items: int = 0
+
+    def in_turn(self) -> Iterator[Entry]:
+        """All that waits, in the order in which it would be taken."""
+        going = deque(iter(call.entries) for call in self.calls)
+        while going:
+            entries = going.popleft()
+            if (entry := next(entries, None)) is not None:
+                yield entry
+                going.append(entries)
+
+
 class Waiting:
-    """Calls that take turns, one item at a time, so that a large one does not hold up the small ones behind it."""
+    """Clients take turns, and with each turn the next of their calls, one item at a time.
+
+    So neither a large call holds up the small ones behind it, nor many calls of one client those of another.
+    """
 
     def __init__(self) -> None:
         self.items = 0
         self.tokens = 0
-        self._calls: OrderedDict[Call, None] = OrderedDict()
+        self._lines: OrderedDict[str, Line] = OrderedDict()
         self._lock = threading.Lock()
 
     def add(self, call: Call) -> None:
         """Its items wait from now on."""
         with self._lock:
-            self._calls[call] = None
-            self._count(call.entries, 1)
+            line = self._lines.setdefault(call.client, Line())
+            line.calls[call] = None
+            self._count(line, call.entries, 1)
 
     def remove(self, call: Call) -> int:
         """Those of its items that still wait do so no longer; how many they were."""
         with self._lock:
-            if call not in self._calls:
+            line = self._lines.get(call.client)
+            if line is None or call not in line.calls:
                 return 0
-            del self._calls[call]
-            self._count(call.entries, -1)
+            del line.calls[call]
+            self._count(line, call.entries, -1)
+            if not line.calls:
+                del self._lines[call.client]
             return len(call.entries)
 
     def take(self, tokens: float = math.inf) -> Entry | None:
         """The item whose turn it is; None when none waits, or it has more tokens than these."""
         with self._lock:
-            call = next(iter(self._calls), None)
-            if call is None or call.entries[0].size > tokens:
+            if not self._lines:
+                return None
+            client, line = next(iter(self._lines.items()))
+            call = next(iter(line.calls))
+            if call.entries[0].size > tokens:
                 return None
             entry = call.entries.popleft()
+            self._count(line, (entry,), -1)
             if call.entries:
-                self._calls.move_to_end(call)
+                line.calls.move_to_end(call)
             else:
-                del self._calls[call]
-            self._count((entry,), -1)
+                del line.calls[call]
+            if line.calls:
+                self._lines.move_to_end(client)
+            else:
+                del self._lines[client]
             return entry
 
-    def ahead_of(self, turns: int) -> int:
-        """Tokens of what is taken before a new call's last of so many items."""
+    def items_of(self, client: str) -> int:
+        """How many items of one client wait."""
         with self._lock:
-            return sum(entry.size for call in self._calls for entry, _ in zip(call.entries, range(turns), strict=False))
+            line = self._lines.get(client)
+            return line.items if line is not None else 0
 
-    def _count(self, entries: Sequence[Entry] | deque[Entry], sign: int) -> None:
+    def ahead_of(self, items: int, client: str = "") -> int:
+        """Tokens of what is taken before the last item of a new call of so many items of this client."""
+        with self._lock:
+            own = self._lines.get(client, Line())
+            before = [entry for call in own.calls for entry, _ in zip(call.entries, range(items), strict=False)]
+            tokens, turns = sum(entry.size for entry in before), len(before) + items
+            for name, line in self._lines.items():
+                if name == client:
+                    turns -= 1  # those behind it have had one turn less when its last one comes
+                else:
+                    tokens += sum(entry.size for entry in islice(line.in_turn(), turns))
+            return tokens
+
+    def _count(self, line: Line, entries: Sequence[Entry] | deque[Entry], sign: int) -> None:
+        line.items += sign * len(entries)
         self.items += sign * len(entries)
         self.tokens += sign * sum(entry.size for entry in entries)

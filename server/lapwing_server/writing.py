@@ -23,13 +23,13 @@ class Writing:
     """Every method but `add` is called in the worker; `open` may be read by anybody."""
 
     def __init__(
-        self, metrics: Metrics, clock: Callable[[], float], row: Row, shadow: Callable[[Item], None]
+        self, metrics: Metrics, clock: Callable[[], float], row: Row, shadow: Callable[[Item, str], None]
     ) -> None:
         self._metrics = metrics
         self._clock = clock
         self._row = row
         self._shadow = shadow
-        """Told what else is to be scored once a generation is finished."""
+        """Told what else is to be scored once a generation is finished, and whose it is."""
         self._new: deque[Stream] = deque()
         self._streams: Streams | None = None
         self._open: dict[Hashable, Stream] = {}
@@ -155,7 +155,7 @@ class Writing:
         if stream.shadows:
             ids = TokenIds(generation.prompt_ids, generation.token_ids)
             rate, (first, *others) = stream.options.false_positive_rate, stream.shadows
-            self._shadow(Item([], [], first, rate, tuple(others), "shadow", ids))
+            self._shadow(Item([], [], first, rate, tuple(others), "shadow", ids), stream.client)
 
     def _put(self, stream: Stream, event: GeneratedToken | Generation | Exception) -> None:
         self._row.saw(event)

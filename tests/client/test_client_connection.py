@@ -25,7 +25,7 @@ from lapwing_client import (
     PermissionDenied,
     Unavailable,
 )
-from lapwing_client.addresses import is_local
+from lapwing_client.addresses import Target, is_local
 from lapwing_client.connection import channel_options
 from lapwing_detector.errors import ProbeCorrupt
 from lapwing_server.engine import Loaded
@@ -269,6 +269,55 @@ def test_a_token_that_no_header_holds_is_the_callers_fault(token: str) -> None:
     assert caught.value.field == "token"
     assert token not in str(caught.value)
     Client("localhost:1", token="All of ~!this").close()
+
+
+@pytest.mark.parametrize(("token", "said"), [("", "is empty"), (b"secret", "is a bytes"), (5, "is a int")])
+def test_a_token_is_text(token: Any, said: str) -> None:
+    with pytest.raises(InvalidRequest, match=f"token: {said}; give text") as caught:
+        Client("localhost:1", token=token)
+    assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "target",
+    ["", " ", ":1", "host:", "host:abc", "host:99999", "no such host:1", "http://host:1", "host:1/x", "user@host:1"]
+    + ["host:1:2", "[::1", "[host]:1", "a:1,b", "a:1,,b:2", []],
+)
+def test_what_is_no_address_is_the_callers_fault(target: Any) -> None:
+    """gRPC would take host:99999 for another port, and say of the rest that no server answers there."""
+    with pytest.raises(InvalidRequest, match="give HOST:PORT, without http://") as caught:
+        Client(target)
+    assert caught.value.field == "target"
+
+
+@pytest.mark.parametrize("target", [None, 5, b"host:1", {"host": 1}, {"host:1"}, [5], [None]])
+def test_an_address_is_text(target: Any) -> None:
+    with pytest.raises(InvalidRequest, match="target: is") as caught:
+        Client(target)
+    assert caught.value.field == "target"
+
+
+@pytest.mark.parametrize(
+    ("target", "place"),
+    [
+        ("host", ("host", 443)),
+        (" host:1 ", ("host", 1)),
+        ("my_host.example-1.org.:65535", ("my_host.example-1.org.", 65535)),
+        ("10.0.0.1:1", ("10.0.0.1", 1)),
+        ("::1", ("::1", 443)),
+        ("[::1]", ("::1", 443)),
+        ("[fe80::1%lo]:1", ("fe80::1%lo", 1)),
+        ("höst:1", ("höst", 1)),
+    ],
+)
+def test_control_what_is_an_address_is_taken(target: str, place: tuple[str, int]) -> None:
+    assert Target.of(target).places == (place,)
+
+
+@pytest.mark.parametrize("timeout", [1e9, 1e12, 1e300])
+def test_a_long_time_is_no_time_that_has_passed(timeout: float) -> None:
+    with WireServer() as server, Client(server.target, timeout=timeout) as client:
+        assert client.score("a", "b").logit == 1
 
 
 @pytest.mark.parametrize("timeout", [math.inf, math.nan, "5", True])

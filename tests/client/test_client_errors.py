@@ -107,12 +107,21 @@ def test_who_must_act_when_it_is_too_much(reason: str, retry_after: float | None
         assert ("try again" in error.who_acts) == (kind is errors.Overloaded)
 
 
-@pytest.mark.parametrize("said", [f"{what} message larger than max (9 vs. 8)" for what in ("Received", "Sent")])
-def test_grpc_itself_may_find_a_message_too_large(said: str) -> None:
-    error = error_of_call(FakeRpcError(grpc.StatusCode.RESOURCE_EXHAUSTED, said), "here")
+@pytest.mark.parametrize("who", ["", "SERVER: ", "CLIENT: "])
+@pytest.mark.parametrize(
+    ("sizes", "said"),
+    [
+        ("(9 vs. 8)", "the request has 9 bytes, the server reads no message of more than 8"),
+        (f"(99 vs. {errors.LARGEST_REPLY})", "the answer has 99 bytes, this client reads 67108864; ask for less"),
+        ("in words of another version", "server_info().limits.max_request_bytes says how much it takes"),
+    ],
+)
+def test_grpc_itself_may_find_a_message_too_large(who: str, sizes: str, said: str) -> None:
+    text = f"{who}Received message larger than max {sizes}"
+    error = error_of_call(FakeRpcError(grpc.StatusCode.RESOURCE_EXHAUSTED, text), "here")
     assert type(error) is errors.TooLarge
     assert (error.reason, error.retry_after) == ("MESSAGE_TOO_LARGE", None)
-    assert "server_info().limits" in error.message
+    assert said in error.message
 
 
 def test_an_error_becomes_json() -> None:

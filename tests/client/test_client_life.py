@@ -106,7 +106,7 @@ def test_closing_the_client_ends_what_it_was_reading() -> None:
         stream = client.generate("hello")
         assert gate.reached.wait(WAIT)
         client.close()
-        with pytest.raises(Cancelled):
+        with pytest.raises(Cancelled, match="the client is closed"):
             next(stream)
         server.call(asyncio.wait_for(server.server.guard.idle(), WAIT))
         gate.open()

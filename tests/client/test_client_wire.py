@@ -155,6 +155,19 @@ def test_an_item_of_a_batch_is_a_pair(items: Any) -> None:
     assert caught.value.field == "items[1]"
 
 
+@pytest.mark.parametrize("items", [None, 5, {"a": "b"}, {("a", "b")}])
+def test_a_batch_is_a_list(items: Any) -> None:
+    with pytest.raises(InvalidRequest, match="give a list of pairs") as caught:
+        requests.score_batch_request(items)
+    assert caught.value.field == "items"
+
+
+def test_what_has_no_order_is_no_list_of_token_ids() -> None:
+    with pytest.raises(InvalidRequest, match="response: is a set"):
+        requests.response_message({3, 1, 2})  # type: ignore[arg-type]
+    assert list(requests.response_message(dict.fromkeys([3, 1]).keys().__iter__()).token_ids) == [3, 1]  # type: ignore[arg-type]
+
+
 def test_a_prompt_is_sent_in_the_form_in_which_it_is_given() -> None:
     assert requests.prompt_message("a").HasField("text")
     assert requests.prompt_message("").HasField("text"), "the server says that it is empty"

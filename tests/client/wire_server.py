@@ -38,9 +38,14 @@ class WireServer(detector_pb2_grpc.DetectorServicer, probes_pb2_grpc.ProbesServi
         credentials: grpc.ServerCredentials | None = None,
         serving: bool = True,
         threads: int = 40,
+        max_request_bytes: int = 0,
+        reads_bytes: int = 4 * 2**20,
     ) -> None:
         self.before = before
+        self.max_request_bytes = max_request_bytes
         self.calls: list[str] = []
+        self.arrived: list[str] = []
+        """Methods whose calls have begun, whether or not their request was read."""
         self.metadata: list[dict[str, str]] = []
         self.peers: set[str] = set()
         self.serving = threading.Event()
@@ -49,7 +54,10 @@ class WireServer(detector_pb2_grpc.DetectorServicer, probes_pb2_grpc.ProbesServi
         self._stopped = threading.Event()
         self._local = threading.local()
         self._server = grpc.server(
-            futures.ThreadPoolExecutor(threads), handlers=[Health(self)], options=[("grpc.so_reuseport", 0)]
+            futures.ThreadPoolExecutor(threads),
+            handlers=[Health(self)],
+            interceptors=[Arrivals(self.arrived)],
+            options=[("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", reads_bytes)],
         )
         detector_pb2_grpc.add_DetectorServicer_to_server(self, self._server)
         probes_pb2_grpc.add_ProbesServicer_to_server(self, self._server)
@@ -99,7 +107,8 @@ class WireServer(detector_pb2_grpc.DetectorServicer, probes_pb2_grpc.ProbesServi
 
     def GetServerInfo(self, request: Any, context: Any) -> Any:
         self._called("GetServerInfo", context)
-        return detector_pb2.GetServerInfoResponse(state="SERVER_STATE_SERVING", probe_name="wire")
+        limits = {"max_request_bytes": self.max_request_bytes}
+        return detector_pb2.GetServerInfoResponse(state="SERVER_STATE_SERVING", probe_name="wire", limits=limits)
 
     def ListProbes(self, request: Any, context: Any) -> Any:
         self._called("ListProbes", context)
@@ -130,6 +139,17 @@ class WireServer(detector_pb2_grpc.DetectorServicer, probes_pb2_grpc.ProbesServi
         self.metadata.append(dict(context.invocation_metadata()))
         self.peers.add(context.peer())
         self.before(method, context)
+
+
+class Arrivals(grpc.ServerInterceptor):
+    """Notes every attempt of a call."""
+
+    def __init__(self, arrived: list[str]) -> None:
+        self._arrived = arrived
+
+    def intercept_service(self, continuation: Any, details: Any) -> Any:
+        self._arrived.append(details.method.rpartition("/")[2])
+        return continuation(details)
 
 
 class Health(grpc.GenericRpcHandler):

@@ -60,5 +60,5 @@ def growing(probe: Probe, tokens: int, first: int) -> Iterator[Summed]:
             sequences.add_kept(layer, HEADS, rows.diagonal(start, 1, 2)[None].clone(), rows.sum(1)[None], stop)
         sequences.close(stop)
         sequences.tokens = stop
-        sequences.counted.append(torch.ones(1, stop - start, dtype=torch.bool))
+        sequences.counted.add(torch.ones(1, stop - start, dtype=torch.bool))
         yield Summed(sequences)

@@ -58,7 +58,7 @@ def test_control_a_template_that_writes_bos_behind_a_newline_is_found():
 
 
 def test_control_a_doubled_bos_is_found(monkeypatch):
-    monkeypatch.setattr(tokens, "_opened", lambda tokenizer, ids: (tokenizer.bos_token_id, *ids))
+    monkeypatch.setattr(tokens, "_opened", lambda tokenizer, ids, opening: (tokenizer.bos_token_id, *ids))
     diagnosis = quickly(tiny())
     assert diagnosis.wrong == ["bos"]
     assert found(diagnosis, "bos").numbers["counts"] == {"text": 1, "messages": 2}

@@ -99,7 +99,7 @@ def test_rolling_back_goes_step_by_step(registry: Registry, saved: list[Path]) -
         registry.publish(source, activate=True)
     assert registry.rollback().revisions["alpha"] == REVISIONS[1]
     assert registry.rollback("alpha").revisions["alpha"] == REVISIONS[0]
-    with pytest.raises(RegistryError, match="the first revision it had.*lapwing probes activate alpha@"):
+    with pytest.raises(RegistryError, match=r"the first revision it had.*lapwing probes activate alpha@"):
         registry.rollback()
     registry.activate("alpha", REVISIONS[2])
     assert registry.rollback().revisions["alpha"] == REVISIONS[0]

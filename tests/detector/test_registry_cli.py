@@ -18,6 +18,7 @@ from tests.detector.registries import DAMAGES, a_revision, damage, sources
 ROOT = Path(__file__).parents[2]
 FIRST, SECOND = (a_revision(number).revision for number in range(2))
 BETA = a_revision(0, "beta").revision
+SCORES = "it scores; a running server must be told to reload\n"
 
 
 @pytest.fixture(scope="module")
@@ -59,17 +60,11 @@ def run(capsys: pytest.CaptureFixture[str]) -> Any:
 
 def test_from_the_first_probe_to_the_last_step_back(run: Any, saved: list[Path], tmp_path: Path) -> None:
     told = run("publish", saved[0])
-    assert (told.code, told.out) == (
-        0,
-        f"published alpha@{FIRST}\nit scores; a running server must be told to reload\n",
-    )
+    assert (told.code, told.out) == (0, f"published alpha@{FIRST}\n{SCORES}")
     told = run("publish", saved[1])
     assert told.out.startswith(f"published alpha@{SECOND}\nto let it score: lapwing probes activate alpha@{SECOND}")
     assert run("publish", saved[1]).out.startswith(f"alpha@{SECOND} was published before\n")
-    assert (
-        run("publish", saved[2], "--activate").out
-        == f"published beta@{BETA}\nit scores; a running server must be told to reload\n"
-    )
+    assert run("publish", saved[2], "--activate").out == f"published beta@{BETA}\n{SCORES}"
     assert run("list").out.split("\n")[1:3] == [
         f"alpha  {FIRST}          {SECOND}",
         f"beta   {BETA}  active",

@@ -86,7 +86,7 @@ def test_control_the_plain_way_doubles_it() -> None:
 
 
 def test_control_the_check_notices_a_doubled_bos(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokens, "_opened", lambda tokenizer, ids: (BOS, *ids))
+    monkeypatch.setattr(tokens, "_opened", lambda tokenizer, ids, opening: (BOS, *ids))
     assert build_ids(byte_tokenizer(template=CHAT_WITH_BOS + CHAT), MESSAGES).prompt_ids.count(BOS) == 2
 
 

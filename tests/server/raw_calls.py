@@ -57,7 +57,7 @@ def bare_server() -> Iterator[grpc.Channel]:
 
     logging.getLogger("grpc._cython.cygrpc").setLevel(logging.CRITICAL)
     loop = asyncio.new_event_loop()
-    thread = threading.Thread(target=loop.run_forever)
+    thread = threading.Thread(target=loop.run_forever, daemon=True)
     thread.start()
     server, port = asyncio.run_coroutine_threadsafe(start(), loop).result(WAIT)
     try:

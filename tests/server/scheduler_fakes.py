@@ -11,6 +11,7 @@ from engine_fakes import FakeEngine, a_probe
 from service_fakes import WAIT
 
 from lapwing_detector.options import GenerationOptions
+from lapwing_detector.probe import Probe
 from lapwing_server.limits import Limits
 from lapwing_server.metrics import Metrics
 from lapwing_server.scheduler import Scheduler
@@ -34,7 +35,7 @@ class Clock:
 class Desk:
     """What a test asks of a scheduler."""
 
-    def __init__(self, engine: FakeEngine, limits: Limits, clock: Clock) -> None:
+    def __init__(self, engine: Any, limits: Limits, clock: Clock) -> None:
         self.engine, self.clock, self.metrics = engine, clock, Metrics()
         self.worker = Worker("test-worker")
         self.scheduler = Scheduler(self.worker, limits, self.metrics, clock)
@@ -66,9 +67,9 @@ class Desk:
         return self.metrics.registry.get_sample_value(name, labels) or 0.0
 
 
-def an_item(text: str, **more: Any) -> Item:
+def an_item(text: str, probe: Probe = PROBE, **more: Any) -> Item:
     """A text of which the last character is the response."""
-    return Item(text[:-1], text[-1], PROBE, 0.05, **more)
+    return Item(text[:-1], text[-1], probe, 0.05, **more)
 
 
 async def until(condition: Callable[[], bool]) -> None:
@@ -79,7 +80,7 @@ async def until(condition: Callable[[], bool]) -> None:
 
 
 @asynccontextmanager
-async def a_desk(engine: FakeEngine | None = None, **limits: Any) -> AsyncIterator[Desk]:
+async def a_desk(engine: Any = None, **limits: Any) -> AsyncIterator[Desk]:
     desk = Desk(engine or FakeEngine(), Limits(**limits), Clock())
     try:
         yield desk

@@ -5,18 +5,25 @@ from __future__ import annotations
 import asyncio
 import os
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import grpc
 import pytest
-from engine_fakes import FakeEngine
+from engine_fakes import FakeEngine, a_probe
 from scheduler_fakes import PROBE, Clock, Desk, a_desk, an_item, run
 from service_fakes import WAIT, Gate, Running, wait_until
+from test_server_real import a_model
 
 from lapwing.v1 import detector_pb2, detector_pb2_grpc
 from lapwing_detector.detection import Detection
+from lapwing_detector.detector import Detector
+from lapwing_detector.identity import identity_of
+from lapwing_detector.language_model import LanguageModel
 from lapwing_detector.options import GenerationOptions
+from lapwing_detector.scoring import Scored, ScoreJob
+from lapwing_detector.streams import Streams
 from lapwing_server.forwards import Forwards
 from lapwing_server.refusal import Refusal
 from lapwing_server.writing import Writing
@@ -25,54 +32,113 @@ REQUESTS = 10_000 if os.environ.get("LAPWING_SOAK") else 300
 
 
 @dataclass
-class Strict(FakeEngine):
-    """Every forward takes a while, and knows the deadline of all that is in it."""
+class Ledger:
+    """Knows the deadline of all that is in a forward, each of which takes a while."""
 
+    generator: random.Random
     clock: Clock = field(default_factory=Clock)
-    generator: random.Random = field(default_factory=random.Random)
-    deadlines: dict[bytes, float] = field(default_factory=dict)
-    """By the prompt, which is of one request only."""
+    deadlines: dict[tuple[int, ...], float] = field(default_factory=dict)
+    """By the ids of a name, with which the prompt of one request begins and no other."""
 
     begun: int = 0
     late: int = 0
+    shared: int = 0
+    """Forwards of more than one sequence."""
 
-    def forward(self, what: str, sequences: Sequence[tuple[int, ...]]) -> None:
+    def forward(self, sequences: Sequence[tuple[int, ...]]) -> None:
+        """Notes one that begins, and what it takes."""
+        length = len(next(iter(self.deadlines)))
         for ids in sequences:
             self.begun += 1
-            self.late += self.deadlines[bytes(ids)[:6]] <= self.clock.now
-        super().forward(what, sequences)
+            self.late += self.deadlines[ids[:length]] <= self.clock.now
+        self.shared += len(sequences) > 1
         self.clock.now += self.generator.expovariate(1 / 0.05)
 
 
-async def ask(desk: Desk, engine: Strict, number: int) -> str:
+class Strict(FakeEngine):
+    """Tells a ledger of its forwards."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        super().__init__()
+        self.ledger, self.probe = ledger, PROBE
+
+    def forward(self, what: str, sequences: Sequence[tuple[int, ...]]) -> None:
+        self.ledger.forward(sequences)
+        super().forward(what, sequences)
+
+
+class StrictStreams(Streams):
+    """The real ones, which tell a ledger of their forwards."""
+
+    ledger: Ledger
+
+    def _read(self, streams: list[Any]) -> Any:
+        self.ledger.forward([stream.prompt.prompt_ids for stream in streams])
+        return super()._read(streams)
+
+    def _advance(self, group: Any) -> Any:
+        self.ledger.forward([stream.prompt.prompt_ids for stream in group.streams])
+        return super()._advance(group)
+
+
+class StrictDetector(Detector):
+    """The real one with a tiny random model, which tells a ledger of its forwards."""
+
+    ledger: Ledger
+
+    @classmethod
+    def telling(cls, ledger: Ledger) -> StrictDetector:
+        model, tokenizer = a_model()
+        probe = replace(a_probe(identity=identity_of(model, tokenizer)), layers=(0, 1))
+        detector = cls(LanguageModel(model, tokenizer), probe)
+        detector.ledger = ledger
+        return detector
+
+    def score_ids(self, jobs: Sequence[ScoreJob]) -> list[Scored]:
+        self.ledger.forward([job.ids.all for job in jobs])
+        return super().score_ids(jobs)
+
+    def streams(self) -> StrictStreams:
+        streams = StrictStreams(self.language_model)
+        streams.ledger = self.ledger
+        return streams
+
+
+Made = Callable[[Ledger], Any]
+
+
+async def ask(desk: Desk, ledger: Ledger, name: str, ids: tuple[int, ...]) -> str:
     """One request with a random deadline; how it ended."""
-    name, generator = f"{number:06d}", engine.generator
-    deadline = engine.deadlines[name.encode()] = engine.clock.now + generator.uniform(-0.02, 0.6)
+    generator, probe = ledger.generator, desk.engine.probe
+    deadline = ledger.deadlines[ids] = ledger.clock.now + generator.uniform(-0.02, 0.6)
     try:
         if generator.random() < 0.1:
             options = GenerationOptions(max_new_tokens=generator.randrange(1, 12))
-            stream = desk.scheduler.generate(name, PROBE, options, deadline=deadline)
+            stream = desk.scheduler.generate(name, probe, options, deadline=deadline)
             _ = [event async for event in stream]
             return "ok"
-        items = [an_item(name + "x" * generator.choice([1, 10, 200])) for _ in range(generator.choice([1, 1, 1, 5]))]
-        outcomes = await desk.scheduler.score(items, deadline=deadline)
+        texts = [name + "x" * generator.choice([1, 10, 200]) for _ in range(generator.choice([1, 1, 1, 5]))]
+        outcomes = await desk.scheduler.score([an_item(text, probe) for text in texts], deadline=deadline)
         assert all(isinstance(one, Detection) for one in outcomes)
         return "ok"
     except Refusal as refusal:
         return refusal.reason
 
 
-def ends(seed: int, requests: int) -> tuple[Strict, dict[str, int]]:
-    """The engine after so many requests, and how many ended in which way."""
-    engine, counts = Strict(generator=random.Random(seed)), {}
+def ends(seed: int, requests: int, make: Made = Strict) -> tuple[Ledger, dict[str, int]]:
+    """The ledger after so many requests, and how many ended in which way."""
+    ledger, counts = Ledger(random.Random(seed)), {}
+    engine = make(ledger)
+    names = [f"{number:06d}" for number in range(requests)]
+    ids = [engine.tokens(name).prompt_ids for name in names]
 
     async def main() -> None:
         async with a_desk(engine, batch_tokens=600) as desk:
-            engine.clock = desk.clock
+            ledger.clock = desk.clock
             asked: list[asyncio.Task[str]] = []
-            for number in range(requests):
-                asked.append(asyncio.create_task(ask(desk, engine, number)))
-                if engine.generator.random() < 0.3:
+            for name, own in zip(names, ids, strict=True):
+                asked.append(asyncio.create_task(ask(desk, ledger, name, own)))
+                if ledger.generator.random() < 0.3:
                     await asyncio.sleep(0)
             for task in asked:
                 reason = await task
@@ -81,25 +147,34 @@ def ends(seed: int, requests: int) -> tuple[Strict, dict[str, int]]:
             assert (desk.scheduler.waiting, desk.scheduler.in_flight) == (0, 0)
 
     run(main())
-    return engine, counts
+    return ledger, counts
 
 
-def test_no_forward_begins_after_a_deadline() -> None:
-    engine, counts = ends(7, REQUESTS)
-    assert sum(counts.values()) == REQUESTS
-    assert engine.late == 0
-    assert engine.begun > REQUESTS / 20, "some are computed"
-    assert counts["DEADLINE_EXCEEDED"] > REQUESTS / 50, "some are late"
-    assert counts["ok"] > REQUESTS / 20
+@pytest.mark.parametrize(
+    ("make", "requests"), [(Strict, REQUESTS), (StrictDetector.telling, 300)], ids=["fake", "real"]
+)
+def test_no_forward_begins_after_a_deadline(make: Made, requests: int) -> None:
+    ledger, counts = ends(7, requests, make)
+    assert sum(counts.values()) == requests
+    assert ledger.late == 0
+    assert ledger.begun > requests / 20, "some are computed"
+    assert ledger.shared > requests / 100, "together"
+    assert counts["DEADLINE_EXCEEDED"] > requests / 50, "some are late"
+    assert counts["ok"] > requests / 20
     assert set(counts) <= {"ok", "DEADLINE_EXCEEDED", "DEADLINE_UNREACHABLE", "QUEUE_FULL"}
 
 
-def test_control_without_a_look_at_the_deadline_many_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Forwards, "_wanted", lambda self, entry: True)
-    monkeypatch.setattr(Writing, "_wanted", lambda self, stream: True)
-    monkeypatch.setattr(Writing, "_goes_on", lambda self, handle: True)
-    engine, _ = ends(7, 300)
-    assert engine.late > 0
+@pytest.mark.parametrize("make", [Strict, StrictDetector.telling], ids=["fake", "real"])
+@pytest.mark.parametrize("blind", [Forwards, Writing])
+def test_control_without_a_look_at_the_deadline_many_do(
+    monkeypatch: pytest.MonkeyPatch, make: Made, blind: type[Any]
+) -> None:
+    """Either half of the work is caught, whichever engine does it."""
+    monkeypatch.setattr(blind, "_wanted", lambda self, entry: True)
+    if blind is Writing:
+        monkeypatch.setattr(Writing, "_goes_on", lambda self, handle: True)
+    ledger, _ = ends(7, 300, make)
+    assert ledger.late > 0
 
 
 def test_over_the_wire_what_waits_past_its_deadline_is_never_computed() -> None:

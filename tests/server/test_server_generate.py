@@ -29,7 +29,7 @@ def stub_of(server: Running) -> Iterator[Any]:
 
 
 class After:
-    """Lets so many forwards pass, and then waits at the gate."""
+    """Lets so many forwards pass, of which the first reads the prompt, and then waits at the gate."""
 
     def __init__(self, free: int) -> None:
         self.gate = Gate()
@@ -184,7 +184,7 @@ def test_timing_names_the_stages(stub: Any) -> None:
 
 
 def test_leaving_stops_the_model_within_a_token() -> None:
-    engine = FakeEngine(before=After(3))
+    engine = FakeEngine(before=After(1 + 3))
     with Running(engine) as server, stub_of(server) as stub:
         call = stub.Generate(request(max_new_tokens=200))
         for _ in range(3):
@@ -199,7 +199,7 @@ def test_leaving_stops_the_model_within_a_token() -> None:
 
 
 def test_control_a_client_that_stays_gets_all_tokens() -> None:
-    engine = FakeEngine(before=After(3))
+    engine = FakeEngine(before=After(1 + 3))
     with Running(engine) as server, stub_of(server) as stub:
         call = stub.Generate(request(max_new_tokens=200))
         assert engine.before.gate.reached.wait(WAIT)
@@ -211,7 +211,7 @@ def test_control_a_client_that_stays_gets_all_tokens() -> None:
 
 
 def test_a_client_that_goes_away_without_a_word_stops_the_model() -> None:
-    engine = FakeEngine(before=After(1))
+    engine = FakeEngine(before=After(1 + 1))
     with Running(engine) as server:
         channel = grpc.insecure_channel(server.target)
         call = detector_pb2_grpc.DetectorStub(channel).Generate(request(max_new_tokens=200))
@@ -225,7 +225,7 @@ def test_a_client_that_goes_away_without_a_word_stops_the_model() -> None:
 
 
 def test_a_deadline_stops_the_model() -> None:
-    engine = FakeEngine(before=After(1))
+    engine = FakeEngine(before=After(1 + 1))
     with Running(engine) as server, stub_of(server) as stub:
         with pytest.raises(grpc.RpcError) as caught:
             list(stub.Generate(request(max_new_tokens=200), timeout=0.2))
@@ -253,7 +253,7 @@ def test_work_that_was_cancelled_in_the_queue_is_never_done() -> None:
 
 
 def test_scores_come_between_the_tokens() -> None:
-    engine = FakeEngine(before=After(2))
+    engine = FakeEngine(before=After(1 + 2))
     message = detector_pb2.ScoreRequest(prompt={"text": "hello"}, response={"text": "world"})
     with Running(engine) as server, stub_of(server) as stub:
         call = stub.Generate(request(max_new_tokens=20))
@@ -263,11 +263,11 @@ def test_scores_come_between_the_tokens() -> None:
         engine.before.gate.open()
         assert score.result(WAIT)
         assert len(list(call)) == 21
-    assert engine.calls.index("score") == 3, "after the token that was being computed, before the other 17"
+    assert engine.calls.index("score") == 1 + 3, "after the token that was being computed, before the other 17"
 
 
 def test_two_streams_take_turns() -> None:
-    engine = FakeEngine(before=After(2))
+    engine = FakeEngine(before=After(1 + 2))
     with Running(engine) as server, stub_of(server) as stub:
         first = stub.Generate(request(max_new_tokens=10))
         assert engine.before.gate.reached.wait(WAIT)
@@ -304,7 +304,7 @@ def test_a_refused_stream_takes_no_place() -> None:
 
 
 def test_a_stream_has_a_wall_clock() -> None:
-    engine = FakeEngine(before=After(3))
+    engine = FakeEngine(before=After(1 + 3))
     with Running(engine, limits=Limits(stream_seconds=0.3)) as server, stub_of(server) as stub:
         error = refused(stub.Generate, request(max_new_tokens=200))
         assert (error.code, error.reason) == (grpc.StatusCode.DEADLINE_EXCEEDED, "STREAM_TOO_LONG")

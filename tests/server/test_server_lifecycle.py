@@ -163,7 +163,7 @@ def test_loading_loads_the_probe_makes_the_engine_and_warms_it_up(tmp_path: Path
     assert made == ["some-model", "alpha"]
     assert loaded.shelf.active.name == "alpha"
     calls = loaded.engine.calls  # type: ignore[attr-defined]
-    assert calls == ["score", "step", "step", "step"], "the first client does not pay for the first forward"
+    assert calls == ["score", "read", "step", "step", "step"], "the first client does not pay for the first forward"
 
 
 def test_a_model_whose_attention_is_not_finite_never_serves() -> None:

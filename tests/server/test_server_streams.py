@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import pytest
-from engine_fakes import CONTEXT, FakeEngine, FakeStreams, a_probe
+from engine_fakes import CONTEXT, FakeEngine, FakeStream, FakeStreams, PoisonError, a_probe
 from scheduler_fakes import PROBE, a_desk, run, until
 from service_fakes import Gate
 
@@ -43,7 +44,8 @@ def test_streams_share_forwards() -> None:
             desk.engine.before.open()  # type: ignore[attr-defined]
             assert await asyncio.gather(*map(texts, streams)) == [alphabet(30)] * 8
             assert desk.engine.steps == 8 * 30
-            assert desk.engine.forwards <= 31, "control: one after another they would be 240"
+            assert desk.engine.calls.count("step") <= 31, "control: one after another they would be 240"
+            assert desk.engine.calls.count("read") <= 2
 
     run(main())
 
@@ -57,7 +59,7 @@ def test_scores_and_steps_take_turns() -> None:
             await desk.queued(20)
             desk.engine.before.open()  # type: ignore[attr-defined]
             await asyncio.gather(texts(stream), *calls)
-            assert desk.engine.calls == ["step", *["score", "step"] * 20, *["step"] * 19]
+            assert desk.engine.calls == ["read", "step", *["score", "step"] * 20, *["step"] * 19]
 
     run(main())
 
@@ -137,7 +139,7 @@ def test_a_closed_stream_gets_at_most_one_more_token(leaves: bool) -> None:
         def __init__(self) -> None:
             super().__init__()
             self.gate = Gate()
-            self.before = lambda: self.gate() if self.forwards == 5 else None
+            self.before = lambda: self.gate() if self.steps == 5 else None
 
     async def main() -> None:
         async with a_desk(Held()) as desk:
@@ -185,7 +187,7 @@ def test_a_deadline_ends_a_stream_between_two_tokens() -> None:
             desk.engine.before = tick
             with pytest.raises(Exception, match="deadline passed"):
                 await texts(desk.generate(max_new_tokens=50, deadline=1010.0))
-            assert desk.engine.steps == 10
+            assert (desk.engine.forwards, desk.engine.steps) == (10, 9)
             assert await texts(desk.generate(max_new_tokens=5, deadline=desk.clock.now + 10)) == alphabet(5)
 
     run(main())
@@ -208,15 +210,78 @@ def test_wrong_input_ends_its_own_stream_alone() -> None:
     run(main())
 
 
-def test_a_forward_that_fails_ends_the_streams_in_it_and_no_others() -> None:
+class Bomb(FakeEngine):
+    """A forward fails that reads the fifth token of a certain text, as all do that it shares with others."""
+
+    def forward(self, what: str, sequences: Sequence[tuple[int, ...]]) -> None:
+        super().forward(what, sequences)
+        if any(bytes(ids).startswith(b"bomb") and bytes(ids).endswith(b"ABCDE") for ids in sequences):
+            raise PoisonError
+
+
+class AllAtOnce(FakeStreams):
+    """Ends all that were in a forward that failed."""
+
+    def _apart(self, what: str, group: Sequence[FakeStream], error: Exception) -> Any:
+        return [self._failed(stream, error) for stream in group]
+
+
+def test_a_prompt_that_fails_ends_its_own_stream_alone() -> None:
     async def main() -> None:
         async with a_desk(FakeEngine(poison=1)) as desk:
+            busy = Gate()
+            desk.worker.post(busy)
             bad = desk.scheduler.generate([1, 2, 3], PROBE, GenerationOptions(max_new_tokens=3))
-            with pytest.raises(RuntimeError, match="poison"):
+            good = desk.generate(max_new_tokens=3)
+            busy.open()
+            with pytest.raises(PoisonError):
                 await texts(bad)
-            assert await texts(desk.generate(max_new_tokens=3)) == "ABC"
+            assert await texts(good) == "ABC"
+            assert desk.engine.calls[:3] == ["read"] * 3, "together, and each alone"
 
     run(main())
+
+
+@pytest.mark.parametrize("kind", [FakeStreams, AllAtOnce])
+def test_a_running_stream_that_fails_is_nobody_elses_fault(kind: type[FakeStreams]) -> None:
+    """With streams that don't look whose fault it was, which is the control, the others end, too."""
+
+    async def main() -> None:
+        async with a_desk(Bomb()) as desk:
+            undisturbed = [event async for event in desk.generate("others", max_new_tokens=9)]
+            desk.engine.streams = lambda: kind(desk.engine)  # type: ignore[method-assign]
+            desk.scheduler._writing._streams = None
+            busy = Gate()
+            desk.worker.post(busy)
+            streams = [desk.generate(prompt, max_new_tokens=9) for prompt in ("others", "bomb", "others")]
+            busy.open()
+            found = [[event async for event in caught(stream)] for stream in streams]
+            assert [getattr(event, "text", event) for event in found[1][:-1]] == list("ABCD")
+            assert isinstance(found[1][-1], PoisonError)
+            for other in (found[0], found[2]):
+                if kind is FakeStreams:
+                    assert told_by(other) == told_by(undisturbed)
+                else:
+                    assert isinstance(other[-1], PoisonError)
+            await desk.settle()
+            assert desk.scheduler.in_flight == 0
+
+    run(main())
+
+
+async def caught(stream: Stream) -> AsyncIterator[Any]:
+    """The events of a stream, and the error that ended it."""
+    try:
+        async for event in stream:
+            yield event
+    except Exception as error:
+        yield error
+
+
+def told_by(events: Sequence[Any]) -> list[Any]:
+    """Text and score of each token, and of the whole."""
+    *tokens, last = events
+    return [*((token.text, token.logit, token.probability) for token in tokens), last.text, last.detection.logit]
 
 
 @pytest.mark.parametrize("where", ["step", "streams"])
