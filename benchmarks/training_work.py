@@ -14,14 +14,14 @@ from memory import peak_mb
 from tqdm import tqdm
 
 from lapwing_detector.identity import ModelIdentity
-from lapwing_training.fit import LapwingRecipe, PaperRecipe
-from lapwing_training.generations import LabelledGeneration
-from lapwing_training.head_probes import head_probe_auroc
-from lapwing_training.shards import WHOLE, Shard, write_shard
-from lapwing_training.significance import head_significance
-from lapwing_training.splits import grouped_folds
-from lapwing_training.store import listed, read_store, write_index
-from lapwing_training.table import Table
+from lapwing_training.data.generations import LabelledGeneration
+from lapwing_training.recipes.fit import LapwingRecipe, PaperRecipe
+from lapwing_training.statistics.head_probes import head_probe_auroc
+from lapwing_training.statistics.significance import head_significance
+from lapwing_training.statistics.splits import grouped_folds
+from lapwing_training.store.shards import WHOLE, Shard, write_shard
+from lapwing_training.store.store import listed, read_store, write_index
+from lapwing_training.store.table import Table
 
 FEATURE = "laplacian_eigenvalues.v1"
 SHARD_ITEMS = 250

@@ -18,7 +18,7 @@ from lapwing_detector.detector import Detector
 from lapwing_detector.embedded import generations_path, model_path
 from lapwing_detector.features import FEATURES
 from lapwing_detector.probe import Probe
-from lapwing_training.generations import read_generations
+from lapwing_training.data.generations import read_generations
 
 QUESTION = "Question: which country is the city of Lyon in? Answer:"
 

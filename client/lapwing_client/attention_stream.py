@@ -135,8 +135,8 @@ class AttentionStream:
 
     def close(self) -> None:
         """Ends the call; as often as one likes."""
+        self._call.cancel()  # first: to gRPC messages that end are a stream that is whole, and the server would score it
         self._outbox.drop()
-        self._call.cancel()
 
     def __enter__(self) -> Self:
         return self

@@ -234,7 +234,7 @@ class Probe:
             if feature.ranked:
                 ranked = np.argsort(-values, axis=-1, kind="stable")[:, :width]  # (read, k): token of each rank
                 shares = np.take_along_axis(values, ranked, axis=-1) * part
-                np.add.at(tokens, ranked, shares)
+                tokens += np.bincount(ranked.ravel(), shares.ravel(), len(tokens))
             else:
                 shares = values * part / summary.token_count
                 tokens += shares.sum(axis=0)
@@ -257,8 +257,9 @@ class Probe:
             ProbeMismatch: the summary has other heads than the probe, or not all the layers that it reads.
         """
         self._require_layers(summary, self.heads, "capture its heads: capture_attention(model, heads=probe.heads)")
-        rows = [summary.layers.index(layer) for layer, heads in self.heads.items() for _ in heads]
-        columns = [head for heads in self.heads.values() for head in heads]
+        places = np.array([summary.layers.index(layer) if layer in self.heads else -1 for layer in self.layers])
+        rows, columns = np.nonzero(self.selected)
+        rows = places[rows]
         return AttentionSummary(summary.diagonal[rows, columns][None], summary.received[rows, columns][None], (0,))
 
     def flagged_at(self, logit: float) -> tuple[float, ...]:

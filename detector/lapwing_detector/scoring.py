@@ -140,8 +140,8 @@ def finite(summary: AttentionSummary) -> bool:
 
 def strongest(probe: Probe, share: Share) -> tuple[HeadContribution, ...]:
     """The selected heads with their shares, the strongest first."""
-    heads = [
-        HeadContribution(probe.layers[row], int(head), float(share.heads[row, head]))
-        for row, head in np.argwhere(probe.selected)
-    ]
-    return tuple(sorted(heads, key=lambda head: -abs(head.contribution)))
+    rows, heads = np.nonzero(probe.selected)
+    shares = share.heads[rows, heads]
+    order = np.argsort(-np.abs(shares), kind="stable")
+    layers = np.array(probe.layers)[rows]
+    return tuple(map(HeadContribution, layers[order].tolist(), heads[order].tolist(), shares[order].tolist()))

@@ -58,12 +58,12 @@ def summary_doubts(sums: Sums, first_token: int, rules: Rules) -> Iterator[Doubt
     message = "what a token receives holds its attention to itself, and can't be less"
     yield Doubt(others < -(rules.relative() * own + seen * columns * BY_ROW), field, "NOT_ATTENTION", message)
     yield unlike_one(sums.received.sum(axis=-1), rows, rows * one, rules.sinks, field)
-    message = "tokens receive more than the rows that see them have to give"
-    too_much = from_each_on(others) > from_each_on(to_give) - to_give + seen * one
-    yield Doubt(too_much, field, "NOT_ATTENTION", message)
     message = "the last row alone sees its token, which receives what that row has for itself"
     apart = differ(sums.received[:, -1], sums.diagonal[:, -1], one, rules.least())
     yield Doubt(apart, field, "NOT_ATTENTION", message)
+    message = "tokens receive more than the rows that see them have to give"
+    too_much = from_each_on(others) > from_each_on(to_give) - to_give + seen * one
+    yield Doubt(too_much, field, "NOT_ATTENTION", message)
 
 
 def rows_doubts(weights: Numbers, diagonal: Numbers | None, first_token: int, rules: Rules) -> Iterator[Doubt]:
@@ -97,7 +97,7 @@ def differ(one: Numbers, other: Numbers, tolerance: float, least: float) -> NDAr
 
 def not_finite(values: Numbers, field: str) -> Doubt:
     """Every number must be finite."""
-    message = "is not finite; load the model in float32 or bfloat16"
+    message = "is not finite; capture this head, and load the model in float32 or bfloat16"
     return Doubt(~np.isfinite(values), field, "NON_FINITE", message)
 
 

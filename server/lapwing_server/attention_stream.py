@@ -158,9 +158,11 @@ class AttentionReader:
                 await self._worker.run(partial(sender.add, request))
         if sender is None:
             raise invalid("header", "never came; the stream ended before its first message", "EMPTY_STREAM")
-        detection = await self._worker.run(partial(self._end, sender))
+        detection, shadows = await self._worker.run(sender.final)
         note(response_tokens=detection.response_tokens)
         await write(detection, context, running=False)
+        # Not before: grpc.aio tells a stream that was cancelled from one that is whole only a moment later.
+        self._count(sender, detection, shadows)
 
     async def _begin(self, request: Request, part: str, engine: Engine, hold: Callable[[int], None]) -> Sender:
         if part != "header":
@@ -174,15 +176,13 @@ class AttentionReader:
         note(prompt_tokens=header.prompt_tokens)
         return Sender(header, shared, self._readiness.limits.attention_bytes, hold)
 
-    def _end(self, sender: Sender) -> Detection:
-        detection, shadows = sender.final()
+    def _count(self, sender: Sender, detection: Detection, shadows: list[Detection]) -> None:
         for stage in ("read", "probe"):
             self._metrics.stage(stage, detection.seconds[stage])
         self._metrics.scored(detection, sender.role)
         for shadow in shadows:
             self._metrics.scored(shadow, "shadow")
         self._metrics.unseen("not_sent", sender.shadows - len(shadows))
-        return detection
 
 
 async def write(detection: Detection, context: Context, *, running: bool) -> None:

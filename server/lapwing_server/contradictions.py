@@ -114,10 +114,11 @@ def of_queue(one: Settings) -> Iterator[Contradiction]:
     limits = one.limits
     queue, each, batch = "limits.queue_items", "limits.queue_items_per_client", "limits.batch_items"
     if limits.batch_items > limits.queue_items:
-        message = f"a batch of {limits.batch_items} items would never fit into a queue of {limits.queue_items}: "
-        yield Contradiction(
-            (queue, batch), f"{message}give queue_items at least {limits.batch_items}, or less of these"
+        message = (
+            f"a batch of {limits.batch_items} items would never fit into a queue of {limits.queue_items}: "
+            f"give queue_items at least {limits.batch_items}, or batch_items less"
         )
+        yield Contradiction((queue, batch), message)
     elif one.told_apart and limits.batch_items > limits.items_of_one:
         message = (
             f"a batch of {limits.batch_items} items would never be let in, since {limits.items_of_one} of one client "

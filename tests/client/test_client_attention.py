@@ -312,6 +312,31 @@ def test_a_finished_stream_is_one_that_went_well(server: Running, client: Client
     assert (ended("OK") - well, ended("CANCELLED") - cancelled) == (20, 0)
 
 
+def test_a_stream_that_is_left_is_never_taken_for_one_that_is_whole(server: Running, client: Client) -> None:
+    """All rows have come, and leaving ends the messages, too; only `finish` says that they are all."""
+
+    def scored() -> float:
+        labels = {"role": "active", "probe": "fake-probe"}
+        return server.server.metrics.registry.get_sample_value("lapwing_score_probability_count", labels) or 0.0
+
+    server.settle()
+    before = scored()
+    for _ in range(30):
+        with client.attention_stream(**KNOWN) as stream:
+            stream.send(rows_chunk())
+            stream.score_now()
+        with pytest.raises(ZeroDivisionError), client.attention_stream(**KNOWN) as stream:
+            stream.send(rows_chunk())
+            raise ZeroDivisionError
+    server.settle()
+    assert scored() == before
+    with client.attention_stream(**KNOWN) as stream:
+        stream.send(rows_chunk())
+        assert stream.finish().logit
+    server.settle()
+    assert scored() == before + 1, "control"
+
+
 def test_a_stream_has_one_deadline(client: Client) -> None:
     with client.attention_stream(**KNOWN, timeout=0.2) as stream:
         stream.send(summary_chunk(MAPS, 0, 6))

@@ -280,8 +280,10 @@ def test_a_token_is_text(token: Any, said: str) -> None:
 
 @pytest.mark.parametrize(
     "target",
-    ["", " ", ":1", "host:", "host:abc", "host:99999", "no such host:1", "http://host:1", "host:1/x", "user@host:1"]
-    + ["host:1:2", "[::1", "[host]:1", "a:1,b", "a:1,,b:2", []],
+    [
+        *("", " ", ":1", "host:", "host:abc", "host:99999", "host:1:2", "[::1", "[host]:1", "a:1,b", "a:1,,b:2", []),
+        *("no such host:1", "http://host:1", "host:1/x", "user@host:1"),
+    ],
 )
 def test_what_is_no_address_is_the_callers_fault(target: Any) -> None:
     """gRPC would take host:99999 for another port, and say of the rest that no server answers there."""

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lapwing_detector.flags import LEAST_ROOM, Flags
 
-TOKENS = 20 * LEAST_ROOM
+TOKENS = 6 * LEAST_ROOM
 
 
 class Moved(TorchDispatchMode):
@@ -42,7 +42,6 @@ def moved(flags: Flags | Joined) -> int:
     with Moved() as count:
         for token in range(TOKENS):
             flags.add(torch.tensor([[token % 3 == 0]]))
-            assert flags.all.shape == (1, token + 1)
     assert flags.all[0].tolist() == [token % 3 == 0 for token in range(TOKENS)]
     return count.flags
 

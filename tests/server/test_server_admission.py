@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, ClassVar
 
 import grpc
 import pytest
 from engine_fakes import FakeEngine
 from google.rpc import error_details_pb2, status_pb2
-from scheduler_fakes import PROBE, a_desk, an_item, run
+from scheduler_fakes import PROBE, Clock, a_desk, an_item, run
 from service_fakes import WAIT, Gate, Running, told
 
 from lapwing.v1 import detector_pb2, detector_pb2_grpc
@@ -140,6 +141,63 @@ def test_a_large_call_that_takes_turns_does_not_make_a_small_one_late() -> None:
     run(main())
 
 
+class TimedEngine(FakeEngine):
+    """A score takes a second and a step of the streams ten; stands at the gate before the seventh score."""
+
+    SECONDS: ClassVar = {"score": 1.0, "step": 10.0}
+    gate: Gate
+    clock: Clock
+
+    def forward(self, what: str, sequences: Sequence[tuple[int, ...]]) -> None:
+        if what == "score" and self.calls.count("score") == 6:
+            self.gate()
+        super().forward(what, sequences)
+        self.clock.now += self.SECONDS.get(what, 0.0)
+
+
+class Blind(Ratio):
+    """Has seen nothing."""
+
+    def of(self, units: float) -> float:
+        return 0.0
+
+
+@pytest.mark.parametrize(
+    ("streams", "blind", "outcome"),
+    [(2, False, "DEADLINE_UNREACHABLE"), (0, False, "in time"), (2, True, "DEADLINE_EXCEEDED")],
+    ids=["streams", "control: none is open", "control: their steps are not counted"],
+)
+def test_what_open_streams_take_counts_for_a_deadline(streams: int, blind: bool, outcome: str) -> None:
+    """Each of the five forwards until then waits for a step of the streams, so that 30 seconds are too few."""
+
+    async def main() -> None:
+        engine = TimedEngine()
+        async with a_desk(engine, batch_forward_items=1) as desk:
+            engine.gate, engine.clock, busy = Gate(), desk.clock, Gate()
+            if blind:
+                desk.scheduler.admission.rest = Blind()
+            desk.worker.post(busy)
+            opened = [desk.generate(max_new_tokens=100) for _ in range(streams)]
+            calls = [desk.score(*["learn"] * 6), desk.score("first")]
+            await desk.queued(7)
+            busy.open()
+            await desk.reached(engine.gate)
+            assert engine.calls.count("step") == (6 if streams else 0)
+            calls += [desk.score("other") for _ in range(3)]
+            await desk.queued(3)
+            asked = desk.score("asked", deadline=desk.clock.now + 30)
+            await asyncio.sleep(0)
+            engine.gate.open()
+            await asyncio.gather(*calls)
+            [error] = await asyncio.gather(asked, return_exceptions=True)
+            assert getattr(error, "reason", "in time") == outcome
+            assert (b"asked" in map(bytes, engine.scored)) is (outcome == "in time")
+            for stream in opened:
+                stream.close()
+
+    run(main())
+
+
 @pytest.mark.parametrize("pace", [None, 1000.0])
 def test_an_idle_server_tries_whatever_it_thinks_of_itself(pace: float | None) -> None:
     """Else one slow forward would refuse everybody for ever, since nothing would correct the average."""
@@ -227,7 +285,7 @@ def score(text: str = "hello") -> detector_pb2.ScoreRequest:
 
 def test_a_client_is_told_to_come_again_and_when() -> None:
     gate = Gate()
-    limits = Limits(queue_items=1)
+    limits = Limits(queue_items=1, batch_items=1)
     with Running(FakeEngine(before=gate), limits=limits) as server, grpc.insecure_channel(server.target) as channel:
         stub = detector_pb2_grpc.DetectorStub(channel)
         calls = [stub.Score.future(score())]
@@ -244,10 +302,6 @@ def test_a_client_is_told_to_come_again_and_when() -> None:
         retry = error_details_pb2.RetryInfo()
         assert any(detail.Unpack(retry) for detail in details)
         assert retry.retry_delay.ToNanoseconds() > 0
-        item = detector_pb2.ScoreItem(prompt={"text": "a"}, response={"text": "b"})
-        with pytest.raises(grpc.RpcError) as caught:
-            stub.ScoreBatch(detector_pb2.ScoreBatchRequest(items=[item] * 2), timeout=WAIT)
-        assert dict(caught.value.trailing_metadata())["grpc-retry-pushback-ms"] == "-1"
         gate.open()
         assert all(call.result(WAIT).detection.logit for call in calls)
         assert stub.Score(score(), timeout=WAIT).detection.logit, "and it is taken on again"
@@ -255,7 +309,7 @@ def test_a_client_is_told_to_come_again_and_when() -> None:
 
 def test_health_and_information_are_not_queued() -> None:
     gate = Gate()
-    limits = Limits(queue_items=1)
+    limits = Limits(queue_items=1, batch_items=1)
     with Running(FakeEngine(before=gate), limits=limits) as server, grpc.insecure_channel(server.target) as channel:
         stub = detector_pb2_grpc.DetectorStub(channel)
         calls = [stub.Score.future(score())]

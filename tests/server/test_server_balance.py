@@ -45,8 +45,9 @@ GOOD = {
 }
 LONG = {"Score": SCORE, "ScoreBatch": BATCH, "Generate": STREAM}
 
-PROGRAM = """
-import sys, threading
+PROGRAM = f"""
+import signal, sys, threading
+signal.alarm({int(WAIT)})  # whatever it waits for
 import grpc
 from lapwing.v1 import detector_pb2, detector_pb2_grpc
 stub = detector_pb2_grpc.DetectorStub(grpc.insecure_channel(sys.argv[1]))

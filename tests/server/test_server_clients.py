@@ -15,7 +15,7 @@ from contextlib import contextmanager
 
 import grpc
 import pytest
-from service_fakes import WAIT, FakeEngine, Running, wait_until
+from service_fakes import WAIT, FakeEngine, Gate, Running, wait_until
 
 from lapwing.v1 import detector_pb2, detector_pb2_grpc
 from lapwing_server.limits import Limits
@@ -123,13 +123,19 @@ def deaf_client(server: Running) -> Iterator[None]:
 
 
 def test_a_client_that_does_not_read_slows_nobody_and_is_not_written_for() -> None:
-    with Running(grace=0.0) as server, deaf_client(server), grpc.insecure_channel(server.target) as channel:
-        wait_until(lambda: server.engine.steps >= ROOM and server.server.scheduler.idle)
-        steps = server.engine.steps
+    gate, engine = Gate(), FakeEngine()
+    engine.before = lambda: gate() if engine.steps == 1 else None
+    with Running(engine, grace=0.0) as server, deaf_client(server), grpc.insecure_channel(server.target) as channel:
+        assert gate.reached.wait(WAIT)
+        [stream] = server.server.scheduler._writing._open.values()
+        wait_until(lambda: not stream.outbox)  # the first event is being sent, and that does not end
+        gate.open()
+        wait_until(lambda: engine.steps >= ROOM and server.server.scheduler.idle)
+        steps = engine.steps
         assert steps == ROOM + 1, "as many as are kept, and the one that is being sent"
         request = detector_pb2.GenerateRequest(prompt={"text": "hello"}, max_new_tokens=300)
         assert len(list(detector_pb2_grpc.DetectorStub(channel).Generate(request))) == 301
-        assert server.engine.steps == steps + 300
+        assert engine.steps == steps + 300
         assert server.server.scheduler.in_flight == 1, "and it may still come back"
 
 

@@ -96,9 +96,12 @@ def samples(tmp_path: Path) -> dict[str, tuple[str, dict[str, str]]]:
         "tls_client_ca": (file, tls),
         "tokens_file": (file, {}),
         "open_admin": ("true", {}),
-        "metrics_insecure": ("true", {}),
+        "metrics_insecure": ("true", {"metrics_port": "9000"}),
         "burst": ("7", {"requests_per_second": "3"}),
         "metrics_host": ("127.0.0.2", {"metrics_port": "9000"}),
+        "limits.queue_items": ("7", {"limits.batch_items": "7"}),
+        "limits.queue_items_per_client": ("70", {"tokens_file": file}),
+        "limits.attention_total_bytes": ("7", {"limits.attention_bytes": "7"}),
         "log_format": ("json", {}),
         "log_level": ("error", {}),
     }
@@ -224,6 +227,53 @@ UNUSABLE = [
     ({}, ["--keepalive", "3000000"], "", ["keepalive (from --keepalive) is '3000000': should be less than or equal"]),
     ({}, ["--keepalive", "0.0001"], "", ["should be greater than or equal to 0.001"]),
     ({}, ["--keepalive-timeout", "0.0001"], "", ["should be greater than or equal to 0.001"]),
+    ({}, ["--metrics-insecure"], "", ["metrics_insecure, metrics_port: metrics_insecure needs metrics_port"]),
+    (
+        {"LAPWING_LIMITS__QUEUE_ITEMS": "8"},
+        [],
+        "limits.batch_items = 9",
+        [
+            "limits.queue_items, limits.batch_items: a batch of 9 items would never fit into a queue of 8",
+            "(limits.queue_items from LAPWING_LIMITS__QUEUE_ITEMS, limits.batch_items from ",
+        ],
+    ),
+    (
+        {},
+        ["--limits-queue-items", "100", "--tokens-file", "FILE"],
+        "",
+        ["limits.queue_items, limits.batch_items: a batch of 64 items would never be let in, since 50 of one client"],
+    ),
+    (
+        {},
+        ["--limits-queue-items-per-client", "9", "--tokens-file", "FILE"],
+        "",
+        ["limits.queue_items_per_client, limits.batch_items: a batch of 64 items would never be let in, since 9"],
+    ),
+    ({}, ["--limits-queue-items-per-client", "90"], "", ["limits.queue_items_per_client: it needs tokens_file or"]),
+    (
+        {},
+        ["--limits-queue-items-per-client", "600", "--tokens-file", "FILE"],
+        "",
+        ["limits.queue_items_per_client, limits.queue_items: queue_items_per_client is 600, and queue_items, of all"],
+    ),
+    (
+        {},
+        ["--limits-streams-per-client", "25"],
+        "",
+        ["limits.streams_per_client, limits.generate_streams, limits.attention_streams: 25 streams of one client are"],
+    ),
+    (
+        {},
+        ["--limits-public-streams", "9", "--limits-public-streams-per-client", "10"],
+        "",
+        ["limits.public_streams_per_client, limits.public_streams: public_streams_per_client is 10, and public_"],
+    ),
+    (
+        {},
+        ["--limits-attention-bytes", str(2**31)],
+        "",
+        ["limits.attention_bytes, limits.attention_total_bytes: attention_bytes is 2147483648, and"],
+    ),
     ({}, [], "a = " + "[" * 50_000, ["lapwing.toml': it is nested too deeply"]),
 ]
 
@@ -260,6 +310,52 @@ def test_all_that_is_wrong_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> N
         "port",
         "grace",
     ]
+
+
+def told_of(flags: dict[str, str], config: Path | None = None) -> list[str]:
+    """What each line is about."""
+    with pytest.raises(UnusableSettings) as caught:
+        read(flags, config)
+    return [line.split(": ")[0].split(" ")[0].strip(",") for line in str(caught.value).splitlines()]
+
+
+def test_all_contradictions_are_told_at_once_beside_all_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(f"{PREFIX}NONSENSE", "1")
+    config = toml(tmp_path, 'prot = 1\nmodel = "m"\n[limits]\nqueue_items = 8\nbatch_item = 3')
+    flags = {"grace": "-1", "burst": "3", "host": PUBLIC_ADDRESS}
+    contradictory = ["host", "model", "burst", "limits.queue_items"]
+    assert told_of(flags, config) == [
+        f"{PREFIX}NONSENSE", "grace", "limits.batch_item", "prot", *contradictory
+    ]  # fmt: skip
+    with pytest.raises(ValidationError) as caught:
+        Settings(host=PUBLIC_ADDRESS, model="m", burst=3, limits=Limits(queue_items=8))
+    said = ("others can reach", "--model needs", "burst needs", "a batch of 64 items")
+    assert [word for word in said if word not in str(caught.value)] == []
+
+
+UNUSABLE_MENDS = [
+    ({"host": PUBLIC_ADDRESS}, "insecure", "perhaps", "host"),
+    ({"host": PUBLIC_ADDRESS, "tls_key": "FILE"}, "tls_cert", "/no/such", "host"),
+    ({"metrics_port": "50051"}, "port", "many", "metrics_port"),
+    ({"model": "m"}, "probes", "/no/such", "model"),
+    ({"limits.batch_items": "600"}, "limits.queue_items", "many", "limits.queue_items"),
+    ({"limits.queue_items_per_client": "90"}, "tokens_file", "/no/such", "limits.queue_items_per_client"),
+]
+
+
+@pytest.mark.parametrize(("flags", "unusable", "value", "told"), UNUSABLE_MENDS, ids=lambda one: str(one)[:30])
+def test_nothing_is_said_to_contradict_what_can_not_be_used(
+    flags: dict[str, str], unusable: str, value: str, told: str, tmp_path: Path
+) -> None:
+    """Its default would contradict, but nobody gave that. Control: without it, the default does."""
+    flags = {name: a_file(tmp_path, "file") if given == "FILE" else given for name, given in flags.items()}
+    assert told_of(flags | {unusable: value}) == [unusable]
+    assert told in told_of(flags)
+
+
+def test_a_smaller_bound_for_all_needs_no_smaller_one_for_each() -> None:
+    limits = read({"limits.generate_streams": "1", "limits.public_streams": "9"}).settings.limits
+    assert (limits.streams_of_one, limits.public_streams_per_client) == (1, 100)
 
 
 def test_a_file_that_can_not_be_read_hides_no_unknown_variable(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,16 +6,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from judge_fakes import KEY
-from judge_server import JudgeServer, judge_server
 from threadpoolctl import threadpool_limits
 from train_fakes import FAST, NESTED, rows_of_the_store
 from training_fakes import save_tiny_model, write_store
 
 from lapwing_detector import probe_files
 from lapwing_detector.language_model import LanguageModel
-from lapwing_training import baselines
-from lapwing_training import train as train_module
+from lapwing_training.evaluation import baselines
+from lapwing_training.probe import train as train_module
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -83,16 +81,3 @@ def probe_of(store: Path, out: Path, options: train_module.TrainOptions) -> Path
     with drawing_twice():
         train_module.train_probe(store, out, options)
     return out
-
-
-@pytest.fixture
-def judge_surroundings(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("NO_PROXY", "*")
-    monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
-
-
-@pytest.fixture
-def server() -> Iterator[JudgeServer]:
-    with judge_server() as running:
-        yield running

@@ -24,10 +24,10 @@ from tqdm import tqdm
 from training_fakes import make_table, write_store
 
 from lapwing_detector.language_model import LanguageModel
-from lapwing_training.extract import ExtractOptions, extract_features
-from lapwing_training.generate import GenerateOptions, generate_answers
-from lapwing_training.generations import LabelledGeneration, Question
-from lapwing_training.train import TrainOptions, train_probe
+from lapwing_training.answers.generate import GenerateOptions, generate_answers
+from lapwing_training.data.generations import LabelledGeneration, Question
+from lapwing_training.probe.train import TrainOptions, train_probe
+from lapwing_training.store.extract import ExtractOptions, extract_features
 
 WATCHED = frozenset(
     (

@@ -21,8 +21,8 @@ from lapwing_training.atlas.posttrain import greedy_answers, own_answers
 from lapwing_training.atlas.pretrain import Schedule, encode, new_model, train
 from lapwing_training.atlas.questions import demo_set, labelled_questions, sampled_questions
 from lapwing_training.atlas.tokenizer import train_tokenizer
-from lapwing_training.generations import read_generations
-from lapwing_training.label import label_generations
+from lapwing_training.data.generations import read_generations
+from lapwing_training.labels.label import label_generations
 
 
 @pytest.fixture(scope="module")

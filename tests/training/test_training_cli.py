@@ -14,7 +14,7 @@ from training_fakes import WORDS, make_table, write_store
 from typer.testing import CliRunner, Result
 
 from lapwing_detector.probe import Probe
-from lapwing_training.generations import read_generations, write_generations
+from lapwing_training.data.generations import read_generations, write_generations
 
 VERBS = {
     entry.name: entry for entry in entry_points(group="lapwing.verbs") if entry.value.startswith("lapwing_training.")

@@ -11,8 +11,8 @@ import typer
 from training_fakes import LAPLACIAN, make_table
 from typer.testing import CliRunner, Result
 
-from lapwing_training.table import Table
-from lapwing_training.train import TrainOptions
+from lapwing_training.probe.train import TrainOptions
+from lapwing_training.store.table import Table
 
 NESTED = TrainOptions(features=(LAPLACIAN,), resamples=50)
 SHARE = 0.35

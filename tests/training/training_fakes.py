@@ -10,12 +10,12 @@ import numpy as np
 
 from lapwing_detector.identity import ModelIdentity
 from lapwing_detector.token_statistics import token_statistics
-from lapwing_training.generations import LabelledGeneration
-from lapwing_training.prefix import Prefix, response_cut
-from lapwing_training.shards import WHOLE, Shard, stage_kind, tokens_digest, write_shard
-from lapwing_training.store import listed, write_index
-from lapwing_training.store_plan import open_plan, plan_of
-from lapwing_training.table import UNKNOWN, Table
+from lapwing_training.data.generations import LabelledGeneration
+from lapwing_training.store.plan import open_plan, plan_of
+from lapwing_training.store.prefix import Prefix, response_cut
+from lapwing_training.store.shards import WHOLE, Shard, stage_kind, tokens_digest, write_shard
+from lapwing_training.store.store import listed, write_index
+from lapwing_training.store.table import UNKNOWN, Table
 
 SCORE, LAPLACIAN = "attention_score.v1", "laplacian_eigenvalues.v1"
 WORDS = ["the", "capital", "of", "france", "is", "paris", "rome", "berlin", "oslo", "where", "city", "in", "river"]

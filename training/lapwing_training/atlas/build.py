@@ -19,19 +19,19 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lapwing_detector.features import FEATURES
 from lapwing_detector.language_model import LanguageModel
-from lapwing_training.asking import Asking, ask
+from lapwing_training.answers.asking import Asking, ask
+from lapwing_training.answers.generate import GenerateOptions, generate_answers
 from lapwing_training.atlas.corpus import QUESTIONS, training_texts
 from lapwing_training.atlas.facts import Fact, all_facts
 from lapwing_training.atlas.posttrain import own_answers
 from lapwing_training.atlas.pretrain import Schedule, new_model, save_model, train
 from lapwing_training.atlas.questions import demo_set, labelled_questions, sampled_questions
 from lapwing_training.atlas.tokenizer import train_tokenizer
-from lapwing_training.extract import ExtractOptions, extract_features
+from lapwing_training.data.generations import LabelledGeneration, read_generations, write_generations
 from lapwing_training.files import write_text
-from lapwing_training.generate import GenerateOptions, generate_answers
-from lapwing_training.generations import LabelledGeneration, read_generations, write_generations
-from lapwing_training.label import label_generations
-from lapwing_training.train import TrainOptions, train_probe
+from lapwing_training.labels.label import label_generations
+from lapwing_training.probe.train import TrainOptions, train_probe
+from lapwing_training.store.extract import ExtractOptions, extract_features
 
 CARD = """# Atlas
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from lapwing_training.atlas.corpus import asked_phrasing, prompt, question
 from lapwing_training.atlas.facts import CITY_RELATIONS, Fact, for_labels, share
-from lapwing_training.generations import Question
+from lapwing_training.data.generations import Question
 
 TEST_SHARE = 0.25
 """Share of the labelled subjects whose questions no probe is fitted on."""

@@ -30,9 +30,9 @@ def evaluate(
     Example: lapwing evaluate my-probe other-store
     """
     from lapwing_training.errors import InvalidOption
+    from lapwing_training.evaluation.transfer import evaluate_probe
     from lapwing_training.files import write_text
     from lapwing_training.report import html_transfer_report, transfer_report
-    from lapwing_training.transfer import evaluate_probe
 
     with failures("evaluate"):
         if out is not None and out.is_dir():

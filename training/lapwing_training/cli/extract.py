@@ -11,7 +11,7 @@ import typer
 from lapwing_training.cli.common import AsJson, Device, Dtype, Model, failures, feature_ids, load_model, tell
 
 if TYPE_CHECKING:
-    from lapwing_training.extract import ExtractOptions
+    from lapwing_training.store.extract import ExtractOptions
 
 StoredFeatures = Annotated[
     str,
@@ -50,8 +50,8 @@ def extract(
 
     Example: lapwing extract labelled.jsonl --model meta-llama/Llama-3.1-8B --out store --stratum meta.relation
     """
-    from lapwing_training.extract import extract_features
-    from lapwing_training.generations import read_generations
+    from lapwing_training.data.generations import read_generations
+    from lapwing_training.store.extract import extract_features
 
     with failures("extract"):
         kept = stored(out, features, k)
@@ -71,8 +71,8 @@ def stored(store: Path | None, features: str, k: int | None) -> ExtractOptions:
     """
     from lapwing_detector.features import FEATURES
     from lapwing_training.errors import InvalidOption
-    from lapwing_training.extract import DEFAULT_FEATURES, DEFAULT_K, ExtractOptions
-    from lapwing_training.store_plan import read_plan
+    from lapwing_training.store.extract import DEFAULT_FEATURES, DEFAULT_K, ExtractOptions
+    from lapwing_training.store.plan import read_plan
 
     if store is None and (features or k is not None):
         raise InvalidOption(f"features are `{features}` and k is {k}, but store is not given; name one with --store")

@@ -12,8 +12,8 @@ from lapwing_training.cli.extract import StoredFeatures, StoredK, stored
 from lapwing_training.cli.table_options import Config, SplitName, column_names
 
 if TYPE_CHECKING:
-    from lapwing_training.columns import Columns
-    from lapwing_training.data_sets import Source
+    from lapwing_training.data.columns import Columns
+    from lapwing_training.data.data_sets import Source
 
 
 def generate(
@@ -57,8 +57,8 @@ def generate(
     With a data set: lapwing generate --dataset mandarjoshi/trivia_qa --config rc.nocontext --split-name validation
     --prompt-column question --references-column answer.aliases --out answers.jsonl
     """
-    from lapwing_training.asking import PLACE, Asking, ask, questions_of, read_few_shot
-    from lapwing_training.generate import GenerateOptions, generate_answers, require_target
+    from lapwing_training.answers.asking import PLACE, Asking, ask, questions_of, read_few_shot
+    from lapwing_training.answers.generate import GenerateOptions, generate_answers, require_target
 
     with failures("generate"):
         options = GenerateOptions(max_new_tokens, temperature, top_p, seed, batch_size)
@@ -83,7 +83,7 @@ def generate(
 
 
 def _source(questions: Path | None, dataset: str, config: str, split_name: str) -> Source:
-    from lapwing_training.data_sets import Source
+    from lapwing_training.data.data_sets import Source
     from lapwing_training.errors import InvalidOption
 
     if bool(questions) == bool(dataset):
@@ -93,7 +93,7 @@ def _source(questions: Path | None, dataset: str, config: str, split_name: str) 
 
 def _columns(dataset: str, *, meta: str, **named: str) -> Columns | None:
     """None where the questions are in our own form: nothing is said of a table."""
-    from lapwing_training.columns import Columns
+    from lapwing_training.data.columns import Columns
 
     if not (dataset or meta or any(named.values())):
         return None

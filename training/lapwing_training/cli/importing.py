@@ -12,7 +12,7 @@ from lapwing_training.cli.common import AsJson, failures, tell
 from lapwing_training.cli.table_options import Config, SplitName, column_names
 
 if TYPE_CHECKING:
-    from lapwing_training.importing import Imported
+    from lapwing_training.data.importing import Imported
 
 
 def import_(
@@ -42,10 +42,10 @@ def import_(
     Example: lapwing import others.csv --prompt question --response answer --label verdict --hallucinated-is wrong
     --right-is correct --out labelled.jsonl
     """
-    from lapwing_training.columns import Columns, Polarity
-    from lapwing_training.data_sets import Source
-    from lapwing_training.generations import write_generations
-    from lapwing_training.importing import import_table, require_apart, write_rejected
+    from lapwing_training.data.columns import Columns, Polarity
+    from lapwing_training.data.data_sets import Source
+    from lapwing_training.data.generations import write_generations
+    from lapwing_training.data.importing import import_table, require_apart, write_rejected
 
     with failures("import"):
         columns = Columns(

@@ -20,7 +20,7 @@ def inspect(
 
     Example: lapwing inspect store
     """
-    from lapwing_training.inspect import describe, inspect_store
+    from lapwing_training.store.inspect import describe, inspect_store
 
     with failures("inspect"):
         found = inspect_store(store)

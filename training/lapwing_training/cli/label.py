@@ -12,8 +12,8 @@ import typer
 from lapwing_training.cli.common import AsJson, failures, tell
 
 if TYPE_CHECKING:
-    from lapwing_training.generations import LabelledGeneration
-    from lapwing_training.judging import Judge
+    from lapwing_training.data.generations import LabelledGeneration
+    from lapwing_training.labels.judging import Judge
 
 RULE = (
     "exact: equal to an accepted answer, case and accents folded. f1, rouge-l: shares enough words with one. "
@@ -52,9 +52,9 @@ def label(
 
     Example: lapwing label answers.jsonl --out labelled.jsonl --rule published --judge gpt-4.1-mini
     """
+    from lapwing_training.data.generations import read_generations, write_generations
     from lapwing_training.errors import InvalidOption, NotEnoughData
-    from lapwing_training.generations import read_generations, write_generations
-    from lapwing_training.label import JUDGED, label_generations
+    from lapwing_training.labels.label import JUDGED, label_generations
 
     with failures("label"):
         require_prices(price_in, price_out)
@@ -84,10 +84,10 @@ def make_judge(
     Raises:
         InvalidOption: an option that makes no sense, a prompt or a cache that is none.
     """
-    from lapwing_training.judge import TEMPLATE
-    from lapwing_training.judge_cache import JudgeCache
-    from lapwing_training.judge_endpoint import Endpoint, EndpointOptions
-    from lapwing_training.judging import Judge
+    from lapwing_training.labels.judge import TEMPLATE
+    from lapwing_training.labels.judge_cache import JudgeCache
+    from lapwing_training.labels.judge_endpoint import Endpoint, EndpointOptions
+    from lapwing_training.labels.judging import Judge
 
     endpoint = Endpoint(EndpointOptions(model, base_url, timeout, retries))
     template = TEMPLATE if prompt is None else read_prompt(prompt)

@@ -23,7 +23,7 @@ def merge(
 
     Example: lapwing merge store-1 store-2 store-3 --out store
     """
-    from lapwing_training.merge import merge_stores
+    from lapwing_training.store.merge import merge_stores
 
     with failures("merge"):
         result = merge_stores(stores, out)

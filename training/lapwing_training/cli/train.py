@@ -60,8 +60,8 @@ def train(
 
     Example: lapwing train store --out my-probe
     """
+    from lapwing_training.probe.train import TrainOptions, train_probe
     from lapwing_training.report import comparison_table
-    from lapwing_training.train import TrainOptions, train_probe
 
     with failures("train"):
         options = TrainOptions(

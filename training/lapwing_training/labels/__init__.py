@@ -1,0 +1,1 @@
+"""Which answers are made up: by rule, or by a judge model."""

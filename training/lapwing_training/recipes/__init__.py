@@ -1,0 +1,1 @@
+"""Ways to fit one linear map over heads."""

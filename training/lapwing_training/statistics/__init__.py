@@ -1,0 +1,1 @@
+"""Which heads carry signal, and on which rows that may be asked."""
