@@ -2,31 +2,25 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncGenerator, AsyncIterable, Iterable, Sequence
-from types import TracebackType
-from typing import Any, Literal, Self, TypeVar
-
-import grpc
+from typing import Any, Literal, TypeVar
 
 from lapwing_client import calls, many, plans, results
 from lapwing_client.attention_header import header_request, known_of
 from lapwing_client.attention_stream import AsyncAttentionStream
-from lapwing_client.calls import Call, Stubs
+from lapwing_client.caller import AsyncCaller
 from lapwing_client.connection import Connection
-from lapwing_client.deadline import Deadline, Timeout
-from lapwing_client.errors import CLOSED, Cancelled, LapwingError
+from lapwing_client.deadline import Timeout
+from lapwing_client.errors import LapwingError
 from lapwing_client.generation_stream import AsyncGenerationStream
 from lapwing_client.many_tasks import score_by_tasks
-from lapwing_client.plans import Ask, Pause, Step
 from lapwing_client.requests import Prompt, Response
 from lapwing_client.tls import TLS, Source
 
-Answer = TypeVar("Answer")
 Item = TypeVar("Item", bound=Sequence[Any])
 
 
-class AsyncClient:
+class AsyncClient(AsyncCaller):
     """Talks to a Lapwing server; for one event loop, the one in which it is first used.
 
     Every method has the arguments, answers and errors of the same one of `Client`, where they are explained.
@@ -46,10 +40,7 @@ class AsyncClient:
         timeout: Timeout = 60.0,
         retry: bool = True,
     ) -> None:
-        self._connection = Connection(target, token, tls, timeout, retry)
-        self._closed = False
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._opened: tuple[grpc.aio.Channel, Stubs] | None = None
+        super().__init__(Connection(target, token, tls, timeout, retry))
 
     async def score(
         self,
@@ -231,64 +222,3 @@ class AsyncClient:
         """Waits until the server, or one of the replicas, is there and its model is loaded."""
         plan = plans.until_ready(self._connection.target, self._connection.deadline(timeout))
         return await plans.follow_async(plan, self._perform)
-
-    async def close(self) -> None:
-        """Ends every call and the connection."""
-        self._closed = True
-        if self._opened is not None:
-            await self._opened[0].close()
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self.close()
-
-    def __repr__(self) -> str:
-        return f"AsyncClient({self._connection})"
-
-    async def _ask(self, call: Call[Answer], timeout: Timeout | None) -> Answer:
-        found: Answer = await self._perform(Ask(call, self._connection.deadline(timeout)))
-        return found
-
-    async def _perform(self, step: Step) -> Any:
-        """Does one step of a plan."""
-        if isinstance(step, Pause):
-            return await asyncio.sleep(step.seconds)
-        call = self._begin(step.call, step.deadline, wait_for_ready=step.wait_for_server)
-        reply = await self._read(call, step.deadline)
-        return self._connection.answered(step.call.read(reply))
-
-    def _begin(self, call: Call[Any], deadline: Deadline, **options: Any) -> Any:
-        """Begins a call of any kind with what every call carries."""
-        self._connection.require_small(call.request)
-        method = call.method(self._open())
-        return method(call.request, timeout=deadline.time(), metadata=self._connection.metadata, **options)
-
-    async def _read(self, answer: Any, deadline: Deadline) -> Any:
-        """What a call answers, or the next thing that a stream says."""
-        try:
-            return await answer
-        except grpc.RpcError as error:
-            found = self._connection.error_of(error)
-            if self._connection.puzzling(found):
-                found = await asyncio.to_thread(self._connection.explained, found, deadline)
-            raise found from None
-        except asyncio.CancelledError:
-            task = asyncio.current_task()
-            if task is not None and task.cancelling():
-                raise
-            raise Cancelled("the call was ended by this client", code="CANCELLED") from None
-
-    def _open(self) -> Stubs:
-        if self._closed:
-            raise Cancelled(CLOSED, code="CANCELLED")
-        loop = asyncio.get_running_loop()
-        if self._opened is None:
-            channel: grpc.aio.Channel = self._connection.channel(grpc.aio)
-            self._opened, self._loop = (channel, Stubs(channel)), loop
-        if loop is not self._loop:
-            raise RuntimeError("an AsyncClient belongs to the event loop in which it is first used; make another one")
-        return self._opened[1]

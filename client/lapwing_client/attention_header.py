@@ -30,7 +30,7 @@ def header_request(
     return Request(
         header=detector_pb2.AttentionHeader(
             model=identity_message(model),
-            layers=[whole_number(layer, f"layers[{i}]") for i, layer in enumerate(layers)],
+            layers=layer_indices(layers),
             heads=whole_number(heads, "heads"),
             prompt_tokens=whole_number(prompt_tokens, "prompt_tokens"),
             response_tokens=fitting(response_tokens, 32, "response_tokens"),
@@ -42,6 +42,13 @@ def header_request(
     )
 
 
+def layer_indices(layers: Any) -> list[int]:
+    """The index in the model of each layer."""
+    if not isinstance(layers, Iterable):
+        raise unusable("layers", f"is {layers!r:.40}; give the index of each layer that is sent")
+    return [whole_number(layer, f"layers[{i}]") for i, layer in enumerate(layers)]
+
+
 def known_of(chunks: Any, prompt_tokens: int, given: Mapping[str, Any]) -> dict[str, Any]:
     """What the header says of chunks that know it themselves, as those of `captured.chunks()` do.
 
@@ -51,11 +58,13 @@ def known_of(chunks: Any, prompt_tokens: int, given: Mapping[str, Any]) -> dict[
         given: `layers`, `heads`, `response_tokens` and `attention_sinks`; None where the chunks shall say.
 
     Raises:
-        InvalidRequest: neither says it, or the chunks are not the beginning.
+        InvalidRequest: neither says it, or the chunks are none or not the beginning.
     """
     if first := getattr(chunks, "first_token", 0):
         message = f"begin at row {first}, those before were taken earlier; give captured.chunks(from_start=True)"
         raise unusable("chunks", message)
+    if not isinstance(chunks, Iterable):
+        raise unusable("chunks", f"is a {type(chunks).__name__}, which holds no slices; give captured.chunks()")
     known = {name: getattr(chunks, name, None) if value is None else value for name, value in given.items()}
     if known["response_tokens"] is None and (tokens := getattr(chunks, "tokens", 0)) > prompt_tokens:
         known["response_tokens"] = tokens - prompt_tokens

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from array import array
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -16,6 +16,9 @@ PIECE_BYTES = 2**20
 
 DTYPES = {"f": tensor_pb2.DATA_TYPE_FLOAT32, "e": tensor_pb2.DATA_TYPE_FLOAT16}
 """By the format of the buffer protocol."""
+
+OF_TORCH = "x.detach().float().cpu().numpy()"
+"""How a tensor becomes an array, whatever it is of and wherever."""
 
 Request = detector_pb2.ScoreAttentionRequest
 
@@ -182,10 +185,9 @@ def numbers(value: Any, field: str, axes: int, formats: str) -> Numbers:
     """
     try:
         view = memoryview(value)
-    except TypeError:
-        message = (
-            f"is a {type(value).__name__}, which has no buffer; give a numpy array (of torch: x.float().cpu().numpy())"
-        )
+    except (TypeError, ValueError, BufferError):  # no buffer, or one of numbers that no buffer knows, as bfloat16
+        kind = f"{type(value).__name__} of {getattr(value, 'dtype', 'no type')}"
+        message = f"is a {kind}, which gives no buffer; give a numpy array in float32 (of torch: {OF_TORCH})"
         raise unusable(field, message) from None
     format = view.format.lstrip("@=" + ("<" if sys.byteorder == "little" else ">"))
     if format not in tuple(formats):
@@ -215,5 +217,7 @@ def found(holder: Any, name: str, what: str, otherwise: Any = MISSING) -> Any:
     value = holder.get(name, MISSING) if isinstance(holder, Mapping) else getattr(holder, name, MISSING)
     value = otherwise if value is MISSING else value
     if value is MISSING:
-        raise unusable(f"{what}.{name}", f"is missing from a {type(holder).__name__}; it must be an attribute or a key")
+        several = "; it holds several, give them one by one" * (what == "chunk" and isinstance(holder, Collection))
+        message = f"is missing from a {type(holder).__name__}; it must be an attribute or a key"
+        raise unusable(f"{what}.{name}", message + several * (not isinstance(holder, Mapping)))
     return value

@@ -13,7 +13,7 @@ import grpc
 from lapwing_client import replies, results
 from lapwing_client.async_end import End
 from lapwing_client.attention_messages import Request, score_now_request, slice_requests
-from lapwing_client.errors import LapwingError, ServerError
+from lapwing_client.errors import DeadlineExceeded, LapwingError, ServerError
 from lapwing_client.requests import unusable
 
 AHEAD = 2
@@ -135,7 +135,7 @@ class AttentionStream:
 
     def close(self) -> None:
         """Ends the call; as often as one likes."""
-        self._call.cancel()  # first: to gRPC messages that end are a stream that is whole, and the server would score it
+        self._call.cancel()  # first: messages that end are a stream that is whole, which the server would score
         self._outbox.drop()
 
     def __enter__(self) -> Self:
@@ -163,7 +163,7 @@ class AttentionStream:
         try:
             return next(self._call, None)
         except grpc.RpcError as error:
-            raise self._error_of(error) from None
+            raise explained(self._error_of(error)) from None
 
 
 class AsyncAttentionStream:
@@ -234,7 +234,10 @@ class AsyncAttentionStream:
 
     async def _wait(self, step: Awaitable[Any]) -> Any:
         """What the call does next."""
-        return await self._read(self._end.or_what_ended(step))
+        try:
+            return await self._read(self._end.or_what_ended(step))
+        except DeadlineExceeded as error:
+            raise explained(error) from None
 
     async def _answer(self) -> results.Detection:
         reply = await self._wait(self._call.read())
@@ -249,6 +252,14 @@ def require_open(ending: bool) -> None:
     """
     if ending:
         raise unusable("chunk", "comes after finish(); begin another stream")
+
+
+def explained(error: LapwingError) -> LapwingError:
+    """The error; where the deadline passed, with what it is for: gRPC says no more than that it did."""
+    if not isinstance(error, DeadlineExceeded) or error.reason:
+        return error
+    message = "the stream took longer than its timeout, which must also hold the time in which the model writes"
+    return DeadlineExceeded(f"{message}; give timeout=", code=error.code)
 
 
 def raise_unexpected() -> NoReturn:

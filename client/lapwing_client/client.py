@@ -2,31 +2,25 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Generator, Iterable, Sequence
-from types import TracebackType
-from typing import Any, Literal, Self, TypeVar
-
-import grpc
+from collections.abc import Generator, Iterable, Sequence
+from typing import Any, Literal, TypeVar
 
 from lapwing_client import calls, many, plans, results
 from lapwing_client.attention_header import header_request, known_of
 from lapwing_client.attention_stream import AttentionStream
-from lapwing_client.calls import Call, Stubs
+from lapwing_client.caller import Caller
 from lapwing_client.connection import Connection
-from lapwing_client.deadline import Deadline, Timeout
-from lapwing_client.errors import CLOSED, Cancelled, LapwingError
+from lapwing_client.deadline import Timeout
+from lapwing_client.errors import LapwingError
 from lapwing_client.generation_stream import GenerationStream
-from lapwing_client.many_threads import Hands, score_by_threads
-from lapwing_client.plans import Ask, Pause, Step
+from lapwing_client.many_threads import score_by_threads
 from lapwing_client.requests import Prompt, Response
 from lapwing_client.tls import TLS, Source
 
-Answer = TypeVar("Answer")
 Item = TypeVar("Item", bound=Sequence[Any])
 
 
-class Client:
+class Client(Caller):
     """Talks to a Lapwing server; may be shared by threads, also by those in which an event loop runs.
 
     Args:
@@ -62,10 +56,7 @@ class Client:
         timeout: Timeout = 60.0,
         retry: bool = True,
     ) -> None:
-        self._connection = Connection(target, token, tls, timeout, retry)
-        self._closed = False
-        self._channel: grpc.Channel = self._connection.channel(grpc)
-        self._stubs = Stubs(self._channel)
+        super().__init__(Connection(target, token, tls, timeout, retry))
 
     def score(
         self,
@@ -375,51 +366,3 @@ class Client:
         """
         plan = plans.until_ready(self._connection.target, self._connection.deadline(timeout))
         return plans.follow(plan, self._perform)
-
-    def close(self) -> None:
-        """Ends every call and the connection."""
-        self._closed = True
-        self._channel.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def __repr__(self) -> str:
-        return f"Client({self._connection})"
-
-    def _ask(self, call: Call[Answer], timeout: Timeout | None) -> Answer:
-        found: Answer = self._perform(Ask(call, self._connection.deadline(timeout)))
-        return found
-
-    def _perform(self, step: Step, hands: Hands | None = None) -> Any:
-        """Does one step of a plan, in this thread or, where several work together, by their hands."""
-        if isinstance(step, Pause):
-            return time.sleep(step.seconds) if hands is None else hands.pause(step)
-        method = step.call.method(self._stubs)
-        around = method if hands is None else hands.around(method)
-        reply = self._call(around, step.call.request, step.deadline, wait_for_ready=step.wait_for_server)
-        return self._connection.answered(step.call.read(reply))
-
-    def _call(self, method: Callable[..., Answer], request: Any, timeout: Timeout | None, **options: Any) -> Answer:
-        """Makes a call of any kind with what every call carries."""
-        deadline = self._connection.deadline(timeout)
-        self._connection.require_small(request)
-        try:
-            return method(request, timeout=deadline.time(), metadata=self._connection.metadata, **options)
-        except grpc.RpcError as error:
-            raise self._error_of(error, deadline) from None
-        except ValueError:  # what gRPC raises for a closed channel, and for other things
-            if not self._closed:
-                raise
-            raise Cancelled(CLOSED, code="CANCELLED") from None
-
-    def _error_of(self, error: grpc.RpcError, deadline: Deadline) -> LapwingError:
-        found = self._connection.error_of(error)
-        if self._closed and isinstance(found, Cancelled):
-            return Cancelled(CLOSED, code="CANCELLED")
-        return self._connection.explained(found, deadline) if self._connection.puzzling(found) else found

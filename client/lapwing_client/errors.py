@@ -88,7 +88,7 @@ class NotFound(LapwingError):
 class PermissionDenied(LapwingError):
     """The token is missing, unknown or not allowed to do this."""
 
-    who_acts = "the caller: bring a token with the right scope"
+    who_acts = "the caller: give token= (lapwing score: --token-file or LAPWING_TOKEN) with the right scope"
 
 
 class PreconditionFailed(LapwingError):
@@ -123,7 +123,7 @@ class TLSError(LapwingError):
     `SERVER_SPEAKS_NO_TLS`, `NO_HTTP2`, `TLS_FAILED`.
     """
 
-    who_acts = "the caller: give the tls= that the message names; the operator, if the certificate is no longer good"
+    who_acts = "the caller: change tls= as the message says; the operator, if the certificate is no longer good"
 
 
 class DeadlineExceeded(LapwingError):

@@ -18,8 +18,7 @@ from lapwing_client.errors import LapwingError
 from lapwing_client.retries import Beginning
 
 if TYPE_CHECKING:
-    from lapwing_client.async_client import AsyncClient
-    from lapwing_client.client import Client
+    from lapwing_client.caller import AsyncCaller, Caller
 
 GenerationEvent = results.GeneratedToken | results.Generation
 
@@ -27,7 +26,7 @@ GenerationEvent = results.GeneratedToken | results.Generation
 class GenerationStream(Iterator[GenerationEvent]):
     """A response while it is written. A stream that is dropped is closed, because gRPC cancels a call that is."""
 
-    def __init__(self, client: Client, call: Call[GenerationEvent], deadline: Deadline) -> None:
+    def __init__(self, client: Caller, call: Call[GenerationEvent], deadline: Deadline) -> None:
         self._client = client
         self._what = call
         self._deadline = deadline
@@ -72,7 +71,7 @@ class GenerationStream(Iterator[GenerationEvent]):
 class AsyncGenerationStream(AsyncIterator[GenerationEvent]):
     """A response while it is written. A stream that is dropped is closed."""
 
-    def __init__(self, client: AsyncClient, call: Call[GenerationEvent], deadline: Deadline) -> None:
+    def __init__(self, client: AsyncCaller, call: Call[GenerationEvent], deadline: Deadline) -> None:
         self._client = client
         self._what = call
         self._deadline = deadline

@@ -67,7 +67,8 @@ def token_of(path: Path | None) -> str | None:
     try:
         token = path.read_text().strip()
     except (OSError, UnicodeDecodeError) as error:
-        raise typer.BadParameter(f"--token-file {path} can't be read: {error}") from error
+        why = getattr(error, "strerror", None) or "it is no text"  # whose own words would quote the token
+        raise typer.BadParameter(f"--token-file {path} can't be read: {why}") from error
     if not token:
         raise typer.BadParameter(f"--token-file {path} is empty")
     return token

@@ -22,6 +22,9 @@ UNCLEAN = re.compile(r" [ n'vr]*\Z")
 """Where the places in which transformers leaves out a space may begin: in front of . ? ! , n't 'm 's 've 're and a
 single quotation mark."""
 
+AMID = re.compile(r"[^ n'vr]")
+"""None of them is this far along at such a character, wherever it began."""
+
 
 class TextStream:
     """Text of a growing list of tokens, piece by piece: together the pieces are what the tokenizer makes of them all.
@@ -35,6 +38,7 @@ class TextStream:
         self.tokenizer = tokenizer
         self.ids: list[int] = []
         self._pieces: list[str] = []
+        self._cleans = bool(getattr(tokenizer, "clean_up_tokenization_spaces", False))
         self._start = 0
         """First token of the stretch that is decoded."""
 
@@ -77,7 +81,9 @@ class TextStream:
         start = len(self.ids) - SHORTEST
         shorter = self._certain(self.ids[start:])
         given = self._given - len(certain) + len(shorter)
-        if given < CONTEXT or certain[self._given - 1 :] != shorter[given - 1 :]:
+        first = self._decode(self.ids[start : start + 1])  # which may look otherwise than behind others
+        decided = not self._cleans or AMID.search(shorter, len(first)) is not None
+        if not decided or given < CONTEXT or certain[self._given - 1 :] != shorter[given - 1 :]:
             self._longest *= 2
         else:
             self._start, self._given, self._longest = start, given, LONGEST
@@ -85,7 +91,7 @@ class TextStream:
     def _certain(self, ids: list[int]) -> str:
         """The text of tokens without what may change."""
         text = self._decode(ids)
-        if getattr(self.tokenizer, "clean_up_tokenization_spaces", False):
+        if self._cleans:
             plain = self._decode(ids, clean_up_tokenization_spaces=False)
             certain = UNCLEAN.sub("", plain)
             text = certain if plain == text else self.tokenizer.clean_up_tokenization(certain)

@@ -162,9 +162,9 @@ def figure_bytes(figure: Figure, format: str) -> bytes:
     try:
         with rc_context({"svg.hashsalt": "lapwing"}):
             if format == "svg":
-                FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None})
+                FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None})  # type: ignore[no-untyped-call]
             else:
-                FigureCanvasAgg(figure).print_png(buffer, metadata={"Software": None})
+                FigureCanvasAgg(figure).print_png(buffer, metadata={"Software": None})  # type: ignore[no-untyped-call]
     finally:
         figure.set_canvas(before)
     return buffer.getvalue()

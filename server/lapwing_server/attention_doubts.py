@@ -53,11 +53,11 @@ def summary_doubts(sums: Sums, first_token: int, rules: Rules) -> Iterator[Doubt
     yield not_finite(sums.diagonal, "summary.diagonal")
     yield not_finite(sums.received, field)
     yield outside(sums.diagonal, one, "summary.diagonal")
+    yield unlike_one(sums.received.sum(axis=-1), rows, rows * one, rules.sinks, field)
     if first_token == 0:
         yield unlike_one(sums.diagonal[:, 0], 1, one, rules.sinks, "summary.diagonal")
     message = "what a token receives holds its attention to itself, and can't be less"
     yield Doubt(others < -(rules.relative() * own + seen * columns * BY_ROW), field, "NOT_ATTENTION", message)
-    yield unlike_one(sums.received.sum(axis=-1), rows, rows * one, rules.sinks, field)
     message = "the last row alone sees its token, which receives what that row has for itself"
     apart = differ(sums.received[:, -1], sums.diagonal[:, -1], one, rules.least())
     yield Doubt(apart, field, "NOT_ATTENTION", message)

@@ -68,7 +68,7 @@ class Rules:
 
 def is_half(dtype: Any) -> bool:
     """Whether numbers come as float16."""
-    return np.dtype(dtype).itemsize == 2
+    return bool(np.dtype(dtype).itemsize == 2)
 
 
 @dataclass(frozen=True)

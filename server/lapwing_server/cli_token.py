@@ -22,7 +22,11 @@ LONGEST: Final = 36_500
 def token(
     name: Annotated[str, typer.Argument(help="Who will use it; stands in the server's log.")],
     scope: Annotated[
-        list[str], typer.Option(help="read, score or admin, as often as needed; admin may do everything.")
+        list[str],
+        typer.Option(
+            help="score: score and generate; read: see the server's state, probes and heatmaps; admin: activate and "
+            "reload probes, and all of the others. Give it as often as needed."
+        ),
     ],
     into: Annotated[
         Path | None, typer.Option(metavar="PATH", help="File to add the token to, made when it is not there.")

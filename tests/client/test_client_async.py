@@ -31,7 +31,8 @@ from lapwing_client import (
 
 
 def public(kind: type) -> dict[str, Any]:
-    return {name: member for name, member in vars(kind).items() if not name.startswith("_") and callable(member)}
+    members = {name: member for base in reversed(kind.__mro__) for name, member in vars(base).items()}
+    return {name: member for name, member in members.items() if not name.startswith("_") and callable(member)}
 
 
 TWINS = [(Client, AsyncClient), (GenerationStream, AsyncGenerationStream)]
@@ -45,6 +46,7 @@ def first_line(member: Any) -> str:
 def test_twins_have_the_same_methods(twins: tuple[type, type]) -> None:
     assert set(public(twins[0])) == set(public(twins[1]))
     assert list(public(twins[0])) == list(public(twins[1])), "in the same order"
+    assert "close" in public(twins[0]), "also what is inherited"
 
 
 @pytest.mark.parametrize("name", ["__init__", *public(Client)])

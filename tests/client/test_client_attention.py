@@ -183,10 +183,28 @@ def test_what_can_not_be_sent_is_named_and_the_stream_goes_on(client: Client, ch
 def test_a_tensor_is_told_how_to_become_an_array(client: Client) -> None:
     torch = pytest.importorskip("torch")
     with client.attention_stream(**KNOWN) as stream:
-        with pytest.raises(InvalidRequest, match=r"is a Tensor.*x\.float\(\)\.cpu\(\)\.numpy\(\)"):
+        with pytest.raises(InvalidRequest, match=r"of torch.float32.*x\.detach\(\)\.float\(\)\.cpu\(\)\.numpy\(\)"):
             stream.send(rows_chunk(weights=torch.tensor(MAPS)))
         with pytest.raises(InvalidRequest, match=r"format 'd'; give float32 or float16"):
             stream.send(rows_chunk(weights=MAPS.astype(np.float64)))
+
+
+def test_numbers_that_no_buffer_knows_are_named(client: Client) -> None:
+    """Numpy says ValueError then, as for those of bfloat16 that other packages add to it."""
+    weights = np.zeros(MAPS.shape, "datetime64[s]")
+    with client.attention_stream(**KNOWN) as stream:
+        with pytest.raises(InvalidRequest, match=r"of datetime64\[s\], which gives no buffer; .*float32") as caught:
+            stream.send(rows_chunk(weights=weights))
+        assert caught.value.field == "rows.weights"
+
+
+def test_several_slices_at_once_are_sent_one_by_one(client: Client) -> None:
+    with client.attention_stream(**KNOWN) as stream:
+        for several in (some_chunks(), [summary_chunk()]):
+            with pytest.raises(InvalidRequest, match=r"chunk\.first_layer: is missing .* give them one by one"):
+                stream.send(several)
+    with pytest.raises(InvalidRequest, match=r"chunks: is a SimpleNamespace.*give captured\.chunks\(\)"):
+        client.score_attention(SimpleNamespace(), **KNOWN)  # type: ignore[arg-type]
 
 
 WRONG_HEADERS: list[tuple[dict[str, Any], str]] = [
@@ -196,6 +214,8 @@ WRONG_HEADERS: list[tuple[dict[str, Any], str]] = [
     ({"model": an_identity().to_dict() | {"tokenizer": 3}}, "model.tokenizer"),
     ({"model": an_identity().to_dict() | {"sample": ["x"]}}, "model.sample"),
     ({"layers": [1, None]}, "layers[1]"),
+    ({"layers": None}, "layers"),
+    ({"layers": 2}, "layers"),
     ({"heads": None}, "heads"),
     ({"prompt_tokens": "2"}, "prompt_tokens"),
     ({"probe": 3}, "probe"),
@@ -325,8 +345,9 @@ def test_a_stream_that_is_left_is_never_taken_for_one_that_is_whole(server: Runn
         with client.attention_stream(**KNOWN) as stream:
             stream.send(rows_chunk())
             stream.score_now()
-        with pytest.raises(ZeroDivisionError), client.attention_stream(**KNOWN) as stream:
-            stream.send(rows_chunk())
+        stream = client.attention_stream(**KNOWN)
+        stream.send(rows_chunk())
+        with pytest.raises(ZeroDivisionError), stream:
             raise ZeroDivisionError
     server.settle()
     assert scored() == before
@@ -341,8 +362,38 @@ def test_a_stream_has_one_deadline(client: Client) -> None:
     with client.attention_stream(**KNOWN, timeout=0.2) as stream:
         stream.send(summary_chunk(MAPS, 0, 6))
         threading.Event().wait(0.3)
-        with pytest.raises(DeadlineExceeded):
+        with pytest.raises(DeadlineExceeded, match="must also hold the time in which the model writes; give timeout="):
             stream.score_now()
+
+
+def send_until_the_deadline(client: Client) -> None:
+    with client.attention_stream(**KNOWN, timeout=0.5) as stream:
+        send_again_and_again(stream, rows_chunk(some_maps(200)))
+
+
+def finish_until_the_deadline(client: Client) -> None:
+    with client.attention_stream(**KNOWN, timeout=0.5) as stream:
+        stream.send(summary_chunk())
+        stream.finish()
+
+
+async def await_the_deadline(client: AsyncClient) -> None:
+    async with client.attention_stream(**KNOWN, timeout=0.5) as stream:
+        await send_again_and_again_async(stream, rows_chunk(some_maps(200)))
+
+
+def test_a_server_that_says_nothing_is_waited_for_no_longer_than_the_deadline(server: Running, client: Client) -> None:
+    """It took the call, and reads nothing: neither who sends nor who waits for the score hangs."""
+    gate = Gate()
+    server.begin(server.server._reader.run(gate))
+    assert gate.reached.wait(WAIT)
+    for wait in (send_until_the_deadline, finish_until_the_deadline):
+        with pytest.raises(DeadlineExceeded, match="give timeout="):
+            wait(client)
+    with pytest.raises(DeadlineExceeded, match="give timeout="):
+        awaited(await_the_deadline, server.target)
+    gate.open()
+    assert places_taken(server) == 0
 
 
 def test_a_server_that_dies_is_noticed() -> None:
@@ -479,6 +530,19 @@ def test_awaiting_the_same_errors(server: Running) -> None:
             client.attention_stream(**KNOWN | {"heads": None})
 
     awaited(left, server.target)
+    assert places_taken(server) == 0
+
+    async def failed(client: AsyncClient) -> AsyncAttentionStream:
+        stream = client.attention_stream(**KNOWN)
+        await stream.send(summary_chunk(MAPS, 0, 6))
+        with pytest.raises(ZeroDivisionError):
+            async with stream:
+                raise ZeroDivisionError
+        with pytest.raises(Cancelled):
+            await stream.send(summary_chunk(MAPS, 6))
+        return stream
+
+    awaited(failed, server.target)
     assert places_taken(server) == 0
 
 

@@ -18,7 +18,7 @@ from test_client_retries import Refusing
 from test_client_tls import served_by
 from wire_server import WireServer
 
-from lapwing_client import cli, progress
+from lapwing_client import PermissionDenied, cli, progress
 from lapwing_client.score_lines import read_line
 from lapwing_server.limits import Limits
 
@@ -250,7 +250,7 @@ def test_when_nothing_more_can_be_scored_it_ends(
         assert len(server.calls) < 20, "it is not asked a thousand times"
     shown = capsys.readouterr()
     assert len(shown.out.splitlines()) == answered
-    assert shown.err == f"{words}no (the caller: bring a token with the right scope)\n"
+    assert shown.err == f"{words}no ({PermissionDenied.who_acts})\n"
 
 
 # Who we are, and whom we trust.

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import subprocess
 import sys
 from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from matplotlib import rc_context
+from matplotlib.figure import Figure
 
 from lapwing_detector.head_map import HeadMap, escaped, figure_bytes, plot_pair
 from lapwing_detector.pictures import draw, heading
@@ -59,6 +62,31 @@ def test_every_statistic_draws_as_png_and_svg_and_the_same_twice(statistic):
         once, twice = (figure_bytes(draw(probe, statistic), format) for _ in range(2))
         assert once == twice
         assert once.startswith(b"\x89PNG") if format == "png" else ElementTree.fromstring(once).tag.endswith("svg")
+
+
+@pytest.mark.parametrize("format", ["png", "svg"])
+def test_a_picture_is_drawn_once_and_is_what_matplotlib_saves(format, monkeypatch):
+    drawn, draw_it = [], Figure.draw
+    monkeypatch.setattr(Figure, "draw", lambda figure, renderer: drawn.append(figure) or draw_it(figure, renderer))
+    figure, another = (head_map().plot().get_figure(root=True) for _ in range(2))
+    canvas = figure.canvas
+    ours = figure_bytes(figure, format)
+    assert (drawn, figure.canvas) == ([figure], canvas)
+    saved = io.BytesIO()
+    with rc_context({"svg.hashsalt": "lapwing"}):
+        another.savefig(saved, format=format, metadata={"Date" if format == "svg" else "Software": None})
+    assert ours == saved.getvalue()
+    assert drawn[1:] == [another, another]
+
+
+def test_cells_are_parted_by_one_artist_however_many_they_are():
+    for shape in ((2, 3), (24, 40)):
+        ax = head_map(np.zeros(shape, np.float32), layers=tuple(range(shape[0]))).plot()
+        [lines] = ax.collections
+        assert len(lines.get_segments()) == sum(shape) - 2
+        assert len(ax.get_xticks()) <= 16
+        assert not len(ax.get_xticks(minor=True))
+        assert (ax.get_xlim(), ax.get_ylim()) == ((-0.5, shape[1] - 0.5), (shape[0] - 0.5, -0.5))
 
 
 def test_other_formats_are_refused():

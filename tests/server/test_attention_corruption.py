@@ -18,7 +18,7 @@ from service_fakes import WAIT, Running, told
 
 from lapwing.v1 import detector_pb2, detector_pb2_grpc
 
-EXAMPLES = 3000 if os.environ.get("LAPWING_SOAK") == "1" else 150
+EXAMPLES = 1000 if os.environ.get("LAPWING_SOAK") == "1" else 150
 TOKENS, PROMPT = 13, 2
 MAPS = some_maps(TOKENS)
 
@@ -121,8 +121,8 @@ WRONG: dict[str, Callable[[Parts, Draw], None]] = {
     one.__name__: one for one in (swapped, dropped, twice, a_length, an_array, a_type, a_place)
 } | {
     "not a number": a_number(float("nan"), float("inf"), -float("inf")),
-    "negative": a_number(-1e-3, -1.0, -1e30),
-    "more than a token can have": a_number(TOKENS + 1.0, 1e30),
+    "negative": a_number(-1e-3, -1.0, -6e4),
+    "more than a token can have": a_number(TOKENS + 1.0, 6e4),
 }
 
 

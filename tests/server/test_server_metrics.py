@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
 import grpc
 import pytest
+from attention_fakes import a_header, a_summary, requests, some_maps
 from engine_fakes import detect
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from metrics_pages import BATCH, GENERATE, INFO, SCORE, page, page_of, registry_page, score
@@ -18,7 +19,7 @@ from service_fakes import WAIT, FakeEngine, Gate, Running, a_probe, a_shelf, wai
 from lapwing.v1 import detection_pb2, detector_pb2, detector_pb2_grpc
 from lapwing_detector.detection import Detection
 from lapwing_detector.tokens import TokenIds
-from lapwing_server.metrics import CODES, METHODS, OTHER, Metrics
+from lapwing_server.metrics import CODES, METHODS, OTHER, STAGES, Metrics
 from lapwing_server.shelf import Rejected, Shelf, Shelved
 
 
@@ -103,6 +104,31 @@ def test_a_shadow_scores_unseen(server: Running, channel: grpc.Channel) -> None:
     assert seen("score_probability_sum", role="shadow") < seen("score_probability_sum", role="active")
     assert seen("detections_total", role="named", probe="quiet-probe") == 1
     assert seen("probe_info", role="shadow", name="quiet-probe") == 1
+
+
+def test_every_stage_is_timed(server: Running, channel: grpc.Channel) -> None:
+    stub, maps = detector_pb2_grpc.DetectorStub(channel), some_maps(8)
+    calls: dict[str, Callable[[], Any]] = {
+        "score": lambda: stub.Score(score("hello", "world")),
+        "write": lambda: list(stub.Generate(detector_pb2.GenerateRequest(prompt={"text": "hello"}, max_new_tokens=2))),
+        "attention": lambda: list(stub.ScoreAttention(requests(a_header(), a_summary(maps)))),
+    }
+    timed = {
+        "score": {"queue", "tokenise", "forward", "probe"},
+        "write": {"queue", "tokenise", "first_token", "forward", "probe"},  # of the shadow, once all is written
+        "attention": {"read", "probe"},
+    }
+    assert set().union(*timed.values()) == set(STAGES)
+    before = dict.fromkeys(STAGES, 0.0)
+    assert {stage: page(server)("stage_seconds_count", stage=stage) for stage in STAGES} == before
+    for name, call in calls.items():
+        call()
+        server.settle()
+        seen = page(server)
+        after = {stage: seen("stage_seconds_count", stage=stage) for stage in STAGES}
+        assert {stage for stage in STAGES if after[stage] > before[stage]} == timed[name], name
+        before = after
+    assert seen("stage_seconds_count") == sum(after.values()), "and there is no other"
 
 
 def test_a_call_counts_as_in_flight_until_it_ends() -> None:

@@ -14,9 +14,11 @@ import pytest
 from attention_fakes import a_header, a_shadow, a_summary, requests, some_maps
 from engine_fakes import PoisonError
 from metrics_pages import BATCH, SCORE, page, registry_page, score
-from service_fakes import WAIT, FakeEngine, Gate, Running, a_probe, a_shelf, wait_until
+from service_fakes import WAIT, FakeEngine, Gate, Running, a_probe, a_shelf, refused, wait_until
 
 from lapwing.v1 import detector_pb2, detector_pb2_grpc
+from lapwing_detector.errors import CaptureError
+from lapwing_server.forwards import Forwards
 from lapwing_server.guard import Guard
 from lapwing_server.metrics import ITEM_ERRORS, Metrics
 from lapwing_server.parsing import Parser
@@ -84,9 +86,60 @@ def test_a_shadow_that_fails_after_a_generation_is_counted_and_logged(caplog: py
         seen = page(server)
     assert seen("shadow_skips_total", reason="failed") == 2
     assert seen("detections_total", role="shadow") == 0
-    [line] = [record for record in caplog.records if record.getMessage().endswith("in a shadow")]
-    assert vars(line)["error"] == "PoisonError"
-    assert SECRET not in str(vars(line))
+    lines = [record for record in caplog.records if record.getMessage().endswith("in a shadow")]
+    assert [vars(line)["error"] for line in lines] == ["PoisonError"] * 2, "with the other one, and alone"
+    assert SECRET not in str([vars(line) for line in lines])
+
+
+class ShadowsFail(FakeEngine):
+    """Reads nothing that a shadow needs, too; or reads it, and the shadow alone has no score."""
+
+    def __init__(self, alone: bool) -> None:
+        super().__init__()
+        self.alone = alone
+
+    def score_ids(self, jobs: Any) -> Any:
+        if not self.alone and any(job.shadows for job in jobs):
+            raise PoisonError(SECRET)
+        scored = super().score_ids(jobs)
+        return [replace(one, shadows=tuple(CaptureError(SECRET) for _ in one.shadows)) for one in scored]
+
+
+def active_says(stub: Any) -> list[float]:
+    """The logits of a call and of the items of a batch."""
+    alone = stub.Score(score("hello", "world"), timeout=WAIT).detection
+    batch = detector_pb2.ScoreBatchRequest(items=[item(), item("zz", "zzzzzz"), item()])
+    together = [one.detection for one in stub.ScoreBatch(batch, timeout=WAIT).results]
+    assert all(one.HasField("logit") for one in (alone, *together))
+    return [one.logit for one in (alone, *together)]
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_a_shadow_that_fails_beside_the_active_probe_costs_it_nothing(
+    alone: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    with Running() as server, grpc.insecure_channel(server.target) as channel:
+        expected = active_says(detector_pb2_grpc.DetectorStub(channel))
+    with Running(ShadowsFail(alone), shelf=shadowed(2), metrics_port=0) as server:
+        with grpc.insecure_channel(server.target) as channel:
+            assert active_says(detector_pb2_grpc.DetectorStub(channel)) == expected
+        server.settle()
+        seen = page(server)
+    assert seen("shadow_skips_total", reason="failed") == 4 * 2
+    assert seen("detections_total", role="shadow") == 0
+    assert seen("detections_total", role="active") == 4
+    assert SECRET not in str([vars(record) for record in caplog.records if record.levelno >= logging.INFO])
+
+
+def test_control_without_a_forward_of_its_own_the_active_probe_fails_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    def blame(forwards: Any, batch: Any, error: Any) -> None:
+        for entry in batch:
+            forwards._settle(entry, error)
+
+    monkeypatch.setattr(Forwards, "_blame", blame)
+    with Running(ShadowsFail(alone=False), shelf=shadowed()) as server, grpc.insecure_channel(server.target) as channel:
+        told = refused(detector_pb2_grpc.DetectorStub(channel).Score, score("hello", "world"))
+    assert told.reason == "INTERNAL"
 
 
 @pytest.mark.parametrize("sent", [True, False])

@@ -170,8 +170,12 @@ def test_other_recipes_pass_them_over_but_are_held_against_them(store: Path, tmp
     assert not probe.reads_log_probabilities
     assert "token_statistics" in probe.metrics["comparison"]
     assert "combination" in probe.metrics["paired"]
+    difference = (
+        probe.metrics["test"]["auroc"]["value"] - probe.metrics["comparison"]["token_statistics"]["auroc"]["value"]
+    )
+    assert probe.metrics["against_statistics"]["difference"]["value"] == pytest.approx(difference)
     report = (tmp_path / "plain" / "report.md").read_text(encoding="utf-8")
-    assert "log-probability statistics alone" in report
+    assert "Its AUROC less that of log-probability statistics alone is" in report
     assert "more than attention" not in report
 
 

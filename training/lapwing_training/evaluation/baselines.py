@@ -14,7 +14,6 @@ from lapwing_training.evaluation.nested import joined, logits_over
 from lapwing_training.options import ATTENTION_SCORE, LAPLACIAN, SINK
 from lapwing_training.progress import Advance, silent
 from lapwing_training.recipes.fit import LapwingRecipe, LinearProbe, PaperRecipe, Recipe, SinkRecipe
-from lapwing_training.recipes.linear_probe import standardiser
 from lapwing_training.statistics.metrics import auroc_of
 from lapwing_training.statistics.significance import Floats
 from lapwing_training.statistics.splits import Fold, Rows
@@ -145,22 +144,6 @@ def all_head_scores(
         recipe = LapwingRecipe(probe.features, probe.k, heads=np.arange(probe.selected.size), statistics=statistics)
         parts.append(recipe.fit(table.take(known), seed).logit(table.take(tested)))
         advance()
-    return joined(folds, parts)
-
-
-def statistics_scores(table: Table, folds: Sequence[Fold]) -> Floats | None:
-    """(tested rows,): statistics of the log-probabilities alone, in a small logistic regression of each fold.
-
-    None where the store does not hold them.
-    """
-    if table.token_statistics is None:
-        return None
-    parts = []
-    for known, tested in folds:
-        columns = table.token_statistics
-        mean, scale = standardiser(columns[known])
-        model = LogisticRegression(class_weight="balanced").fit((columns[known] - mean) / scale, table.labels[known])
-        parts.append(model.decision_function((columns[tested] - mean) / scale))
     return joined(folds, parts)
 
 

@@ -17,6 +17,7 @@ from lapwing_training.evaluation.plan import Plan
 from lapwing_training.evaluation.sample import Sample
 from lapwing_training.evaluation.scores import Scores, judge_scores, judging_steps, realised
 from lapwing_training.evaluation.stages import judge_stages
+from lapwing_training.evaluation.statistics_alone import StatisticsAlone, beside_statistics, held_out_scores
 from lapwing_training.options import LAPLACIAN
 from lapwing_training.progress import Advance, silent
 from lapwing_training.recipes.fit import LapwingRecipe, Recipe
@@ -47,7 +48,7 @@ def evaluate_fit(fitted: Fitted, trial: Trial, resamples: int, seed: int, advanc
     result["baseline_directions"] = about_baselines["directions"]
     if "combination" in about_baselines:
         result["paired"]["combination"] = about_baselines["combination"]
-    result |= _beside_statistics(fitted, trial, sample, result["comparison"])
+    _beside_statistics(fitted, trial, sample, result)
     result["thresholds"] = realised(sample, fitted.points, trial.limits(trial.points), trial.logits)
     result["guarantee"] = guarantee(fitted, trial, sample, seed)
     result["comparison"] |= _probes(fitted, trial, sample, seed, result, advance)
@@ -98,15 +99,14 @@ def _scores(fitted: Fitted, trial: Trial) -> tuple[Scores, dict[str, Any]]:
     return Scores(trial.logits, trial.probabilities, oriented, both), about
 
 
-def _beside_statistics(fitted: Fitted, trial: Trial, sample: Sample, comparison: dict[str, Any]) -> dict[str, Any]:
-    """Adds statistics of the log-probabilities alone; for a probe that reads them, too, what attention adds to them."""
-    alone = baselines.statistics_scores(trial.table, trial.folds)
-    if alone is None:
-        return {}
-    comparison["token_statistics"] = {"kind": "combination", **sample.judge(alone)}
-    if not fitted.probe.statistic_weights:
-        return {}
-    return {"paired": {"of": "token_statistics", **sample.difference(trial.logits, alone)}}
+def _beside_statistics(fitted: Fitted, trial: Trial, sample: Sample, result: dict[str, Any]) -> None:
+    """Adds statistics of the log-probabilities alone; and a fit of all fitted rows, for other stores."""
+    alone, rows = held_out_scores(trial.table, trial.folds), trial.plan.fitted
+    if alone is None or trial.table.token_statistics is None:
+        return
+    beside_statistics(sample, trial.logits, alone, bool(fitted.probe.statistic_weights), result)
+    whole = StatisticsAlone.fit(trial.table.token_statistics[rows], trial.table.labels[rows])
+    result["statistics_alone"] = whole.to_dict()
 
 
 def combined(trial: Trial, log_probabilities: Floats) -> Floats:

@@ -19,6 +19,7 @@ from lapwing_training.evaluation.predictions import seen_groups as groups_seen_b
 from lapwing_training.evaluation.sample import Sample
 from lapwing_training.evaluation.scores import Scores, judge_scores, judging_steps, realised
 from lapwing_training.evaluation.stages import stages_elsewhere
+from lapwing_training.evaluation.statistics_alone import StatisticsAlone, beside_statistics
 from lapwing_training.options import require_resamples, require_seed
 from lapwing_training.recipes.fit import LinearProbe
 from lapwing_training.statistics.metrics import RESAMPLES
@@ -58,6 +59,7 @@ def evaluate_probe(
     with tqdm(total=judging_steps(judged) + 1, desc="evaluate", unit="step") as progress:
         scores, sample = _scores(probe, judged), Sample.of(judged, resamples, seed)
         result = judge_scores(sample, judged, scores, progress.update)
+        _beside_statistics(probe, judged, sample, scores.logits, result)
         points = [OperatingPoint(one.false_positive_rate, one.logit, one.negatives) for one in probe.thresholds]
         limits = [np.full(len(judged), one.logit) for one in probe.thresholds]
         # What was guaranteed is about one random row of a group, so each group counts once in what came of it.
@@ -109,6 +111,15 @@ def _scores(probe: Probe, table: Table) -> Scores:
         both = Combination.from_dict(combination).score(raw["log_probability"], logits)
     oriented = {name: signs[name] * values for name, values in raw.items()}
     return Scores(logits, probe.calibration.probabilities(logits), oriented, both)
+
+
+def _beside_statistics(probe: Probe, table: Table, sample: Sample, logits: Floats, result: dict[str, Any]) -> None:
+    """Statistics of the log-probabilities, where both stores hold them, as the probe's training rows weighed them."""
+    kept = probe.metrics.get("statistics_alone")
+    if kept is None or table.token_statistics is None:
+        return
+    alone = StatisticsAlone.from_dict(kept).score(table.token_statistics)
+    beside_statistics(sample, logits, alone, probe.reads_log_probabilities, result)
 
 
 def probe_logits(probe: Probe, table: Table) -> Floats:

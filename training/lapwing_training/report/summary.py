@@ -168,6 +168,12 @@ def paired(metrics: Mapping[str, Any]) -> Iterator[str]:
         if "difference_within" in both:
             text += f", and its mean within the strata by {interval(both['difference_within'])}"
         yield f"{text} (paired)."
+    alone = metrics.get("against_statistics")
+    if alone:
+        text = f"Its AUROC less that of log-probability statistics alone is {interval(alone['difference'])}"
+        if "difference_within" in alone:
+            text += f", within the strata {interval(alone['difference_within'])}"
+        yield f"{text} (paired)."
     paper = metrics.get("against_paper")
     if paper:
         text = (
