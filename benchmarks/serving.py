@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import median
 
 import grpc
 import machine
@@ -47,6 +48,9 @@ from lapwing_client import Client
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
+ROUNDS = 5
+"""Of each of two servers that are compared."""
+
 ITEM_MS = 10.0
 """Of the sleeping engine: a capacity of 100 a second."""
 
@@ -108,27 +112,29 @@ def score(seconds: float) -> Iterator[Row]:
     batches, _ = _repeat(lambda _: detector.score_batch(items * 4), seconds)
     yield Row("library, in batches of 32, /s", 32 * batches)
     found: dict[int, Load] = {}
-    with server(*ATLAS) as target:
-        for clients in (1, 8, 32):
+    with server(*ATLAS) as target, server(*ATLAS, LIMITS__BATCH_FORWARD_ITEMS="1") as rival:
+        for clients in (1, 8):
             found[clients] = asyncio.run(_closed(target, clients, seconds))
             yield _score_row(f"service, {clients} clients, /s", found[clients])
+        (found[32], without), gain = asyncio.run(_in_turns((target, rival), 32, seconds))
+    yield _score_row("service, 32 clients, /s", found[32])
     yield Row("score: 32 clients / library one after another", found[32].goodput / alone)
-    with server(*ATLAS, LIMITS__BATCH_FORWARD_ITEMS="1") as target:
-        without = asyncio.run(_closed(target, 32, seconds))
-        yield _score_row("service without micro-batches, 32 clients, /s", without)
-    yield Row("score: 32 clients with micro-batches / without", found[32].goodput / without.goodput)
+    yield _score_row("service without micro-batches, 32 clients, /s", without)
+    yield Row("score: 32 clients with micro-batches / without", *gain)
     yield Row("service adds to p50, ms", found[1].percentile_ms(50) - percentile(spent, 50) * 1000)
 
 
 def tiny(seconds: float) -> Iterator[Row]:
     """Micro-batches of a model so small that a forward costs more than what is in it."""
-    rates = []
-    for items in (64, 1):
-        with server(str(HERE / "serving_fake.py"), "--tiny", "--batch-items", str(items)) as target:
-            load = asyncio.run(_closed(target, 32, seconds))
-            rates.append(load.goodput)
-            yield _score_row(f"tiny model: 32 clients, at most {items} in a forward, /s", load)
-    yield Row("tiny model: 32 clients with micro-batches / without", rates[0] / rates[1])
+    fake = str(HERE / "serving_fake.py")
+    with (
+        server(fake, "--tiny", "--batch-items", "64") as target,
+        server(fake, "--tiny", "--batch-items", "1") as rival,
+    ):
+        loads, gain = asyncio.run(_in_turns((target, rival), 32, seconds))
+    for items, load in zip((64, 1), loads, strict=True):
+        yield _score_row(f"tiny model: 32 clients, at most {items} in a forward, /s", load)
+    yield Row("tiny model: 32 clients with micro-batches / without", *gain)
 
 
 def generate(seconds: float) -> Iterator[Row]:
@@ -203,6 +209,32 @@ async def _closed(target: str, clients: int, seconds: float) -> Load:
     async with grpc.aio.insecure_channel(target, options=OPTIONS) as channel:
         await closed_loop(scoring(channel), clients, min(1.0, seconds / 2))  # warm
         return await closed_loop(scoring(channel), clients, seconds)
+
+
+async def _in_turns(targets: tuple[str, str], clients: int, seconds: float) -> tuple[list[Load], tuple[float, str]]:
+    """The same of two servers, a round of each in turn, so that whatever else the machine does befalls both.
+
+    Returns:
+        The load of each over all rounds, and how many times as much the first does, with how that varied: the median
+        over the rounds.
+    """
+    rounds: list[list[Load]] = []
+    async with (
+        grpc.aio.insecure_channel(targets[0], options=OPTIONS) as one,
+        grpc.aio.insecure_channel(targets[1], options=OPTIONS) as other,
+    ):
+        calls = (scoring(one), scoring(other))
+        for call in calls:
+            await closed_loop(call, clients, min(1.0, seconds / 2))  # warm
+        for _ in range(ROUNDS):
+            rounds.append([await closed_loop(call, clients, seconds / ROUNDS) for call in calls])
+    whole = [
+        Load(sum(load.seconds for load in loads), [outcome for load in loads for outcome in load.outcomes])
+        for loads in zip(*rounds, strict=True)
+    ]
+    gains = sorted(first.goodput / second.goodput for first, second in rounds)
+    about = f"median of {ROUNDS} rounds in turn, {gains[0]:.2f} to {gains[-1]:.2f}"
+    return whole, (median(gains), about)
 
 
 async def _streams(target: str, streams: int, seconds: float, counts: list[int], first: list[float]) -> Load:

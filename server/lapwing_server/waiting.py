@@ -138,6 +138,11 @@ class Line:
 
     calls: OrderedDict[Call, None] = field(default_factory=OrderedDict)
     items: int = 0
+    tokens: int = 0
+
+    def first(self, turns: int) -> int:
+        """Tokens of what is taken in so many turns."""
+        return self.tokens if self.items <= turns else sum(entry.size for entry in islice(self.in_turn(), turns))
 
     def in_turn(self) -> Iterator[Entry]:
         """All that waits, in the order in which it would be taken."""
@@ -217,10 +222,10 @@ class Waiting:
                 if name == client:
                     turns -= 1  # those behind it have had one turn less when its last one comes
                 else:
-                    tokens += sum(entry.size for entry in islice(line.in_turn(), turns))
+                    tokens += line.first(turns)
             return tokens
 
     def _count(self, line: Line, entries: Sequence[Entry] | deque[Entry], sign: int) -> None:
-        line.items += sign * len(entries)
-        self.items += sign * len(entries)
-        self.tokens += sign * sum(entry.size for entry in entries)
+        for total in (self, line):
+            total.items += sign * len(entries)
+            total.tokens += sign * sum(entry.size for entry in entries)

@@ -5,30 +5,8 @@ from __future__ import annotations
 import random
 
 import pytest
-from tokenizers import Tokenizer, decoders, models
-from transformers import PreTrainedTokenizerFast
 
-from lapwing_detector.answer_text import StopStrings, TextStream
-
-WORDS = ("\u2581hello", "\u2581world", "a", "\u2581", "b", "!")
-
-
-def sentence_pieces() -> PreTrainedTokenizerFast:
-    """Like Llama 2's: a space is part of the word behind it, and dropped at the beginning of a text."""
-    vocabulary = {word: place for place, word in enumerate(("<unk>", "<s>", "</s>", *WORDS))}
-    inner = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>"))
-    steps = [decoders.Replace("\u2581", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    inner.decoder = decoders.Sequence(steps)
-    return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
-
-
-def test_the_pieces_are_the_text_also_behind_special_tokens() -> None:
-    chance, tokenizer = random.Random(0), sentence_pieces()
-    for _ in range(500):
-        ids = chance.choices(range(3 + len(WORDS)), k=chance.randint(1, 11))
-        stream = TextStream(tokenizer)
-        pieces = [stream.push(token, place == len(ids) - 1) for place, token in enumerate(ids)]
-        assert "".join(pieces) == tokenizer.decode(ids, skip_special_tokens=True)
+from lapwing_detector.answer_text import StopStrings
 
 
 def cut(pieces: list[str], stops: list[str]) -> tuple[str, int | None]:

@@ -14,7 +14,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from lapwing_detector import answer_text
-from lapwing_detector.answer_text import LONGEST, TextStream
+from lapwing_detector.answer_text import LONGEST, SHORTEST, TextStream
 
 EXAMPLES = 2000 if os.environ.get("LAPWING_SOAK") else 100
 MOST = 3 * LONGEST
@@ -202,3 +202,19 @@ def test_each_token_costs_the_same_however_many_there_are(kind: str, words: tupl
     assert many < 4.2 * few
     # The control: to decode all that is there whenever a token comes.
     assert many < 1600 * 1600 / 8
+
+
+def test_control_a_stretch_that_begins_within_a_character(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer, skipped = KINDS["byte_level"], ["</s>"] * (SHORTEST - 2)
+    ids = ids_of("byte_level", *["¦"] * (LONGEST - SHORTEST - 1), "ð", *skipped, "Ł", "Ĳ", "¦", "a")
+    assert "".join(pieces_of(tokenizer, ids)) == whole(tokenizer, ids)
+    monkeypatch.setattr(answer_text, "CONTEXT", 1)
+    assert "".join(pieces_of(tokenizer, ids)) != whole(tokenizer, ids)
+
+
+def test_control_a_stretch_that_begins_within_a_run_of_marks(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["##'" if letter == "'" else letter for letter in "x'''rrrrr'rr'r'r''''''rrr'rrr''rrxx"]
+    tokenizer, ids = KINDS["word_piece"], ids_of("word_piece", *words)
+    assert "".join(pieces_of(tokenizer, ids)) == whole(tokenizer, ids)
+    monkeypatch.setattr(answer_text, "AMID", re.compile(""))
+    assert "".join(pieces_of(tokenizer, ids)) != whole(tokenizer, ids)

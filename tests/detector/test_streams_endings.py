@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from typing import Any
 
@@ -165,6 +166,21 @@ def test_a_probe_that_reads_log_probabilities_too(
     [scored] = detector.score_ids([ScoreJob(ids, plain, shadows=(both,))])
     assert scored.detection.logit == pytest.approx(without[-1].logit, abs=1e-4)
     assert scored.shadows[0].logit == pytest.approx(generation.detection.logit, abs=1e-3)
+
+
+@pytest.mark.parametrize("every", [1, 3, 7])
+def test_every_so_manieth_score_of_a_probe_that_reads_log_probabilities_is_that_of_its_prefix(
+    detector: Detector, monkeypatch: pytest.MonkeyPatch, every: int
+) -> None:
+    weights = {"mean_log_probability.v1": 0.7, "lowest_quarter_log_odds.v1": 0.3, "minimum_log_odds.v1": -0.2}
+    monkeypatch.setattr(detector, "_probe", replace(detector.probe, statistic_weights=weights))
+    tokens, generation = told(detector, score_every=every)
+    read = [detector.score(generation.prompt_ids, generation.token_ids[:count]).logit for count in range(1, 25)]
+    scored = [token for token in tokens if token.logit is not None]
+    assert [token.index for token in scored] == sorted({*range(every - 1, 24, every), 23})
+    assert [token.logit for token in scored] == pytest.approx([read[token.index] for token in scored], abs=1e-4)
+    # Control: a token more or less, of the answer or of what is said of it, is another score.
+    assert min(abs(one - other) for one, other in itertools.pairwise(read)) > 1e-3
 
 
 def test_too_short_has_no_contributions(detector: Detector) -> None:

@@ -46,7 +46,7 @@ threading.Event().wait()
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Running]:
-    with Running(keepalive=0.5, keepalive_timeout=0.5) as server:
+    with Running() as server:
         yield server
 
 

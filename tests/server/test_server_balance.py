@@ -20,6 +20,7 @@ from engine_fakes import FakeEngine
 from service_fakes import WAIT, Running, wait_until
 
 from lapwing.v1 import detector_pb2, detector_pb2_grpc
+from lapwing_server.limits import Limits
 
 POISON = 7
 TIMES = 5
@@ -62,7 +63,7 @@ threading.Event().wait()
 @pytest.fixture(scope="module")
 def server() -> Iterator[Running]:
     engine = FakeEngine(poison=POISON, before=lambda: time.sleep(FORWARD))
-    with Running(engine, keepalive=0.5, keepalive_timeout=0.5) as running:
+    with Running(engine, limits=Limits(streams_per_client=2 * TIMES)) as running:
         yield running
 
 

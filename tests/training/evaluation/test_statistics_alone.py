@@ -14,14 +14,14 @@ from sklearn.preprocessing import StandardScaler
 from train_fakes import FAST
 from training_fakes import make_table, statistics_of, write_store
 
+from lapwing_detector import probe_files
 from lapwing_detector.probe import Probe
+from lapwing_training.evaluation import baselines
 from lapwing_training.evaluation.statistics_alone import StatisticsAlone, held_out_scores
 from lapwing_training.evaluation.transfer import evaluate_probe
-from lapwing_training.probe.train import train_probe
+from lapwing_training.probe import train as train_module
 from lapwing_training.report import transfer_report
 from lapwing_training.store.table import Table
-
-pytestmark = pytest.mark.usefixtures("few_draws", "undrawn")
 
 
 def rows(count: int = 400, seed: int = 0) -> Table:
@@ -34,10 +34,16 @@ def elsewhere() -> Table:
     return replace(fresh, groups=np.char.add("n", fresh.groups))
 
 
-@pytest.fixture
-def trained(tmp_path: Path) -> Path:
-    train_probe(write_store(tmp_path / "store", rows()), tmp_path / "probe", FAST)
-    return tmp_path / "probe"
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("probes")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_module, "html_report", lambda probe: "")
+        patch.setattr(probe_files, "card_pictures", lambda probe: {})
+        for name in ("SHUFFLES", "RANDOM_DRAWS", "NESTED_DRAWS"):
+            patch.setattr(baselines, name, 2)
+        train_module.train_probe(write_store(place / "store", rows()), place / "probe", FAST)
+    return place / "probe"
 
 
 def test_it_is_a_regression_on_standardised_statistics_folded_into_weights() -> None:

@@ -54,6 +54,9 @@ SAMPLES = 4
 
 STAGES = ("model", "generations", "store", "probe")
 
+PARTS = (0.25, 0.5, 0.75)
+"""Parts of an answer at which the probe is judged and calibrated, too."""
+
 
 @dataclass(frozen=True)
 class AtlasRecipe:
@@ -184,7 +187,7 @@ def make_store(directory: Path, loaded: LanguageModel) -> None:
     """Features of every labelled generation."""
     if not (directory / "store" / "index.json").exists():
         generations = read_generations(directory / "generations.jsonl.gz")
-        options = ExtractOptions(tuple(FEATURES), batch_size=128, stratum="meta.relation")
+        options = ExtractOptions(tuple(FEATURES), batch_size=128, stratum="meta.relation", stages=PARTS)
         extract_features(generations, directory / "store", loaded, options)
 
 
