@@ -111,7 +111,9 @@ class HeadMap:
 
     def render(self, format: str = "png", title: str | None = None) -> bytes:
         """The drawn map as the bytes of a `png` or `svg` file; the same map gives the same bytes."""
-        return figure_bytes(self.plot(title=title).get_figure(root=True), format)
+        figure = self.plot(title=title).get_figure(root=True)
+        assert figure is not None
+        return figure_bytes(figure, format)
 
 
 def plot_pair(left: HeadMap, right: HeadMap, titles: tuple[str, str] | None = None) -> Figure:

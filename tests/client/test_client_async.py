@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import inspect
+import itertools
 import threading
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
@@ -217,8 +218,13 @@ async def leave_it(stream: AsyncGenerationStream) -> None:
 
 @pytest.mark.parametrize("leave", [close_it, leave_it, None])
 def test_leaving_a_generation_stops_the_model(leave: Any) -> None:
-    gate, passed = Gate(), threading.Event()
-    engine = FakeEngine(before=lambda: gate() if passed.is_set() else passed.set())
+    gate, forwards = Gate(), itertools.count()
+
+    def before() -> None:
+        if next(forwards) >= 2:  # the prompt and the first token have been computed
+            gate()
+
+    engine = FakeEngine(before=before)
 
     async def read(target: str) -> None:
         async with AsyncClient(target) as client:
