@@ -177,6 +177,7 @@ def probe_message(entry: Shelved, active: Probe, shadows: Sequence[Probe] = ()) 
             for feature in probe.mapped_features
             for statistic in statistics_of(probe, feature)
         ],
+        statistic_weights=probe.statistic_weights,
     )
 
 

@@ -352,7 +352,7 @@ def test_the_loop_goes_on_while_a_plan_waits() -> None:
         return ticks
 
     with WireServer(serving=False) as server:
-        assert asyncio.run(ask(server.target)) > 5
+        assert asyncio.run(ask(server.target)) > 2, "control: a plan that blocks the loop leaves one"
 
 
 def test_asynchronous_prompts_stream_in_order(server: Running) -> None:

@@ -65,6 +65,14 @@ def test_the_knots_of_an_isotonic_calibration_come_through() -> None:
     assert probe_of(message).knots == knots
 
 
+def test_a_probe_that_reads_more_than_attention_says_so(stub: Any) -> None:
+    weights = {"mean_log_probability.v1": -0.5, "minimum_log_odds.v1": 0.25}
+    probe = a_probe("probe-000", statistic_weights=weights)
+    assert probe_of(probe_message(Shelved(probe.name, probe, ""), probe)).statistic_weights == weights
+    shown = stub.GetProbe(probes_pb2.GetProbeRequest(name="probe-002")).probe
+    assert not shown.statistic_weights, "control: this one reads attention alone"
+
+
 def test_metrics_come_through_and_what_json_has_no_word_for_is_text(stub: Any) -> None:
     shown = stub.GetProbe(probes_pb2.GetProbeRequest()).probe
     assert json_format.MessageToDict(shown.metrics) == {"auroc": 0.75, "interval": [0.7, 0.8], "spread": "nan"}
