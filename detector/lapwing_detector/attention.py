@@ -1,15 +1,15 @@
-"""Attention in tiles: its output and, in the same pass, the two sums that are kept of each map.
+"""Attention in strips: its output and, in the same pass, the two sums that are kept of each map.
 
 Knows tensors only: no model, no cache, no generation.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -81,14 +81,12 @@ def attend(
             cached=query.device.type == "cpu",
         )
         for (sequences, shared), part in groupby(plan, key=lambda strip: (strip.batch, strip.shared)):
-            keys = layer.exact("keys", key[sequences, shared]).transpose(1, 2)
-            values = layer.exact("values", value[sequences, shared])
+            keys, values = layer.keys(key[sequences, shared]), layer.values(value[sequences, shared])
             for strip in part:
-                output[strip.batch, strip.rows, strip.heads], diagonal[strip.batch, strip.heads, strip.rows], sums = (
-                    layer.attend(strip, keys, values)
-                )
-                for tile, added in sums:
-                    received[strip.batch, strip.heads, tile].add_(added)
+                attended, own, added = layer.attend(strip, keys, values)
+                output[strip.batch, strip.rows, strip.heads] = attended
+                diagonal[strip.batch, strip.heads, strip.rows] = own
+                received[strip.batch, strip.heads, strip.columns].add_(added)
         return output, diagonal, received
 
 
@@ -140,47 +138,47 @@ class _Layer:
     softcap: float | None
     sinks: Tensor | None
     dtype: torch.dtype
-    """Of all that is computed, at least float32."""
+    """Of the maps and their sums, at least float32."""
 
     scratch: Scratch | None
     """None while gradients are recorded, which need every number later."""
 
-    def exact(self, name: str, part: Tensor) -> Tensor:
-        """Keys or values of some heads, to be read again and again; (sequences * key-value heads, columns, width)."""
+    def keys(self, part: Tensor) -> Tensor:
+        """Of some heads, to be read again and again; (sequences * key-value heads, width, columns)."""
+        return self._exact("keys", part).transpose(1, 2)
+
+    def values(self, part: Tensor) -> Tensor:
+        """Of some heads, to be read again and again; (sequences * key-value heads, columns, value width)."""
+        if self.scratch is not None and _multiplies(part.dtype, part.device):
+            return part.flatten(0, 1)  # the output is of this dtype, and no sum of the map comes from it
+        return self._exact("values", part)
+
+    def _exact(self, name: str, part: Tensor) -> Tensor:
         if self.scratch is None or (part.dtype == self.dtype and part.is_contiguous()):
             return part.to(self.dtype).flatten(0, 1)
-        return self._take(name, tuple(part.shape)).copy_(part).flatten(0, 1)
+        return self._take(name, tuple(part.shape), self.dtype).copy_(part).flatten(0, 1)
 
-    def attend(self, strip: Strip, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, list[tuple[slice, Tensor]]]:
-        """Output (batch, rows, heads, value width), diagonal (batch, heads, rows), and the column sums of each tile.
-
-        Every tile has a softmax of its own. What it would have been over all columns is that times the tile's share
-        of the denominator.
+    def attend(self, strip: Strip, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Output (batch, rows, heads, value width), diagonal (batch, heads, rows), and the column sums of the rows.
 
         Args:
             strip: which rows of which heads.
             keys: (sequences * key-value heads, width, columns).
             values: (sequences * key-value heads, columns, value width).
         """
-        query = self._query(strip)  # (sequences * key-value heads, group * rows, width)
-        tiles, weights, attended, denominators = strip.tiles, [], [], []
-        single = len(tiles) == 1 and self.sinks is None
-        for number, tile in enumerate(tiles):
-            one = self._scores(number, query, keys[:, :, tile], strip, tile)
-            most = None if single else one.amax(-1)
-            # In place where no gradients are recorded: half the memory, which then stays in the cache.
-            one = torch.softmax(one, -1, out=None if self.scratch is None else one)
-            weights.append(one)
-            attended.append(_product(one, values[:, tile], self._out(f"attended {number}", one, values.shape[2])))
-            if most is not None:
-                # log-sum-exp from where softmax has its maximum: cheaper than to take exp once more
-                denominators.append(most - one.amax(-1).log())
-        shares = None if single else self._shares(strip, torch.stack(denominators))
-        output = attended[0] if shares is None else _mixed(attended, shares)
-        output = output.view(-1, strip.head_count, strip.row_count, output.shape[-1]).transpose(1, 2)
-        if self.scratch is None:
-            weights, shares = [one.detach() for one in weights], None if shares is None else shares.detach()
-        return output, self._diagonal(strip, weights[-1], shares), list(self._sums(strip, weights, shares))
+        scores = self._scores(self._query(strip), keys[:, :, strip.columns], strip)
+        most = None if self.sinks is None else scores.amax(-1)
+        # In place where no gradients are recorded: half the memory, which then stays in the cache.
+        weights = torch.softmax(scores, -1, out=None if self.scratch is None else scores)
+        share = None if most is None else self._share(strip, most, weights)
+        output = self._attended(weights, values[:, strip.columns])
+        output = output.view(-1, strip.head_count, strip.row_count, output.shape[-1])
+        maps = weights.detach().view(-1, strip.head_count, strip.row_count, weights.shape[-1])
+        diagonal = maps.diagonal(offset=maps.shape[-1] - strip.row_count, dim1=-2, dim2=-1)
+        if share is not None:
+            output, share = output * share[..., None], share.detach()
+            diagonal = diagonal * share
+        return output.transpose(1, 2), diagonal, self._sums(strip, maps, share)
 
     def _query(self, strip: Strip) -> Tensor:
         part = self.query[strip.batch, strip.heads, strip.rows]
@@ -188,62 +186,56 @@ class _Layer:
         shape = (-1, part.shape[1] // (strip.shared.stop - strip.shared.start) * part.shape[2], part.shape[3])
         if self.scratch is None:
             return part.to(self.dtype).reshape(shape)
-        return self._take("query", tuple(part.shape)).copy_(part).view(shape)
+        return self._take("query", tuple(part.shape), self.dtype).copy_(part).view(shape)
 
-    def _scores(self, number: int, query: Tensor, keys: Tensor, strip: Strip, tile: slice) -> Tensor:
-        out = self._out(f"tile {number}", query, keys.shape[2])
-        scores = _product(query, keys, out, _scale(self.scaling, self.softcap))
+    def _scores(self, query: Tensor, keys: Tensor, strip: Strip) -> Tensor:
+        scores = _product(query, keys, self._out("scores", query, keys, self.dtype), _scale(self.scaling, self.softcap))
         if self.softcap is not None:
             scores = scores.tanh_().mul_(self.softcap) if self.scratch else scores.tanh() * self.softcap
-        self._hide(scores.view(-1, strip.head_count, strip.row_count, scores.shape[2]), strip, tile)
+        self._hide(scores.view(-1, strip.head_count, strip.row_count, scores.shape[2]), strip)
         return scores
 
-    def _hide(self, scores: Tensor, strip: Strip, tile: slice) -> None:
+    def _hide(self, scores: Tensor, strip: Strip) -> None:
         # The lowest finite number and not -inf: a row that sees nothing (padding) must not become NaN, since NaN
         # times an attention of zero would spread to the rows that count.
-        lowest = torch.finfo(scores.dtype).min
-        if self.mask is not None and tile.start < strip.clean:
-            stop = min(strip.clean, tile.stop)
+        if self.mask is not None and strip.low < strip.clean:
             sequences = strip.batch if self.mask.shape[0] > 1 else slice(None)
             heads = strip.heads if self.mask.shape[1] > 1 else slice(None)
-            hidden = ~self.mask[sequences, heads, strip.rows, tile.start : stop]
-            scores[..., : stop - tile.start].masked_fill_(hidden, lowest)
-        rows = scores.shape[2]
-        if rows > 1 and strip.clean < strip.stop == tile.stop:
+            hidden = ~self.mask[sequences, heads, strip.rows, strip.low : strip.clean]
+            scores[..., : strip.clean - strip.low].masked_fill_(hidden, torch.finfo(scores.dtype).min)
+        if strip.row_count > 1 and strip.clean < strip.stop:
             # Seven times as fast as filling by a mask, and the last strip's triangle is a good part of a short text.
-            scores[..., strip.own - tile.start :].clamp_(max=_ceiling(rows, scores.dtype, scores.device))
+            ceiling = _ceiling(strip.row_count, scores.dtype, scores.device)
+            scores[..., strip.own - strip.low :].clamp_(max=ceiling)
 
-    def _shares(self, strip: Strip, denominators: Tensor) -> Tensor:
-        """Of each tile in the whole denominator; (tiles, sequences * heads, rows)."""
-        rows = strip.row_count
-        parts = denominators.view(len(denominators), -1, strip.head_count, rows)
-        if self.sinks is not None:
-            sinks = self.sinks[strip.heads].to(parts)[:, None].expand_as(parts[:1])
-            parts = torch.cat([parts, sinks])  # one more part, which has no columns
-        return parts.softmax(0)[: len(denominators)].reshape(len(denominators), -1, rows)
+    def _share(self, strip: Strip, most: Tensor, weights: Tensor) -> Tensor:
+        """Of the columns in the denominator, beside the sinks; (sequences, heads, rows)."""
+        # log-sum-exp from where softmax has its maximum: cheaper than to take exp once more
+        total = (most - weights.amax(-1).log()).view(-1, strip.head_count, strip.row_count)
+        assert self.sinks is not None
+        return torch.sigmoid(total - self.sinks[strip.heads].to(total)[:, None])
 
-    def _diagonal(self, strip: Strip, weights: Tensor, shares: Tensor | None) -> Tensor:
-        rows = strip.row_count
-        maps = weights.view(-1, strip.head_count, rows, weights.shape[-1])
-        diagonal = maps.diagonal(offset=maps.shape[-1] - rows, dim1=-2, dim2=-1)
-        return diagonal if shares is None else diagonal * shares[-1].view_as(diagonal)
+    def _attended(self, weights: Tensor, values: Tensor) -> Tensor:
+        """(sequences * key-value heads, group * rows, value width)."""
+        if values.dtype != weights.dtype:
+            weights = self._take("rounded", tuple(weights.shape), values.dtype).copy_(weights)
+        return _product(weights, values, self._out("attended", weights, values, values.dtype))
 
-    def _sums(self, strip: Strip, weights: list[Tensor], shares: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
-        heads, rows = strip.head_count, strip.row_count
-        for number, (tile, one) in enumerate(zip(strip.tiles, weights, strict=True)):
-            maps = one.view(-1, rows, one.shape[-1])  # (sequences * heads, rows, columns)
-            counts = _ones(len(maps), rows, maps.dtype, maps.device) if shares is None else shares[number]
-            if self.counted is not None:
-                here = self.counted[strip.batch, None, strip.rows]  # (sequences, 1, rows)
-                counts = (counts.view(-1, heads, rows) * here).view(-1, rows)
-            yield tile, torch.bmm(counts[:, None], maps).view(-1, heads, maps.shape[-1])
+    def _sums(self, strip: Strip, maps: Tensor, share: Tensor | None) -> Tensor:
+        """Of the columns over the rows that count; (sequences, heads, columns)."""
+        sequences, heads, rows, columns = maps.shape
+        counts = _ones(sequences, heads, rows, maps.dtype, maps.device) if share is None else share
+        if self.counted is not None:
+            counts = counts * self.counted[strip.batch, None, strip.rows]
+        return torch.bmm(counts.view(-1, 1, rows), maps.view(-1, rows, columns)).view(sequences, heads, columns)
 
-    def _out(self, name: str, left: Tensor, columns: int) -> Tensor | None:
-        return None if self.scratch is None else self._take(name, (left.shape[0], left.shape[1], columns))
+    def _out(self, name: str, left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor | None:
+        shape = (left.shape[0], left.shape[1], right.shape[2])
+        return None if self.scratch is None else self._take(name, shape, dtype)
 
-    def _take(self, name: str, shape: tuple[int, ...]) -> Tensor:
+    def _take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         assert self.scratch is not None
-        return self.scratch.take(name, shape, self.dtype, self.query.device)
+        return self.scratch.take(name, shape, dtype, self.query.device)
 
 
 @lru_cache(maxsize=64)
@@ -257,9 +249,16 @@ def _ceiling(rows: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 @lru_cache(maxsize=64)
-def _ones(maps: int, rows: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+def _ones(sequences: int, heads: int, rows: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     with torch.inference_mode(False):
-        return torch.ones(maps, rows, dtype=dtype, device=device)
+        return torch.ones(sequences, heads, rows, dtype=dtype, device=device)
+
+
+@lru_cache(maxsize=64)
+def _multiplies(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether matrices of bfloat16 are multiplied by the CPU itself: twice as fast as in float32, or far slower."""
+    known: Any = torch.ops.mkldnn
+    return dtype == torch.bfloat16 and device.type == "cpu" and bool(known._is_mkldnn_bf16_supported())
 
 
 def _product(left: Tensor, right: Tensor, out: Tensor | None, factor: float = 1.0) -> Tensor:
@@ -275,12 +274,3 @@ def _product(left: Tensor, right: Tensor, out: Tensor | None, factor: float = 1.
 
 def _scale(scaling: float, softcap: float | None) -> float:
     return scaling if softcap is None else scaling / softcap
-
-
-def _mixed(attended: list[Tensor], shares: Tensor) -> Tensor:
-    """(sequences * key-value heads, group * rows, value width)."""
-    factors = shares.view(len(attended), *attended[0].shape[:2], 1)
-    mixed = attended[0] * factors[0]
-    for one, factor in zip(attended[1:], factors[1:], strict=True):
-        mixed = torch.addcmul(mixed, one, factor)
-    return mixed

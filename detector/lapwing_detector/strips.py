@@ -8,12 +8,9 @@ from functools import cached_property, lru_cache
 
 from torch import Tensor
 
-TILE_COLUMNS = 4096
-"""Most columns of scores at a time: the keys of more do not stay in the caches."""
-
-TILE_BYTES = 8 * 2**20
-"""Scores up to which several heads or sequences are taken at once: threads that each have a head of their own do not
-wait for each other, and many small products would cost more than their numbers do."""
+TOGETHER_BYTES = 8 * 2**20
+"""Scores up to which several heads or sequences are taken at once: many small products would cost more than their
+numbers do."""
 
 STRIP_ROWS = 256
 """Rows of one strip, counted for each head that shares its keys: enough for products at full speed."""
@@ -22,7 +19,7 @@ LEAST_ROWS, MOST_ROWS = 32, 128
 """Rows of one strip for one head: few when the hidden triangle at its end should be small."""
 
 STRIP_BYTES = 16 * 2**20
-"""Most that a strip takes over all its tiles, which are kept until the denominators are known."""
+"""Most that the scores of a strip take, however long its rows are."""
 
 
 @dataclass(frozen=True)
@@ -49,9 +46,6 @@ class Strip:
     stop: int
     """Behind the column of the last row's own token."""
 
-    most: int
-    """Columns of a tile."""
-
     @cached_property
     def head_count(self) -> int:
         """How many heads it has rows of."""
@@ -62,12 +56,10 @@ class Strip:
         """How many rows of each."""
         return int(self.rows.stop - self.rows.start)
 
-    @cached_property
-    def tiles(self) -> list[slice]:
-        """Its columns in nearly equal parts; the last one holds the own tokens of all its rows."""
-        columns = self.stop - self.low
-        size = max(-(-columns // -(-columns // self.most)), self.stop - self.own)
-        return [slice(max(self.low, end - size), end) for end in range(self.stop, self.low, -size)][::-1]
+    @property
+    def columns(self) -> slice:
+        """All that any of the rows sees, up to the own token of the last one."""
+        return slice(self.low, self.stop)
 
 
 def strips(
@@ -99,14 +91,16 @@ def _alike(batch: int, heads: int, shared: int, rows: int, first: int, clean: bo
 def _strips(
     batch: int, heads: int, shared: int, rows: int, first: int, starts: Tensor | None, clean: bool, cached: bool
 ) -> Iterator[Strip]:
-    group, columns = heads // shared, first + rows
-    most = TILE_COLUMNS if cached else columns
-    height = max(1, min(rows, STRIP_BYTES // (4 * group * columns)))
-    together = STRIP_BYTES // (4 * group * height * columns)
+    group = heads // shared
+    row_bytes = 4 * group * (first + rows)  # one row of all the heads that share their keys
+    height = max(1, min(rows, STRIP_BYTES // row_bytes))
+    together = STRIP_BYTES // (row_bytes * height)
     if cached:
-        height = min(height, max(LEAST_ROWS, min(MOST_ROWS, STRIP_ROWS // group)))
-        several = TILE_BYTES // (4 * group * height * min(columns, most))
-        together = min(several, STRIP_BYTES // (4 * group * height * columns))
+        fitting = min(MOST_ROWS, STRIP_ROWS // group, STRIP_BYTES // (2 * row_bytes))
+        height = min(height, max(LEAST_ROWS, fitting))
+        # Two at least: threads that each have a head of their own do not wait for each other.
+        pair = min(2, STRIP_BYTES // (row_bytes * height))
+        together = max(pair, TOGETHER_BYTES // (row_bytes * height))
     for sequences, served in _parts(batch, shared, together):
         # From the widest strip to the narrowest: what each needs fits where the last one was.
         for start in reversed(range(0, rows, height)):
@@ -116,7 +110,7 @@ def _strips(
                 of_strip = starts[sequences if starts.shape[0] > 1 else slice(None), start:stop]
                 low, seen = int(of_strip.min()), int(of_strip.max())
             queries, here = slice(served.start * group, served.stop * group), slice(start, stop)
-            yield Strip(sequences, served, queries, here, low, seen, first + start, first + stop, most)
+            yield Strip(sequences, served, queries, here, low, seen, first + start, first + stop)
 
 
 def _parts(batch: int, shared: int, together: int) -> Iterator[tuple[slice, slice]]:

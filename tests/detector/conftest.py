@@ -13,6 +13,5 @@ def planned_anew(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small strips and tiles, so that short texts straddle them: 300 columns of 2 heads make 7 rows in 5 tiles."""
+    """Small strips, so that short texts straddle them: 300 columns of 2 heads make 7 rows."""
     monkeypatch.setattr(strips, "STRIP_BYTES", 4 * 2 * 300 * 7)
-    monkeypatch.setattr(strips, "TILE_COLUMNS", 64)

@@ -55,7 +55,7 @@ def with_changed(**changes: object) -> Any:
 
 def test_control_not_causal(breaking: pytest.MonkeyPatch) -> None:
     assert error_of("llama") < SAME_MAP
-    breaking.setattr(attention._Layer, "_hide", lambda self, scores, strip, tile: None)
+    breaking.setattr(attention._Layer, "_hide", lambda self, scores, strip: None)
     assert error_of("llama") > 0.01
 
 
@@ -131,7 +131,7 @@ def test_control_sums_in_bfloat16(breaking: pytest.MonkeyPatch) -> None:
 
 
 def test_control_one_block_is_the_map(breaking: pytest.MonkeyPatch) -> None:
-    for size in ("STRIP_BYTES", "STRIP_ROWS", "MOST_ROWS", "TILE_COLUMNS"):
+    for size in ("STRIP_BYTES", "STRIP_ROWS", "MOST_ROWS", "TOGETHER_BYTES"):
         breaking.setattr(strips, size, 2**40)
     assert largest_tensor(600) >= 600 * 600
 

@@ -90,10 +90,10 @@ def test_control_an_exception_without_the_guard_leaks() -> None:
 
 
 def test_an_exception_in_a_stream_becomes_an_id() -> None:
-    steps = iter([None, None])
+    forwards = iter(["prompt", "first token", "second token"])
 
     def fail() -> None:
-        if next(steps, "over") == "over":
+        if next(forwards, "over") == "over":
             raise RuntimeError(SECRET)
 
     request = detector_pb2.GenerateRequest(prompt={"text": "hello"})

@@ -155,7 +155,7 @@ def test_help_teaches_and_nothing_heavy_is_loaded() -> None:
         "import sys, lapwing_training.cli.importing, lapwing_training.cli.generate\n"
         "heavy = ('numpy', 'torch', 'sklearn', 'transformers', 'datasets', 'pyarrow', 'tqdm')\n"
         "print([name for name in heavy if name in sys.modules])\n"
-        "import lapwing_training.importing\n"
+        "import lapwing_training.data.importing\n"
         "print([name for name in heavy[:-1] if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

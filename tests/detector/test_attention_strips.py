@@ -19,9 +19,9 @@ SAME = 2e-6
 BATCH, HEADS, SHARED, WIDTH = 4, 6, 3, 8
 
 PIECES = {
-    "a key-value head at a time": {"TILE_BYTES": 1},
-    "some key-value heads": {"TILE_BYTES": 4 * 2 * 16 * 32 * 2, "MOST_ROWS": 16, "LEAST_ROWS": 1, "TILE_COLUMNS": 32},
-    "some sequences": {"TILE_BYTES": 4 * 2 * 16 * 32 * 6, "MOST_ROWS": 16, "LEAST_ROWS": 1, "TILE_COLUMNS": 32},
+    "a key-value head at a time": {"TOGETHER_BYTES": 1, "STRIP_BYTES": 4 * 2 * 32 * 90},
+    "some key-value heads": {"TOGETHER_BYTES": 4 * 2 * 16 * 90 * 2, "MOST_ROWS": 16, "LEAST_ROWS": 1},
+    "some sequences": {"TOGETHER_BYTES": 4 * 2 * 16 * 90 * 6, "MOST_ROWS": 16, "LEAST_ROWS": 1},
     "rows one by one": {"STRIP_BYTES": 1},
     "everything": {},
 }
@@ -134,11 +134,10 @@ def test_the_pieces_are_what_they_are_called(pieces: str) -> None:
     heads = {strip.shared.stop - strip.shared.start for strip in plan}
     sequences = {strip.batch.stop - strip.batch.start for strip in plan}
     rows = {strip.rows.stop - strip.rows.start for strip in plan}
-    tiles = {len(strip.tiles) for strip in plan}
     assert {
         "a key-value head at a time": heads == {1} and sequences == {1},
-        "some key-value heads": heads == {2, 1} and sequences == {1} and max(tiles) > 1,
-        "some sequences": heads == {SHARED} and sequences == {2} and max(tiles) > 1,
+        "some key-value heads": heads == {2, 1} and sequences == {1},
+        "some sequences": heads == {SHARED} and sequences == {2},
         "rows one by one": rows == {1},
         "everything": heads == {SHARED} and sequences == {BATCH} and rows == {90},
     }[pieces]
@@ -147,7 +146,6 @@ def test_the_pieces_are_what_they_are_called(pieces: str) -> None:
 def test_off_the_cpu_pieces_are_large() -> None:
     plan = list(strips.strips(1, 32, 8, 8192, first=0, starts=None, clean=True, cached=False))
     assert len(plan) == 8 * 8192 // (strips.STRIP_BYTES // (4 * 4 * 8192))
-    assert {len(strip.tiles) for strip in plan} == {1}
 
 
 def test_what_a_strip_keeps_is_bounded_however_long_the_text() -> None:
@@ -158,7 +156,8 @@ def test_what_a_strip_keeps_is_bounded_however_long_the_text() -> None:
 
 
 def test_control_heads_of_another_piece(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(strips, "TILE_BYTES", 1)
+    monkeypatch.setattr(strips, "TOGETHER_BYTES", 1)
+    monkeypatch.setattr(strips, "STRIP_BYTES", 4 * 2 * 32 * 40)
     real = strips.strips
 
     def shifted(*args: int, **options: object):  # type: ignore[no-untyped-def]
@@ -190,3 +189,20 @@ def test_rows_that_see_nothing_spread_no_nan() -> None:
                 of.query, of.key, of.value, mask=of.mask, first=0, counted=of.counted, starts=starts, scaling=0.5
             )
             assert all(bool(part.isfinite().all()) for part in found)
+
+
+@pytest.mark.parametrize("native", [False, True])
+def test_bfloat16_rounds_the_output_and_no_sum(native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lapwing_detector.attention._multiplies", lambda dtype, device: native)
+    of = case("plain", 70)
+    rounded = replace(of, query=of.query.bfloat16(), key=of.key.bfloat16(), value=of.value.bfloat16())
+    with torch.no_grad():
+        found = attend(rounded.query, rounded.key, rounded.value, mask=None, first=0, counted=None, scaling=0.3)
+    output, diagonal, received = whole(rounded)
+    assert found[0].dtype == torch.bfloat16
+    roundings = 1 + native  # of the output, and of the attention before
+    assert float((found[0] - output).abs().max()) < roundings * 2**-9 * float(rounded.value.abs().max())
+    assert float((found[1] - diagonal).abs().max()) < SAME
+    assert float((found[2] - received).abs().max()) < 10 * SAME  # a sum of many
+    coarse = whole(of)
+    assert float((found[2] - coarse[2]).abs().max()) > 100 * SAME  # control: what rounding would do to the map
