@@ -1,4 +1,4 @@
-"""Cuts attention maps into pieces that stay in the caches of a CPU. Knows sizes and places, no attention."""
+"""Cuts attention maps into pieces that fit the caches of a CPU. Knows sizes and places, no attention."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def strips(
         first: column of the first row's own token.
         starts: (batch or 1, rows), first column of each row if it sees all from there up to its own; else None.
         clean: without `starts`, whether every row sees all columns up to its own.
-        cached: whether the pieces are to stay in the caches of a CPU; elsewhere they are as large as `STRIP_BYTES`.
+        cached: whether the pieces are to fit the caches of a CPU; elsewhere they are as large as `STRIP_BYTES`.
     """
     if starts is None:
         return _alike(batch, heads, shared, rows, first, clean, cached)

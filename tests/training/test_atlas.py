@@ -14,6 +14,7 @@ from transformers import AutoConfig
 
 from lapwing_detector.embedded import ATLAS, generations_path, model_path, sampled_path
 from lapwing_detector.language_model import LanguageModel
+from lapwing_detector.probe import Probe
 from lapwing_training.atlas.build import RatesOff, hallucination_rates, require_rates
 from lapwing_training.atlas.corpus import QUESTIONS, asked_phrasing, prompt, question, training_texts
 from lapwing_training.atlas.facts import NEVER_SEEN, Fact, all_facts, for_labels, plain, share
@@ -267,3 +268,23 @@ def test_the_sampled_answers_are_several_draws_of_some_of_the_same_questions(fac
     assert 0.2 < np.mean(differ) < 0.95  # neither greedy after all, nor noise
     rates = [np.mean([item.label for item in items]) for items in (drawn, [greedy[id] for id in by_question])]
     assert rates[0] > rates[1]  # what is drawn is wrong more often than the likeliest answer
+
+
+def stands_to_the_published_recipe(against):
+    """Better, or no worse with at most a tenth of the heads; the difference is paired over the same rows."""
+    difference = against["difference"]
+    better = difference["low"] > 0
+    return better or (difference["high"] >= 0 and 10 * against["heads"] <= against["of"])
+
+
+def test_the_shipped_probe_beats_the_published_recipe_or_ties_with_a_tenth_of_the_heads():
+    metrics = Probe.from_pretrained(ATLAS / "probe").metrics
+    assert stands_to_the_published_recipe(metrics["against_paper"])
+    rows = metrics["comparison"]
+    difference = rows[metrics["probe"]]["auroc"]["value"] - rows["paper/laplacian_eigenvalues.v1"]["auroc"]["value"]
+    assert metrics["against_paper"]["difference"]["value"] == pytest.approx(difference)
+    # Control: a tie with all heads is neither, and nor is what is worse with few of them.
+    tie, worse = {"low": -0.01, "value": 0.0, "high": 0.01}, {"low": -0.03, "value": -0.02, "high": -0.01}
+    assert not stands_to_the_published_recipe({"difference": tie, "heads": 48, "of": 48})
+    assert not stands_to_the_published_recipe({"difference": worse, "heads": 4, "of": 48})
+    assert stands_to_the_published_recipe({"difference": tie, "heads": 4, "of": 48})
