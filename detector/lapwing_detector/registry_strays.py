@@ -35,12 +35,20 @@ def lying(root: Path) -> list[Path]:
     To be looked up before `CURRENT` is read: what is published in between is known then.
     """
     found: list[Path] = []
-    for path in sorted(root.iterdir()):
+    for path in inside(root):
         if NAME.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
-            found += sorted(path.iterdir())
+            found += inside(path)
         elif path.name not in (CURRENT, LOCK):
             found.append(path)
     return found
+
+
+def inside(directory: Path) -> list[Path]:
+    """What is in a directory; nothing where it can't be listed: what is published may be read nevertheless."""
+    try:
+        return sorted(directory.iterdir())
+    except OSError:
+        return []
 
 
 def strays(root: Path, places: Sequence[Path], current: Current) -> Iterator[Stray]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -98,6 +99,24 @@ def test_what_is_published_while_one_looks_is_no_stray(registry: Registry, saved
     assert not list(strays(registry.root, places, registry.current()))
     late = [stray.revision for stray in strays(registry.root, lying(registry.root), before)]
     assert late == [REVISIONS[2]], "control: with CURRENT from before it would be one"
+
+
+@pytest.mark.parametrize("closed", ["", "private", "alpha"])
+def test_what_can_not_be_listed_stops_nobody(registry: Registry, monkeypatch: pytest.MonkeyPatch, closed: str) -> None:
+    """As a folder of somebody else's; whoever tests as root may list every one, so that the refusal is played."""
+    (registry.root / "private").mkdir()
+    (registry.root / "notes.txt").touch()
+    there = Path.iterdir
+
+    def listing(path: Path) -> Iterator[Path]:
+        if path == registry.root / closed:
+            raise PermissionError
+        return there(path)
+
+    assert only(registry.strays()).path.name == "notes.txt", "control"
+    monkeypatch.setattr(Path, "iterdir", listing)
+    assert [stray.path.name for stray in registry.strays()] == (["notes.txt"] if closed else [])
+    assert registry.load("alpha").bias == 0.0
 
 
 def test_without_a_CURRENT_everything_is_an_orphan(registry: Registry) -> None:  # noqa: N802

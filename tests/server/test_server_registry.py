@@ -225,6 +225,25 @@ def test_what_was_never_published_is_rejected_and_says_what_to_do(registry: Regi
     assert not caller.reload()["alpha"].rejected_revisions
 
 
+def test_a_folder_that_can_not_be_listed_stops_nobody(
+    registry: Registry, caller: Caller, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of somebody else's, in the registry; root may list every one, so that the refusal is played."""
+    publish(registry, ALPHA[1], activate=True)
+    asked, there = [], Path.iterdir
+
+    def listing(path: Path) -> Iterator[Path]:
+        if path == registry.root / "beta":
+            asked.append(path)
+            raise PermissionError
+        return there(path)
+
+    monkeypatch.setattr(Path, "iterdir", listing)
+    assert caller.reload()["alpha"].revision == ALPHA[1].revision
+    assert asked, "control: it was looked into"
+    assert caller.scores("beta") == scored_by(BETA[0])
+
+
 def test_a_name_that_the_registry_forgot_does_not_serve(registry: Registry, caller: Caller) -> None:
     assert caller.scores("beta") == scored_by(BETA[0])
     (registry.root / "CURRENT").unlink()
