@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from functools import partial
+from typing import Final
 
 from grpc import StatusCode
 
@@ -24,11 +25,15 @@ from lapwing_server.context import Context, note
 from lapwing_server.engine import Engine
 from lapwing_server.metrics import Metrics
 from lapwing_server.mishap import report
+from lapwing_server.parsing import NEWS
 from lapwing_server.readiness import Readiness
 from lapwing_server.refusal import Refusal, invalid
 from lapwing_server.worker import Worker
 
 Request = detector_pb2.ScoreAttentionRequest
+
+ENDED_EARLY: Final = ("EMPTY_STREAM", "INCOMPLETE")
+"""Reasons for which a stream may be refused whose client left: gRPC shows that first as the end of its messages."""
 
 
 class Sender:
@@ -139,7 +144,10 @@ class AttentionReader:
             refusal = error
         # gRPC keeps the last error until the next call, and an error its traceback, which would keep all that came.
         refusal.__context__ = None
-        raise refusal.with_traceback(None)
+        refusal = refusal.with_traceback(None)
+        if refusal.reason in ENDED_EARLY:
+            await asyncio.sleep(NEWS)  # ends here if the client left
+        raise refusal
 
     async def _read(self, requests: AsyncIterator[Request], context: Context, hold: Callable[[int], None]) -> None:
         engine = self._readiness.loaded.engine

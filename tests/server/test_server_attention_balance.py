@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 from weakref import WeakSet
 
@@ -15,14 +16,19 @@ import grpc
 import pytest
 from attention_fakes import HEADS, LAYERS, a_header, a_summary, requests, some_maps
 from engine_fakes import an_identity
+from metrics_pages import registry_page
 from service_fakes import WAIT, Running, wait_until
 from test_server_balance import balance
 
+from lapwing.v1 import detector_pb2_grpc
 from lapwing_client import Client, DeadlineExceeded, InvalidRequest
+from lapwing_server import attention_stream
 from lapwing_server.attention_assembly import Assembly
 from lapwing_server.limits import Limits
+from lapwing_server.parsing import NEWS
 
 TIMES = 5
+ATTENTION = "lapwing.v1.Detector/ScoreAttention"
 KNOWN: dict[str, Any] = {"model": an_identity(), "layers": LAYERS, "heads": HEADS, "prompt_tokens": 2}
 MAPS = some_maps(13)
 MADE = WeakSet[Assembly]()
@@ -178,3 +184,21 @@ def test_a_stream_that_took_too_long_leaves_nothing_behind() -> None:
                 stream._answer()
         gc.collect()
         wait_until(lambda: assemblies() == 0)
+
+
+@pytest.mark.parametrize("news", [NEWS, 0.0], ids=["", "control: gRPC's word is not waited for"])
+def test_a_stream_that_is_left_is_counted_as_such(monkeypatch: pytest.MonkeyPatch, news: float) -> None:
+    """gRPC shows it for a moment as one that ended too early."""
+    monkeypatch.setattr(attention_stream, "NEWS", news)
+    with Running() as server, grpc.insecure_channel(server.target) as channel:
+        stub = detector_pb2_grpc.DetectorStub(channel)
+        for _ in range(30):
+            outgoing = SimpleQueue[Any]()
+            call = stub.ScoreAttention(iter(outgoing.get, None), timeout=WAIT)
+            wait_until(lambda: server.server.scheduler.places.taken == 1)
+            call.cancel()
+            outgoing.put(None)
+            server.settle()
+        ended = registry_page(server.server.metrics)
+    assert ended("calls_total", method=ATTENTION) == 30
+    assert (ended("calls_total", method=ATTENTION, code="CANCELLED") == 30) is (news > 0)
