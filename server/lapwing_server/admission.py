@@ -8,6 +8,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Final
 
@@ -66,15 +67,9 @@ class Ratio:
 
 
 class Admission:
-    """Decides by what waits and by how long things took so far.
+    """Decides by what waits and by how long things took so far."""
 
-    Args:
-        limits: how much may wait.
-        metrics: told of what is refused.
-        told_apart: whether clients say who they are, so that none of them gets more than its part of the queue.
-    """
-
-    def __init__(self, limits: Limits, metrics: Metrics, *, told_apart: bool = False) -> None:
+    def __init__(self, limits: Limits, metrics: Metrics) -> None:
         self.pace = Ratio()
         """Seconds for a token of a forward that scores; 0, which refuses nothing, as long as it is unknown."""
         self.rest = Ratio()
@@ -85,9 +80,6 @@ class Admission:
         """Tokens of a forward. Its items are done when all of it is, those that came later included."""
         self._limits = limits
         self._metrics = metrics
-        # Of those who need not say who they are, all that come through one proxy, and all on this machine, look like
-        # one client: a bound for each would only take places from it that nobody else asks for.
-        self._each = limits.items_of_one if told_apart else limits.queue_items
 
     def sizes(self, items: Sequence[Item]) -> list[int]:
         """About how many tokens each has."""
@@ -129,6 +121,11 @@ class Admission:
                 "DEADLINE_UNREACHABLE", "it would not be done by its deadline; give it more time or try again", over
             )
 
+    def room_for_shadow(self, waiting: Waiting, client: str) -> bool:
+        """Whether what is scored for the metrics alone may wait: never so much that a call is refused for it."""
+        most = self._limits.queue_items // 2, self._limits.items_of_one // 2
+        return waiting.items < most[0] and waiting.items_of(client) < most[1]
+
     def _seconds(self, running: int, tokens: int) -> float:
         """Until so many tokens are computed, by forwards that are as large as they were lately."""
         forward = max(1.0, self.together.of(1))
@@ -139,7 +136,7 @@ class Admission:
     def _require_room(self, items: int, waiting: Waiting, running: int, client: str) -> None:
         for reason, whose, before, most in (
             ("QUEUE_FULL", "", waiting.items, self._limits.queue_items),
-            ("CLIENT_QUEUE_FULL", " of this client", waiting.items_of(client), self._each),
+            ("CLIENT_QUEUE_FULL", " of this client", waiting.items_of(client), self._limits.items_of_one),
         ):
             if items > most:
                 self._metrics.shed(reason)
@@ -207,13 +204,21 @@ class Places:
         return Refusal(StatusCode.RESOURCE_EXHAUSTED, "TOO_MANY_STREAMS", message, retry_after=STREAM_PUSHBACK)
 
 
+@dataclass(frozen=True, eq=False)
+class Part:
+    """A stream of attention, told apart by what it is."""
+
+    client: str
+
+
 class AttentionBytes:
     """Counts the bytes of attention that all open streams together hold. May be used by several threads."""
 
     def __init__(self, limits: Limits, metrics: Metrics) -> None:
         self._most = limits.attention_total_bytes
+        self._each = limits.attention_of_one
         self._metrics = metrics
-        self._held: dict[object, int] = {}
+        self._held: dict[Part, int] = {}
         self._lock = threading.Lock()
         metrics.attention_is(lambda: self.held)
 
@@ -224,32 +229,36 @@ class AttentionBytes:
             return sum(self._held.values())
 
     @contextmanager
-    def share(self) -> Iterator[Callable[[int], None]]:
-        """The part of one stream, which is empty again on leaving.
+    def share(self, client: str) -> Iterator[Callable[[int], None]]:
+        """The part of one stream of a client, which is empty again on leaving.
 
         Yields:
             Asked before the stream holds so many bytes in place of what it held. Raises Refusal when they are more than
-            the server has left. While sums grow they are there twice, which is not counted: those of one stream grow
-            at a time.
+            the client or the server has left. While sums grow they are there twice, which is not counted: those of one
+            stream grow at a time.
         """
-        stream = object()
+        part = Part(client)
         with self._lock:
-            self._held[stream] = 0
+            self._held[part] = 0
         try:
-            yield partial(self._hold, stream)
+            yield partial(self._hold, part)
         finally:
             with self._lock:
-                del self._held[stream]
+                del self._held[part]
 
-    def _hold(self, stream: object, nbytes: int) -> None:
+    def _hold(self, part: Part, nbytes: int) -> None:
         with self._lock:
-            if stream not in self._held:
+            if part not in self._held:
                 return  # its client left while its last slice was read; what was read goes with that
-            others = sum(self._held.values()) - self._held[stream]
-            if others + nbytes <= self._most:
-                self._held[stream] = nbytes
+            others = {one: held for one, held in self._held.items() if one is not part}
+            of_client = sum(held for one, held in others.items() if one.client == part.client)
+            bounds = ("", sum(others.values()), self._most), (" of this client", of_client, self._each)
+            full = next((bound for bound in bounds if bound[1] + nbytes > bound[2]), None)
+            if full is None:
+                self._held[part] = nbytes
                 return
         self._metrics.shed("ATTENTION_FULL")
-        message = f"other streams hold {others} of at most {self._most} bytes of attention, and this one needs {nbytes}"
+        whose, held, most = full
+        message = f"other streams{whose} hold {held} of at most {most} bytes of attention, and this one needs {nbytes}"
         message += "; try again"
         raise Refusal(StatusCode.RESOURCE_EXHAUSTED, "ATTENTION_FULL", message, retry_after=STREAM_PUSHBACK)

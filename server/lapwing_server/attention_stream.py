@@ -123,8 +123,8 @@ class AttentionReader:
         self._metrics = metrics
         self._bytes = AttentionBytes(readiness.limits, metrics)
 
-    async def answer(self, requests: AsyncIterator[Request], context: Context) -> None:
-        """Reads a stream to its end and writes the answers.
+    async def answer(self, requests: AsyncIterator[Request], context: Context, client: str) -> None:
+        """Reads a stream of a client to its end and writes the answers.
 
         The next message is read when the one before is dealt with, so that a sender gets ahead by no more than gRPC's
         flow control lets it.
@@ -135,7 +135,7 @@ class AttentionReader:
         seconds = self._readiness.limits.stream_seconds
         try:
             async with asyncio.timeout(seconds):
-                with self._bytes.share() as hold:
+                with self._bytes.share(client) as hold:
                     return await self._read(requests, context, hold)
         except TimeoutError:
             message = f"a stream may take {seconds:g} s; send the attention when all of it is there"

@@ -119,9 +119,9 @@ def of_queue(one: Settings) -> Iterator[Contradiction]:
             f"give queue_items at least {limits.batch_items}, or batch_items less"
         )
         yield Contradiction((queue, batch), message)
-    elif one.told_apart and limits.batch_items > limits.items_of_one:
+    elif one.told_apart and limits.batch_items > (most := limits.for_many().items_of_one):
         message = (
-            f"a batch of {limits.batch_items} items would never be let in, since {limits.items_of_one} of one client "
+            f"a batch of {limits.batch_items} items would never be let in, since {most} of one client "
             f"may wait: give queue_items_per_client at least {limits.batch_items}, or batch_items less"
         )
         yield Contradiction((each if limits.queue_items_per_client else queue, batch), message, (each,))
@@ -148,13 +148,18 @@ def of_streams(limits: Limits) -> Iterator[Contradiction]:
         each, every = limits.public_streams_per_client, limits.public_streams
         if each > every:
             yield unreachable("limits.public_streams_per_client", each, "limits.public_streams", every)
-    if limits.attention_bytes > limits.attention_total_bytes:
-        each, every = limits.attention_bytes, limits.attention_total_bytes
-        yield unreachable("limits.attention_bytes", each, "limits.attention_total_bytes", every)
+    stream, client, total = limits.attention_bytes, limits.attention_bytes_per_client, limits.attention_total_bytes
+    if stream > total:
+        yield unreachable("limits.attention_bytes", stream, "limits.attention_total_bytes", total)
+    if client and client > total:
+        yield unreachable("limits.attention_bytes_per_client", client, "limits.attention_total_bytes", total)
+    if client and stream > client:
+        name = "limits.attention_bytes_per_client"
+        yield unreachable("limits.attention_bytes", stream, name, client, "of one client")
 
 
-def unreachable(each: str, one: int, every: str, all: int) -> Contradiction:
-    """One may have more than all together."""
+def unreachable(each: str, one: int, every: str, all: int, of: str = "of all") -> Contradiction:
+    """One may have more than several together."""
     names = [name.removeprefix("limits.") for name in (each, every)]
-    message = f"{names[0]} is {one}, and {names[1]}, of all together, only {all}: lower the one or raise the other"
+    message = f"{names[0]} is {one}, and {names[1]}, {of} together, only {all}: lower the one or raise the other"
     return Contradiction((each, every), message)

@@ -99,8 +99,9 @@ class DetectorService(detector_pb2_grpc.DetectorServicer):
         self, request_iterator: AsyncIterator[detector_pb2.ScoreAttentionRequest], context: Context
     ) -> None:
         """A response of a model that runs elsewhere, by its attention; writes by itself, as `Generate` does."""
-        with self._scheduler.places.take("attention", principal_of(context)):
-            await self._attention.answer(request_iterator, context)
+        principal = principal_of(context)
+        with self._scheduler.places.take("attention", principal):
+            await self._attention.answer(request_iterator, context, principal.name)
 
     async def GetServerInfo(  # noqa: N802
         self, request: detector_pb2.GetServerInfoRequest, context: Context

@@ -41,8 +41,8 @@ class Limits(BaseModel):
     """Generate streams at the same time. They share one model, and each holds a cache of keys and values."""
 
     streams_per_client: Count | None = None
-    """Streams of one client (of one token or certificate, else of one address) at the same time; half as many as
-    generate_streams, and at least one, without it."""
+    """Streams of one client (of one token or certificate, else of one address) at the same time. Without it, where
+    clients say who they are (tokens_file, tls_client_ca), half as many as generate_streams, and at least one."""
 
     public_streams: Count = 1000
     """Streams at the same time that need no token: of the health, and of the reflection."""
@@ -68,12 +68,15 @@ class Limits(BaseModel):
     attention_total_bytes: Size = 2**30
     """Bytes of sums of all ScoreAttention streams together."""
 
+    attention_bytes_per_client: Size | None = None
+    """Those of one client. Without it, where clients say who they are, half of attention_total_bytes, and at least
+    attention_bytes."""
+
     queue_items: Count = 512
     """Items that wait for their turn; one more is refused at once."""
 
     queue_items_per_client: Count | None = None
-    """Those of one client, where clients say who they are (tokens_file, tls_client_ca); half of queue_items, and at
-    least one, without it."""
+    """Those of one client, where clients say who they are. Without it, half of queue_items, and at least one."""
 
     batch_tokens: Count = 8192
     """Tokens of one shared forward, padding counted; a single longer item is taken alone."""
@@ -93,15 +96,33 @@ class Limits(BaseModel):
     characters_per_token: Count = 64
     """What has more characters for each token that the model takes is refused before it is tokenised."""
 
+    def for_many(self) -> Limits:
+        """The same for clients that are told apart: one alone does not get all there is, unless somebody says so.
+
+        Of clients that need not say who they are, all that come through one proxy, and all on this machine, look like
+        one: half would only take from them what nobody else asks for.
+        """
+        halves = {
+            "streams_per_client": max(1, self.generate_streams // 2),
+            "queue_items_per_client": max(1, self.queue_items // 2),
+            "attention_bytes_per_client": max(self.attention_bytes, self.attention_total_bytes // 2),
+        }
+        return self.model_copy(update={name: half for name, half in halves.items() if getattr(self, name) is None})
+
     @property
     def streams_of_one(self) -> int:
-        """Streams of one client: not all there are, unless somebody says so."""
-        return self.streams_per_client or max(1, self.generate_streams // 2)
+        """Streams of one client."""
+        return self.streams_per_client or self.generate_streams + self.attention_streams
 
     @property
     def items_of_one(self) -> int:
-        """Items of one client that wait, where clients say who they are."""
-        return self.queue_items_per_client or max(1, self.queue_items // 2)
+        """Items of one client that wait."""
+        return self.queue_items_per_client or self.queue_items
+
+    @property
+    def attention_of_one(self) -> int:
+        """Bytes of sums of one client."""
+        return self.attention_bytes_per_client or self.attention_total_bytes
 
     def room(self, tokens: int) -> Room:
         """The sizes that may fit into a model that takes so many tokens."""

@@ -24,7 +24,7 @@ SMALL: Final = 64 * 2**10
 """Bytes up to which a request is parsed on the event loop: whatever they hold, it takes less than a millisecond."""
 
 NEWS: Final = 0.1
-"""Seconds in which gRPC says that a call is over whose client left; at first it shows that as the end of what was sent."""
+"""Seconds in which gRPC says that a client left; at first it shows that as the end of what was sent."""
 
 BATCH: Final = detector_pb2.ScoreBatchRequest.DESCRIPTOR
 ITEMS: Final = BATCH.fields_by_name["items"].number

@@ -38,7 +38,6 @@ class Scheduler:
         worker: whose thread computes.
         limits: how much is taken on.
         metrics: what is told of it.
-        told_apart: whether clients say who they are, so that each may be held to its part of the queue.
         clock: seconds, that never go back.
         doubt: called on the event loop when so much failed in a row that the model may be to blame; `works` tells.
     """
@@ -50,13 +49,10 @@ class Scheduler:
         metrics: Metrics,
         clock: Callable[[], float] = time.monotonic,
         doubt: Callable[[], None] = lambda: None,
-        *,
-        told_apart: bool = False,
     ) -> None:
         self.places = Places(limits, metrics)
-        self.admission = Admission(limits, metrics, told_apart=told_apart)
+        self.admission = Admission(limits, metrics)
         self._worker = worker
-        self._limits = limits
         self._metrics = metrics
         self._clock = clock
         self._queue = Waiting()
@@ -188,7 +184,7 @@ class Scheduler:
 
     def _add_shadow(self, item: Item, client: str) -> None:
         """Scores for the metrics alone, when there is little else to do."""
-        if self._queue.items < self._limits.queue_items // 2:
+        if self.admission.room_for_shadow(self._queue, client):
             self._queue.add(call_of([item], self.admission.sizes([item]), self._clock(), None, None, client))
         else:
             self._metrics.unseen("no_room", 1 + len(item.shadows))

@@ -63,18 +63,13 @@ class Server:
         self.authenticator = authenticator(self.settings, self.metrics.shed, self.watcher)
         for name, file in self.watcher.files.items():
             self.metrics.watch(name, partial(getattr, file, "stale"))
-        self._parser = Parser(self.settings.limits)
+        limits = self.settings.limits_in_force
+        self._parser = Parser(limits)
         self.guard = Guard(self.metrics, self.authenticator.admit, self._parser)
-        self.readiness = Readiness(limits=self.settings.limits)
+        self.readiness = Readiness(limits=limits)
         self.worker = Worker("lapwing-worker")
         self._checkup = Checkup(self._works, self._tell_whether_it_works)
-        self.scheduler = Scheduler(
-            self.worker,
-            self.settings.limits,
-            self.metrics,
-            doubt=self._checkup.doubt,
-            told_apart=self.settings.told_apart,
-        )
+        self.scheduler = Scheduler(self.worker, limits, self.metrics, doubt=self._checkup.doubt)
         self._artist = Worker("lapwing-artist")
         self._reader = Worker("lapwing-reader")
         self._swapper = Swapper(self.readiness, self._load_again, self.metrics.probes)

@@ -170,6 +170,11 @@ class Settings(BaseSettings):
         return self.tokens_file is not None or self.tls_client_ca is not None
 
     @property
+    def limits_in_force(self) -> Limits:
+        """The limits, with those of one client."""
+        return self.limits.for_many() if self.told_apart else self.limits
+
+    @property
     def options(self) -> list[tuple[str, int]]:
         """What gRPC is told: (name of a channel argument, value)."""
         return [

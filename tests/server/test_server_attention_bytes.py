@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
 import grpc
 import pytest
 from attention_fakes import HEADS, READ_HEADS, a_header, a_summary, requests, score_now, some_maps
+from door_fakes import a_file, entry
 from metrics_pages import registry_page
 from service_fakes import WAIT, Running, told, wait_until
 
@@ -26,14 +28,15 @@ WHOLE = READ_HEADS * TOKENS * TOKEN_BYTES
 """Bytes of one sequence."""
 
 
-def counted(most: int) -> tuple[AttentionBytes, Metrics]:
+def counted(most: int, each: int | None = None) -> tuple[AttentionBytes, Metrics]:
     metrics = Metrics()
-    return AttentionBytes(Limits(attention_total_bytes=most), metrics), metrics
+    limits = Limits(attention_total_bytes=most, attention_bytes_per_client=each)
+    return AttentionBytes(limits, metrics), metrics
 
 
 def test_streams_share_what_there_is() -> None:
     held, metrics = counted(100)
-    with held.share() as mine, held.share() as yours:
+    with held.share("me") as mine, held.share("you") as yours:
         mine(60)
         yours(40)
         for more in (41, 10**12):
@@ -49,13 +52,32 @@ def test_streams_share_what_there_is() -> None:
     assert registry_page(metrics)("shed_total", reason="ATTENTION_FULL") == 2
 
 
+@pytest.mark.parametrize("each", [50, None], ids=["half", "control: all"])
+def test_one_client_holds_no_more_than_its_part(each: int | None) -> None:
+    held, _ = counted(100, each)
+    with held.share("me") as first, held.share("me") as second, held.share("you") as yours:
+        first(30)
+        second(20)
+        if each:
+            with pytest.raises(Refusal, match="other streams of this client hold 30 of at most 50 bytes") as caught:
+                second(21)
+            assert caught.value.reason == "ATTENTION_FULL"
+        else:
+            second(70)
+            second(20)
+        yours(50)
+        first(0)
+        second(50)
+        assert held.held == 100
+
+
 def test_after_an_error_nothing_is_held_and_a_late_reader_holds_nothing() -> None:
     """The thread that reads may be in the middle of a slice when the stream ends."""
     held, _ = counted(100)
     readers: list[Callable[[int], None]] = []
 
     def read() -> None:
-        with held.share() as hold:
+        with held.share("me") as hold:
             readers.append(hold)
             hold(100)
             raise KeyError
@@ -66,14 +88,14 @@ def test_after_an_error_nothing_is_held_and_a_late_reader_holds_nothing() -> Non
     late(100)
     late(1000)
     assert held.held == 0
-    with held.share() as next_one:
+    with held.share("me") as next_one:
         next_one(100)
 
 
 class Open:
     """A stream of which the first rows have been taken in."""
 
-    def __init__(self, server: Running, timeout: float = WAIT, last: int = 6) -> None:
+    def __init__(self, server: Running, timeout: float = WAIT, last: int = 6, token: str = "") -> None:
         self.channel = grpc.insecure_channel(server.target)
         self.outgoing = SimpleQueue[Any]()
         method = "/lapwing.v1.Detector/ScoreAttention"
@@ -81,7 +103,7 @@ class Open:
             method,
             request_serializer=lambda message: message if isinstance(message, bytes) else message.SerializeToString(),
             response_deserializer=detector_pb2.ScoreAttentionResponse.FromString,
-        )(iter(self.outgoing.get, None), timeout=timeout)
+        )(iter(self.outgoing.get, None), timeout=timeout, metadata=[("authorization", f"Bearer {token}")])
         self.send(a_header(), a_summary(MAPS, 0, last), score_now())
 
     def send(self, *parts: Any) -> None:
@@ -189,6 +211,23 @@ def test_a_stream_that_took_too_long_holds_nothing() -> None:
         assert stream.code() is grpc.StatusCode.DEADLINE_EXCEEDED
         wait_until(lambda: bytes_of(server) == 0)
         stream.close()
+
+
+@pytest.mark.parametrize("tokens", [["my-token", "my-token"], ["my-token", "your-token"]], ids=["one", "control: two"])
+def test_one_client_leaves_room_for_others(tmp_path: Path, tokens: list[str]) -> None:
+    """Where clients say who they are, half of all there is."""
+    file = a_file(tmp_path, entry("me", "my-token", "score") + entry("you", "your-token", "score"))
+    limits = Limits(attention_total_bytes=2 * WHOLE, attention_bytes=WHOLE)
+    with Running(limits=limits, tokens_file=file) as server:
+        first = Open(server, last=TOKENS, token=tokens[0])
+        assert first.running().running
+        second = Open(server, token=tokens[1])
+        if tokens[0] == tokens[1]:
+            assert second.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        else:
+            assert second.running().running
+        for stream in (first, second):
+            stream.close()
 
 
 @pytest.mark.parametrize("room", [1, 2], ids=["one", "control: two"])

@@ -58,4 +58,4 @@ def test_nothing_is_said_to_contradict_what_can_not_be_used(
 
 def test_a_smaller_bound_for_all_needs_no_smaller_one_for_each() -> None:
     limits = read({"limits.generate_streams": "1", "limits.public_streams": "9"}).settings.limits
-    assert (limits.streams_of_one, limits.public_streams_per_client) == (1, 100)
+    assert (limits.for_many().streams_of_one, limits.public_streams_per_client) == (1, 100)

@@ -159,7 +159,7 @@ def test_no_forward_begins_after_a_deadline(make: Made, requests: int) -> None:
     assert sum(counts.values()) == requests
     assert ledger.late == 0
     assert ledger.begun > requests / 20, "some are computed"
-    assert ledger.shared > requests / 100, "together"
+    assert ledger.shared > 3, "some together"
     assert counts["DEADLINE_EXCEEDED"] > requests / 50, "some are late"
     assert counts["ok"] > requests / 20
     assert set(counts) <= {"ok", "DEADLINE_EXCEEDED", "DEADLINE_UNREACHABLE", "QUEUE_FULL"}

@@ -102,6 +102,7 @@ def samples(tmp_path: Path) -> dict[str, tuple[str, dict[str, str]]]:
         "limits.queue_items": ("7", {"limits.batch_items": "7"}),
         "limits.queue_items_per_client": ("70", {"tokens_file": file}),
         "limits.attention_total_bytes": ("7", {"limits.attention_bytes": "7"}),
+        "limits.attention_bytes_per_client": ("7", {"limits.attention_bytes": "7"}),
         "log_format": ("json", {}),
         "log_level": ("error", {}),
     }
@@ -273,6 +274,18 @@ UNUSABLE = [
         ["--limits-attention-bytes", str(2**31)],
         "",
         ["limits.attention_bytes, limits.attention_total_bytes: attention_bytes is 2147483648, and"],
+    ),
+    (
+        {},
+        ["--limits-attention-bytes-per-client", str(2**31)],
+        "",
+        ["limits.attention_bytes_per_client, limits.attention_total_bytes: attention_bytes_per_client is 2147483648"],
+    ),
+    (
+        {},
+        ["--limits-attention-bytes-per-client", "9"],
+        "",
+        ["limits.attention_bytes, limits.attention_bytes_per_client: attention_bytes is 536870912, and attention_byt"],
     ),
     ({}, [], "a = " + "[" * 50_000, ["lapwing.toml': it is nested too deeply"]),
 ]

@@ -23,6 +23,7 @@ from lapwing_server.limits import Limits
 from lapwing_server.metrics import Metrics
 from lapwing_server.refusal import Refusal
 from lapwing_server.security.principals import Principal
+from lapwing_server.settings import Settings
 from lapwing_server.waiting import Call, Entry, Waiting, call_of
 
 ME, YOU = Principal("me", frozenset()), Principal("you", frozenset())
@@ -139,7 +140,7 @@ def test_shadows_wait_as_the_client_whose_response_they_score() -> None:
 
 @pytest.mark.parametrize(("limits", "mine"), [({}, 4), ({"generate_streams": 1}, 1), ({"streams_per_client": 8}, 8)])
 def test_one_client_takes_half_of_the_streams(limits: dict[str, Any], mine: int) -> None:
-    counted = Places(Limits(**limits), Metrics())
+    counted = Places(Limits(**limits).for_many(), Metrics())
     taken = [counted.take("generate", ME) for _ in range(mine)]
     for place in taken:
         place.__enter__()
@@ -156,6 +157,46 @@ def test_one_client_takes_half_of_the_streams(limits: dict[str, Any], mine: int)
 SMALL = Limits(queue_items=8, batch_items=4)
 
 
+@pytest.mark.parametrize("apart", [True, False])
+def test_only_clients_that_say_who_they_are_are_held_to_halves(tmp_path: Path, apart: bool) -> None:
+    """All others may be one: on this machine, or behind a proxy."""
+    given = {"limits": Limits(generate_streams=8, attention_total_bytes=2**31), **(tokens(tmp_path) if apart else {})}
+    limits = Settings(**given).limits_in_force
+    assert (limits.streams_of_one, limits.items_of_one, limits.attention_of_one) == (
+        (4, 256, 2**30) if apart else (24, 512, 2**31)
+    )
+    with Running(**given) as server, grpc.insecure_channel(server.target) as channel:
+        request = detector_pb2.GetServerInfoRequest()
+        stub, metadata = detector_pb2_grpc.DetectorStub(channel), [("authorization", "Bearer my-token")]
+        said = stub.GetServerInfo(request, timeout=WAIT, metadata=metadata).limits.max_streams_per_client
+        assert said == server.server.scheduler.places._each == limits.streams_of_one
+
+
+@pytest.mark.parametrize("name", ["streams_per_client", "queue_items_per_client", "attention_bytes_per_client"])
+def test_control_what_somebody_says_is_no_half(name: str) -> None:
+    limits = Limits(**{name: 7})
+    assert getattr(limits.for_many(), name) == getattr(limits, name) == 7
+
+
+@pytest.mark.parametrize(("items", "skipped"), [(3, 0), (4, 1)])
+def test_shadows_take_no_place_that_their_client_could_need(items: int, skipped: int) -> None:
+    """Of eight that its calls may take, what is scored for the metrics alone leaves half."""
+
+    async def main() -> None:
+        async with a_desk(queue_items=100, queue_items_per_client=8) as desk:
+            busy = Gate()
+            desk.worker.post(busy)
+            for _ in range(items):
+                desk.scheduler._queue.add(a_call("me", 1))
+            desk.scheduler._queue.add(a_call("you", *[1] * 20))
+            desk.scheduler._add_shadow(an_item("ab"), "me")
+            assert desk.counted("lapwing_shadow_skips_total", reason="no_room") == skipped
+            assert desk.scheduler._queue.items_of("me") == 4
+            busy.open()
+
+    run(main())
+
+
 def score(stub: Any, token: str) -> Any:
     request = detector_pb2.ScoreRequest(prompt={"text": "hello"}, response={"text": "world"})
     return stub.Score.future(request, timeout=WAIT, metadata=[("authorization", f"Bearer {token}")])
@@ -170,7 +211,7 @@ def reason_of(call: Any) -> str:
 
 
 def tokens(tmp_path: Path) -> dict[str, Any]:
-    return {"tokens_file": a_file(tmp_path, entry("me", "my-token", "score") + entry("you", "your-token", "score"))}
+    return {"tokens_file": a_file(tmp_path, entry("me", "my-token", "admin") + entry("you", "your-token", "score"))}
 
 
 def test_one_client_fills_half_of_the_queue(tmp_path: Path) -> None:

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from lapwing_training.labels.judging import Judge
 
 RULE = (
-    "exact: equal to an accepted answer, case and accents folded. f1, rouge-l: shares enough words with one. "
+    "exact: equal to an accepted answer, case and accents folded. f1 (words as SQuAD's), rouge-l: shares enough "
+    "words with one. "
     "judge: a model decides. published: F1 or ROUGE-L of .99 is right, else a model decides; its `incorrect` is not "
     "believed at a ROUGE-L of .75."
 )
