@@ -123,6 +123,8 @@ def test_a_probe_is_retrained_by_commands_and_served(tmp_path):
     assert trained["revision"] == Probe.from_pretrained(probe).revision
     assert (probe / "report.md").read_text().startswith("# Report: mine")
     assert "<script" not in (probe / "report.html").read_text()
+    examples = [one for side in Probe.from_pretrained(probe).metrics["examples"].values() for one in side]
+    assert all(len(one["tokens"]) == len(one["contributions"]) for one in examples), "by the model at hand"
     judged = json.loads(lapwing("evaluate", probe, store, "--seen-groups", "--json"))
     assert judged["test"]["rows"] == 900
     lapwing("heatmap", "--probe", probe, "--out", tmp_path / "pair.png")

@@ -360,7 +360,7 @@ class Client(Caller):
         """Waits until the server, or one of the replicas, is there and its model is loaded.
 
         Raises:
-            Unavailable: the server said that its model could not be loaded.
+            Unavailable: the server said that its model could not be loaded, or fails.
             DeadlineExceeded: it took longer than the timeout.
             PermissionDenied, TLSError, Unimplemented: waiting would not help.
         """

@@ -16,10 +16,10 @@ from lapwing_detector.errors import DetectorError
 from lapwing_detector.probe import Probe
 from lapwing_detector.scoring import Stopwatch, detect
 from lapwing_detector.tokens import TokenIds
-from lapwing_server.admission import AttentionBytes
 from lapwing_server.answers import detection_message
 from lapwing_server.asked import Asked, asked
 from lapwing_server.attention_assembly import Assembly
+from lapwing_server.attention_bytes import AttentionBytes
 from lapwing_server.attention_header import Header, read_header
 from lapwing_server.context import Context, note
 from lapwing_server.engine import Engine

@@ -71,7 +71,7 @@ class Readiness:
 
     @property
     def loaded_or_none(self) -> Loaded | None:
-        """What is loaded; None before and after a failure."""
+        """What is loaded; None as long as nothing could be."""
         return self._loaded
 
     @property

@@ -24,12 +24,11 @@ class Row:
         self._failed = 0
 
     def saw(self, outcome: object) -> None:
-        """What came of a request: a token or a detection ends the row; refusing what was asked says nothing."""
-        if isinstance(outcome, Detection):
-            self._count(outcome.reason is Reason.NON_FINITE)
-        elif not isinstance(outcome, Exception):
-            self._count(False)
-        elif is_ours(outcome):
+        """What came of a request: a score ends the row. Refusing what was asked says nothing, nor does a token yet."""
+        detection = getattr(outcome, "detection", outcome)
+        if isinstance(detection, Detection):
+            self._count(detection.reason is Reason.NON_FINITE)
+        elif isinstance(outcome, Exception) and is_ours(outcome):
             self._count(True)
 
     def _count(self, failed: bool) -> None:
@@ -54,14 +53,16 @@ class Checkup:
         self._works = works
         self._tell = tell
         self._task: asyncio.Task[None] | None = None
+        self._closed = False
 
     def doubt(self) -> None:
         """Tries it, unless that is going on."""
-        if self._task is None or self._task.done():
+        if not self._closed and (self._task is None or self._task.done()):
             self._task = asyncio.create_task(self._look())
 
     def close(self) -> None:
-        """Gives up what is going on."""
+        """Gives up what is going on, and begins nothing more: what fails while a server ends is no news."""
+        self._closed = True
         if self._task is not None:
             self._task.cancel()
 

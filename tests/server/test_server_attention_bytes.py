@@ -16,7 +16,8 @@ from metrics_pages import registry_page
 from service_fakes import WAIT, Running, told, wait_until
 
 from lapwing.v1 import detector_pb2
-from lapwing_server.admission import STREAM_PUSHBACK, AttentionBytes
+from lapwing_server.admission import STREAM_PUSHBACK
+from lapwing_server.attention_bytes import AttentionBytes
 from lapwing_server.attention_sums import TOKEN_BYTES
 from lapwing_server.limits import Limits
 from lapwing_server.metrics import Metrics

@@ -11,7 +11,7 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
-from engine_fakes import FakeStreams, PoisonError
+from engine_fakes import FakeStreams, FakeToken, PoisonError, a_probe
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from metrics_pages import registry_page
 from service_fakes import WAIT, FakeEngine, Running, refused, told, wait_until
@@ -19,6 +19,7 @@ from service_fakes import WAIT, FakeEngine, Running, refused, told, wait_until
 from lapwing.v1 import detector_pb2, detector_pb2_grpc
 from lapwing_detector.detection import Reason, State
 from lapwing_detector.errors import CaptureError, InvalidInput, UnsupportedGeneration
+from lapwing_detector.options import GenerationOptions
 from lapwing_server import soundness
 from lapwing_server.admission import TooLate
 from lapwing_server.mishap import Panic, is_ours
@@ -145,20 +146,42 @@ def test_what_the_server_tries_is_not_counted_as_a_verdict() -> None:
         assert registry_page(server.server.metrics)("detections_total") == 1, "control"
 
 
+class Melting(FakeEngine):
+    """Of which no score is finite, if it is told so."""
+
+    melted = False
+
+    def score_ids(self, jobs: Any) -> Any:
+        scored = super().score_ids(jobs)
+        return [melted(one) for one in scored] if self.melted else scored
+
+    def streams(self) -> FakeStreams:
+        return MeltingStreams(self)
+
+
+class MeltingStreams(FakeStreams):
+    def step(self) -> Any:
+        return [
+            (stream, melted(event) if self._engine.melted and hasattr(event, "detection") else event)  # type: ignore[attr-defined]
+            for stream, event in super().step()
+        ]
+
+
+def unscored(one: Asked, what: str) -> bool:
+    if what == "score":
+        return not one.stub.Score(GOOD, timeout=WAIT).detection.HasField("probability")
+    *_, last = one.stub.Generate(WRITE, timeout=WAIT)
+    return not last.generation.detection.HasField("probability")
+
+
 @pytest.mark.usefixtures("often")
-def test_a_model_of_which_no_score_is_finite_does_not_serve() -> None:
-    class Melting(FakeEngine):
-        melted = False
-
-        def score_ids(self, jobs: Any) -> Any:
-            scored = super().score_ids(jobs)
-            return [melted(one) for one in scored] if self.melted else scored
-
+@pytest.mark.parametrize("what", ["score", "generate"])
+def test_a_model_of_which_no_score_is_finite_does_not_serve(what: str) -> None:
     engine = Melting()
     with asked(engine) as (_, one):
         engine.melted = True
         for _ in range(FAILED_IN_A_ROW):
-            assert not one.stub.Score(GOOD, timeout=WAIT).detection.HasField("probability")
+            assert unscored(one, what)
         wait_until(lambda: one.says() == BROKEN)
         engine.melted = False
         wait_until(lambda: one.says() == WELL)
@@ -206,6 +229,51 @@ def test_what_is_refused_says_nothing_of_the_model(error: Exception) -> None:
     assert len(doubts) == (error in OURS)
     row.saw(RuntimeError())
     assert len(doubts) == 1, "a refusal neither ends a row nor belongs to it"
+
+
+def test_a_token_neither_ends_a_row_nor_belongs_to_it() -> None:
+    """A request may fail after it; its end says what came of it."""
+    doubts: list[int] = []
+    row, token = Row(lambda: doubts.append(1)), FakeToken(0, 65, "A", -1.0, None, None)
+    for _ in range(FAILED_IN_A_ROW):
+        row.saw(token)
+        row.saw(RuntimeError())
+    assert doubts == [1]
+    [(_, generation)] = finished(FakeEngine())
+    for _ in range(FAILED_IN_A_ROW):
+        row.saw(generation)
+        row.saw(RuntimeError())
+    assert doubts == [1], "control: a score does"
+
+
+def finished(engine: FakeEngine) -> list[Any]:
+    """The last event of a generation."""
+    streams = engine.streams()
+    streams.add(engine.tokens("hello"), a_probe(), GenerationOptions(max_new_tokens=1))
+    return [event for _ in range(3) for event in streams.step() if hasattr(event[1], "detection")]
+
+
+def test_no_doubt_is_looked_into_after_the_end() -> None:
+    tries: list[int] = []
+
+    async def works() -> bool:
+        tries.append(1)
+        return True
+
+    async def tell(sound: bool) -> None:
+        raise AssertionError("it works")
+
+    async def main(closed: bool) -> None:
+        checkup = Checkup(works, tell)
+        if closed:
+            checkup.close()
+        checkup.doubt()
+        await asyncio.sleep(0.01)
+
+    asyncio.run(main(closed=True))
+    assert tries == []
+    asyncio.run(main(closed=False))
+    assert tries == [1], "control"
 
 
 def test_a_doubt_that_comes_while_one_is_looked_into_starts_nothing() -> None:

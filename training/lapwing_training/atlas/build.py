@@ -97,7 +97,7 @@ def build(directory: Path, recipe: AtlasRecipe | None = None, until: str = "prob
         require_rates(json.loads((directory / "rates.json").read_text()))
         make_store(directory, loaded)
     if "probe" in stages:
-        make_probe(directory)
+        make_probe(directory, loaded)
 
 
 def make_model(directory: Path, facts: Sequence[Fact], recipe: AtlasRecipe) -> None:
@@ -191,10 +191,10 @@ def make_store(directory: Path, loaded: LanguageModel) -> None:
         extract_features(generations, directory / "store", loaded, options)
 
 
-def make_probe(directory: Path) -> None:
+def make_probe(directory: Path, loaded: LanguageModel) -> None:
     """The default probe, with its report and pictures."""
     if not (directory / "probe" / "manifest.json").exists():
-        train_probe(directory / "store", directory / "probe", TrainOptions(name="atlas"))
+        train_probe(directory / "store", directory / "probe", TrainOptions(name="atlas"), loaded)
 
 
 def model_card(rates: Mapping[str, Mapping[str, float]]) -> str:

@@ -11,7 +11,7 @@ import typer
 from lapwing_training.cli.common import AsJson, Device, Dtype, failures, feature_ids, load_model, tell
 
 EMBEDDED = "atlas"
-"""How the embedded model is asked for, since no name means no model here."""
+"""How the embedded model is asked for; without a name it is taken where the store is its own."""
 
 
 def train(
@@ -45,7 +45,10 @@ def train(
     name: Annotated[str, typer.Option(help="Name of the probe; from the directory without it.")] = "",
     model: Annotated[
         str,
-        typer.Option(help=f"Model of the store, to colour the tokens of the worst examples; {EMBEDDED}: the embedded."),
+        typer.Option(
+            help="Model of the store, to colour the tokens of the worst examples; without it they are coloured only "
+            f"where the store is of the embedded one, {EMBEDDED}."
+        ),
     ] = "",
     device: Device = "cpu",
     dtype: Dtype = "",
@@ -76,9 +79,27 @@ def train(
             heads=heads or None,
             guarantee=guarantee,
         )
+        model = model or (EMBEDDED if _of_the_embedded_model(store) else "")
         loaded = load_model("" if model == EMBEDDED else model, dtype, device) if model else None
         probe = train_probe(store, out, options, loaded)
         result = {"probe": str(out), "revision": probe.revision, "metrics": probe.metrics}
         for note in probe.metrics["notes"]:
             print(f"lapwing train: {note}", file=sys.stderr)
         tell(result, as_json, f"{comparison_table(probe.metrics)}\n\nprobe in {out}, report in {out / 'report.html'}")
+
+
+def _of_the_embedded_model(store: Path) -> bool:
+    """Whether the store holds attention of the model that is always at hand.
+
+    Raises:
+        StoreCorrupt: no store, or one that is damaged or unfinished.
+    """
+    from lapwing_detector import embedded
+    from lapwing_detector.identity import ModelIdentity
+    from lapwing_detector.probe import Probe
+    from lapwing_training.store.store import read_index
+
+    index, _ = read_index(store)
+    return not ModelIdentity.from_dict(index["identity"]).differences(
+        Probe.from_pretrained(embedded.probe_path()).identity
+    )
