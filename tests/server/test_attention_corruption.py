@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import Any
@@ -18,7 +17,7 @@ from service_fakes import WAIT, Running, told
 
 from lapwing.v1 import detector_pb2, detector_pb2_grpc
 
-EXAMPLES = 1000 if os.environ.get("LAPWING_SOAK") == "1" else 150
+EXAMPLES = 100 if os.environ.get("LAPWING_SOAK") == "1" else 15
 TOKENS, PROMPT = 13, 2
 MAPS = some_maps(TOKENS)
 
@@ -137,19 +136,19 @@ def answers(stub: Any, parts: Parts) -> list[Any]:
     return list(stub.ScoreAttention(requests(header, *parts), timeout=WAIT))
 
 
-def test_one_thing_that_is_wrong_is_refused_and_without_it_the_stream_is_scored(stub: Any) -> None:
-    happened, expected = Counter[str](), local_score(MAPS)
+@pytest.mark.parametrize("wrong", WRONG)
+def test_one_thing_that_is_wrong_is_refused_and_without_it_the_stream_is_scored(stub: Any, wrong: str) -> None:
+    expected = local_score(MAPS)
     everything = [(slice(0, len(LAYERS)), slice(0, 3))]
 
-    @settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=EXAMPLES, suppress_health_check=list(HealthCheck))
     @given(
-        st.sampled_from(list(WRONG)),
         st.sampled_from(list(MAKE)),
         st.sets(st.integers(1, TOKENS - 1), max_size=3),
         st.booleans(),
         st.data(),
     )
-    def check(wrong: str, kind: str, inner: set[int], apart: bool, data: st.DataObject) -> None:
+    def check(kind: str, inner: set[int], apart: bool, data: st.DataObject) -> None:
         cuts, heads = list(pairwise([0, *sorted(inner), TOKENS])), list(places()) if apart else everything
         parts = [MAKE[kind](MAPS, *cut, *place) for cut in cuts for place in heads]
         [answer] = answers(stub, parts)
@@ -161,7 +160,5 @@ def test_one_thing_that_is_wrong_is_refused_and_without_it_the_stream_is_scored(
         error = told(caught.value)
         assert error.code is grpc.StatusCode.INVALID_ARGUMENT
         assert error.field.split(".")[0] in ("summary", "rows", "header", "part")
-        happened[wrong] += 1
 
     check()
-    assert set(happened) == set(WRONG), "control: each of them was tried"

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import random
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,19 +34,33 @@ LEAK = 64 * 2**10
 """Bytes that the control keeps of each forward."""
 
 
+class Forgetful(FakeEngine):
+    """Keeps no record of what it was asked, which would grow with every request."""
+
+    def forward(self, what: str, sequences: Sequence[tuple[int, ...]]) -> None:
+        super().forward(what, sequences)
+        for record in (self.calls, self.batches, self.scored):
+            record.clear()
+
+
 @pytest.fixture
 def life(tmp_path: Path) -> Iterator[tuple[Life, Running]]:
-    engine, registry = FakeEngine(), Registry(tmp_path / "registry")
+    engine, registry = Forgetful(), Registry(tmp_path / "registry")
     for name in ("beta", "alpha"):
         registry.publish(write_probe(tmp_path / name, named(name)), activate=True)
 
     def load() -> Loaded:
         return Loaded(engine, shelve(registry.root, require=engine.require))
 
-    with Running(engine, load=load, keepalive=1.0, keepalive_timeout=1.0) as server:
-        found = Life(server.target, engine, registry, tmp_path)
-        yield found, server
-        found.close()
+    # pytest keeps every line of the log of a test, with the frames of its exceptions.
+    logging.disable(logging.CRITICAL)
+    try:
+        with Running(engine, load=load, keepalive=1.0, keepalive_timeout=1.0) as server:
+            found = Life(server.target, engine, registry, tmp_path)
+            yield found, server
+            found.close()
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def live(life: Life, go_on: Callable[[], bool], *, rare: bool, seed: int) -> None:

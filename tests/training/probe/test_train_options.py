@@ -83,7 +83,8 @@ def test_names_come_from_directories() -> None:
         name_from(Path("/x/东京"))
 
 
-def test_the_command_line_says_all_options(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_line_says_all_options(trained: Path, store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(store.parent)
     asked = []
 
     def spy(store: Path, out: Path, options: TrainOptions, language_model: object) -> Probe:
