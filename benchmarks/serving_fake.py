@@ -28,6 +28,7 @@ from lapwing_server.engine import Loaded
 from lapwing_server.limits import Limits
 from lapwing_server.server import Server, Settings
 from lapwing_server.shelf import Shelf, Shelved
+from lapwing_server.worker import take_short_turns
 
 LAYERS = HEADS = 32
 FEATURE = "laplacian_eigenvalues.v1"
@@ -141,6 +142,7 @@ async def main() -> None:
             probe = engine.probe
         return Loaded(engine, Shelf((Shelved(probe.name, probe),), probe))
 
+    take_short_turns()
     server = Server(load, Settings(port=0, limits=Limits(batch_forward_items=arguments.batch_items)))
     port = await server.start()
     await server.loaded()

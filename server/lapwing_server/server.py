@@ -39,7 +39,7 @@ from lapwing_server.settings import Settings as Settings
 from lapwing_server.shelf import LONGEST_REASON
 from lapwing_server.soundness import AGAIN, Checkup
 from lapwing_server.swapping import Swapper
-from lapwing_server.worker import Worker
+from lapwing_server.worker import Worker, take_short_turns
 
 log = logging.getLogger("lapwing.server")
 
@@ -212,6 +212,7 @@ async def serve(load: Callable[[], Loaded], settings: Settings, announce: Callab
         OSError: a port can't be listened on, or what `announce` raises.
     """
     logs.catch_strays()
+    take_short_turns()
     server = Server(load, settings)
     told_to_stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
