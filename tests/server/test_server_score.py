@@ -172,11 +172,12 @@ def test_a_request_keeps_the_shelf_that_it_began_with() -> None:
     with Running(FakeEngine(before=gate), shelf=first) as server, grpc.insecure_channel(server.target) as channel:
         stub = detector_pb2_grpc.DetectorStub(channel)
         before = [stub.Score.future(request()), stub.Generate(detector_pb2.GenerateRequest(prompt=request().prompt))]
-        wait_until(lambda: server.server.guard.in_flight == 2)
+        inner = server.server.scheduler
+        wait_until(lambda: inner.places.taken == 1 and inner.in_flight + inner.waiting == 2)  # both have begun
         assert gate.reached.wait(WAIT)
         server.server.readiness.swap(second)
         after = stub.Score.future(request())
-        server.queued(1)
+        wait_until(lambda: inner.in_flight + inner.waiting == 3)
         gate.open()
         assert before[0].result(WAIT).detection.probe_name == "old"
         assert list(before[1])[-1].generation.detection.probe_name == "old"
