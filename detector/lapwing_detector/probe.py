@@ -159,6 +159,17 @@ class Probe:
         rows = zip(self.layers, self.selected, strict=True)
         return {layer: tuple(map(int, np.flatnonzero(row))) for layer, row in rows if row.any()}
 
+    @cached_property
+    def places(self) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+        """Row in `weights` and head of every head that it reads, in the order in which `read` puts them."""
+        rows, heads = np.nonzero(self.selected)
+        return rows, heads
+
+    @cached_property
+    def _read_weights(self) -> NDArray[np.float64]:
+        """(read heads, width)."""
+        return self.weights[self.selected].astype(np.float64)
+
     def logit(self, features: NDArray[np.float32], statistics: NDArray[np.floating] | None = None) -> Any:
         """The linear score.
 
@@ -220,30 +231,35 @@ class Probe:
             ProbeMismatch: the summary has other layers or heads than the probe, or it reads log-probabilities and
                 there are none.
         """
+        return self.score_read(self.read(summary), log_probabilities)
+
+    def score_read(
+        self, read: AttentionSummary, log_probabilities: Sequence[float] | NDArray[np.floating] | None = None
+    ) -> tuple[float, Share]:
+        """The same for what `read` has picked; arguments, results and errors as for `score`."""
         said = self._required(log_probabilities) if self.reads_log_probabilities else ()
-        read = self.read(summary)
-        if summary.token_count < self.needed_tokens:
-            raise TooShort(summary.token_count, self.needed_tokens)
-        tokens = np.zeros(summary.token_count)
-        per_head = np.zeros(int(self.selected.sum()))
-        weights, start = self.weights[self.selected].astype(np.float64), 0  # (read, width)
+        if read.token_count < self.needed_tokens:
+            raise TooShort(read.token_count, self.needed_tokens)
+        tokens = np.zeros(read.token_count)
+        per_head = np.zeros(len(self._read_weights))
+        start = 0
         for feature in (FEATURES[id] for id in self.features):
             width = feature.width(self.k)
             values = feature.token_values(read)[0].astype(np.float64)  # (read, tokens)
-            part = weights[:, start : start + width]
+            part = self._read_weights[:, start : start + width]
             if feature.ranked:
                 ranked = np.argsort(-values, axis=-1, kind="stable")[:, :width]  # (read, k): token of each rank
                 shares = np.take_along_axis(values, ranked, axis=-1) * part
                 tokens += np.bincount(ranked.ravel(), shares.ravel(), len(tokens))
             else:
-                shares = values * part / summary.token_count
+                shares = values * part / read.token_count
                 tokens += shares.sum(axis=0)
             per_head += shares.sum(axis=1)
             start += width
         heads = np.zeros(self.selected.shape, np.float32)
-        heads[self.selected] = per_head
+        heads[self.places] = per_head
         of_tokens, statistics = token_contributions(said, self.statistic_weights)
-        tokens[summary.token_count - len(of_tokens) :] += of_tokens
+        tokens[read.token_count - len(of_tokens) :] += of_tokens
         logit = float(per_head.sum()) + sum(statistics.values()) + self.bias
         return logit, Share(tokens.astype(np.float32), heads, statistics)
 
@@ -258,7 +274,7 @@ class Probe:
         """
         self._require_layers(summary, self.heads, "capture its heads: capture_attention(model, heads=probe.heads)")
         places = np.array([summary.layers.index(layer) if layer in self.heads else -1 for layer in self.layers])
-        rows, columns = np.nonzero(self.selected)
+        rows, columns = self.places
         rows = places[rows]
         return AttentionSummary(summary.diagonal[rows, columns][None], summary.received[rows, columns][None], (0,))
 

@@ -80,17 +80,18 @@ def detect(
     clock = Stopwatch()
     logit, share, reason, message = None, None, None, ""
     with clock.stage("probe"):
+        read = probe.read(summary)
         if summary.token_count < probe.needed_tokens:
             reason = Reason.TOO_SHORT
             message = f"{summary.token_count} tokens; the probe needs {probe.needed_tokens}; score a longer text"
         elif not ids.response_ids:
             reason, message = Reason.TOO_SHORT, "the response has no tokens; there is nothing in it to be made up"
-        elif not finite(probe.read(summary)):
+        elif not finite(read):
             reason, message = Reason.NON_FINITE, "the model's attention is not finite; load it in float32 or bfloat16"
         elif probe.reads_log_probabilities and np.isnan(() if log_probabilities is None else log_probabilities).any():
             reason, message = Reason.NON_FINITE, "the model's logits are not finite; load it in float32 or bfloat16"
         else:
-            logit, share = probe.score(summary, log_probabilities)
+            logit, share = probe.score_read(read, log_probabilities)
     point = probe.threshold(false_positive_rate)
     return Detection(
         state=State.UNSCORED if logit is None else State.SCORED,
@@ -140,7 +141,7 @@ def finite(summary: AttentionSummary) -> bool:
 
 def strongest(probe: Probe, share: Share) -> tuple[HeadContribution, ...]:
     """The selected heads with their shares, the strongest first."""
-    rows, heads = np.nonzero(probe.selected)
+    rows, heads = probe.places
     shares = share.heads[rows, heads]
     order = np.argsort(-np.abs(shares), kind="stable")
     layers = np.array(probe.layers)[rows]

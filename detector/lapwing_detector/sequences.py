@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -189,13 +189,12 @@ class Sequences:
         Raises:
             CaptureError: nothing was captured, or the layers differ in their number of heads.
         """
-        self._require_one_shape()
-        return [self._summary(row, counted) for row, counted in enumerate(self.counted.all.cpu())]
+        return self._summaries(slice(None))
 
     def summary(self, sequence: int) -> AttentionSummary:
         """That of one sequence by its place in the batch; raises like `summaries`."""
-        self._require_one_shape()
-        return self._summary(sequence, self.counted.all[sequence].cpu())
+        [one] = self._summaries(slice(sequence, sequence + 1))
+        return one
 
     def _require_one_shape(self) -> None:
         if not self.counted.tokens:
@@ -208,24 +207,27 @@ class Sequences:
                 "use a model with the same number in every layer"
             )
 
-    def _summary(self, row: int, counted: Tensor) -> AttentionSummary:
-        every = bool(counted.all())
-        shape = (len(self.layers), next(iter(self.heads.values())), int(counted.sum()))
+    def _summaries(self, rows: slice) -> list[AttentionSummary]:
+        self._require_one_shape()
         sums = [self.sums[layer.index] for layer in self.layers]
+        diagonal = _arrays([one.diagonal[rows, :, : self.tokens] for one in sums])
+        received = _arrays([one.received[rows, :, : self.tokens] for one in sums])
+        layers = tuple(layer.index for layer in self.layers)
+        return [
+            AttentionSummary(self._gathered(diagonal, row, columns), self._gathered(received, row, columns), layers)
+            for row, columns in enumerate(map(_places, self.counted.all[rows].cpu().numpy()))
+        ]
 
-        def gather(name: str) -> NDArray[np.float32]:
-            gathered = np.full(shape, np.nan, np.float32)  # never zero for a head that was not looked at
-            parts = _on_cpu([getattr(one, name)[row, :, : self.tokens] for one in sums])
-            for place, (layer, part) in enumerate(zip(self.layers, parts, strict=True)):
-                kept = slice(None) if self.kept is None else list(self.kept[layer.index])
-                gathered[place, kept] = part if every else part[:, counted]
-            return gathered
-
-        return AttentionSummary(
-            diagonal=gather("diagonal"),
-            received=gather("received"),
-            layers=tuple(layer.index for layer in self.layers),
-        )
+    def _gathered(
+        self, parts: Sequence[NDArray[np.float32]], row: int, columns: NDArray[np.intp] | slice
+    ) -> NDArray[np.float32]:
+        """(layers, heads, counted tokens) of one sequence; NaN, never zero, for a head that was not looked at."""
+        heads = next(iter(self.heads.values()))
+        gathered = np.full((len(parts), heads, parts[0][row][:1, columns].shape[1]), np.nan, np.float32)
+        for place, (layer, part) in enumerate(zip(self.layers, parts, strict=True)):
+            kept = slice(None) if self.kept is None else list(self.kept[layer.index])
+            gathered[place, kept] = part[row][:, columns]
+        return gathered
 
 
 @dataclass(frozen=True)
@@ -273,9 +275,17 @@ def _empty(rows: int, heads: int, capacity: int, device: torch.device) -> Sums:
         return Sums(*(torch.zeros(rows, heads, capacity, dtype=torch.float32, device=device) for _ in range(2)))
 
 
-def _on_cpu(parts: list[Tensor]) -> list[Tensor]:
-    """The parts (heads, tokens) with one transfer for all of them where they are on one other device."""
+def _arrays(parts: list[Tensor]) -> list[NDArray[np.float32]]:
+    """The parts (sequences, heads, tokens) with one transfer for all of them where they are on one other device."""
     devices = {part.device for part in parts}
     if len(devices) > 1 or devices == {torch.device("cpu")}:
-        return [part.cpu() for part in parts]
-    return list(torch.split(torch.cat(parts).cpu(), [len(part) for part in parts]))
+        return [part.cpu().numpy() for part in parts]
+    ends = np.cumsum([part.shape[1] for part in parts])[:-1]
+    return np.split(torch.cat(parts, 1).cpu().numpy(), ends, axis=1)
+
+
+def _places(flags: NDArray[np.bool_]) -> NDArray[np.intp] | slice:
+    """Where the flags are set: a slice where they are in one piece, as with padding on one side."""
+    places = np.flatnonzero(flags)
+    first, count = (int(places[0]), len(places)) if len(places) else (0, 0)
+    return slice(first, first + count) if flags[first : first + count].all() else places

@@ -79,14 +79,14 @@ def test_a_shadow_that_fails_costs_only_its_own_verdict(
     detector: Detector, error: Exception, told: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bad, good = a_shadow(detector, 5, "bad"), a_shadow(detector, 2, "good")
-    score = Probe.score
+    score = Probe.score_read
 
     def failing(probe: Probe, *args: object) -> object:
         if probe is bad:
             raise error
         return score(probe, *args)
 
-    monkeypatch.setattr(Probe, "score", failing)
+    monkeypatch.setattr(Probe, "score_read", failing)
     job = ScoreJob(detector.tokens(*ITEMS[0]), detector.probe, shadows=(bad, good))
     [scored] = detector.score_ids([job])
     assert scored.detection.logit is not None
