@@ -133,11 +133,14 @@ class AttentionReader:
             Refusal: of the stream, or of a message in it.
         """
         seconds = self._readiness.limits.stream_seconds
+        limit = asyncio.timeout(seconds)
         try:
-            async with asyncio.timeout(seconds):
+            async with limit:
                 with self._bytes.share(client) as hold:
                     return await self._read(requests, context, hold)
         except TimeoutError:
+            if not limit.expired():
+                raise
             message = f"a stream may take {seconds:g} s; send the attention when all of it is there"
             refusal = Refusal(StatusCode.DEADLINE_EXCEEDED, "STREAM_TOO_LONG", message)
         except Refusal as error:

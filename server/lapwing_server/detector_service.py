@@ -86,12 +86,15 @@ class DetectorService(detector_pb2_grpc.DetectorServicer):
                 role=shared.role,
                 client=principal.name,
             )
+            limit = asyncio.timeout(limits.stream_seconds)
             with closing(stream):
                 try:
-                    async with asyncio.timeout(limits.stream_seconds):
+                    async with limit:
                         async for event in stream:
                             await context.write(answers.event_message(event, stream.seconds))
                 except TimeoutError:
+                    if not limit.expired():
+                        raise  # the model's own, of a disk that does not answer for one
                     message = f"a stream may take {limits.stream_seconds:g} s; ask for fewer tokens"
                     raise Refusal(StatusCode.DEADLINE_EXCEEDED, "STREAM_TOO_LONG", message) from None
 

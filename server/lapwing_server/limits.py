@@ -53,6 +53,10 @@ class Limits(BaseModel):
     stream_seconds: Seconds = 600.0
     """Wall clock of one stream."""
 
+    stuck_seconds: Seconds = 300.0
+    """A forward with the step of the streams beside it that takes longer takes the server out of service until it
+    ends."""
+
     stop_strings: Count = 16
     """Stop strings of one Generate."""
 

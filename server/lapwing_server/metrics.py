@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
@@ -261,9 +262,15 @@ class Metrics:
 
     def _forget(self, probe: str) -> None:
         for role in ROLES:
-            self._probability.remove(role, probe)
+            forget(self._probability, role, probe)
             for verdict in VERDICTS:
-                self._detections.remove(role, probe, verdict)
+                forget(self._detections, role, probe, verdict)
+
+
+def forget(metric: Counter | Histogram, *labels: str) -> None:
+    """Takes the labels off the page; older versions of the library complain of labels that were never there."""
+    with suppress(KeyError):
+        metric.remove(*labels)
 
 
 def rejections(shelf: Shelf) -> frozenset[tuple[str, str, str]]:

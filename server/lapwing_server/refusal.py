@@ -86,8 +86,8 @@ class Refusal(Exception):
         return tuple(trailers)
 
     def under(self, prefix: str) -> Refusal:
-        """The same refusal of a request that holds the refused one at `prefix`."""
-        field = ".".join(part for part in (prefix, self.field) if part)
+        """The same refusal of a request that holds the refused one at `prefix`; where no field is to blame, none is."""
+        field = f"{prefix}.{self.field}" if self.field else ""
         return Refusal(
             self.code,
             self.reason,

@@ -28,6 +28,10 @@ from lapwing_server.writing import Writing
 UNCOUNTED: Final = ""
 """Role of a score that the server makes for itself."""
 
+AT_ONCE: Final = 4
+"""Calls of a forward that are answered before the event loop turns to others: who is refused meanwhile waits for
+these few, and not for a whole forward's answers to be written."""
+
 
 class Scheduler:
     """Takes work on the event loop and has it done by the worker, in rounds, between which others may use the worker.
@@ -64,6 +68,7 @@ class Scheduler:
         self._engine: Engine | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._awake = False
+        self._round_begun: float | None = None
         self._lock = threading.Lock()
 
     def begin(self, engine: Engine) -> None:
@@ -84,6 +89,12 @@ class Scheduler:
     def idle(self) -> bool:
         """Whether there is nothing to do."""
         return not self._awake
+
+    @property
+    def computing(self) -> float:
+        """Seconds for which the round that is going on has been going on; 0 when there is none."""
+        begun = self._round_begun
+        return 0.0 if begun is None else self._clock() - begun
 
     async def score(self, items: Sequence[Item], *, deadline: float | None = None, client: str = "") -> list[Outcome]:
         """What came of each item: its detection, or what is wrong with it alone.
@@ -200,6 +211,7 @@ class Scheduler:
         engine, loop = self._engine, self._loop
         assert engine is not None, "begin() comes first"
         assert loop is not None
+        self._round_begun = self._clock()
         try:
             self._compute(engine, loop)
         except BaseException as error:  # it belongs to nobody, and must not end the rounds
@@ -207,6 +219,7 @@ class Scheduler:
             self._row.saw(caught(error))
             tell(loop, partial(answer_all, self._forwards.abandon(caught(error))))
         finally:
+            self._round_begun = None
             with self._lock:
                 self._awake = bool(self._queue.items or self._forwards.items) or self._writing.busy
                 if self._awake:
@@ -238,10 +251,12 @@ def tell(loop: asyncio.AbstractEventLoop, news: Callable[[], None]) -> None:
 
 
 def answer_all(calls: Sequence[Call]) -> None:
-    """Wakes whoever waits for one of the calls."""
-    for call in calls:
+    """Wakes whoever waits for one of the calls, a few in each round of the event loop, on which it is called."""
+    for call in calls[:AT_ONCE]:
         if call.answer is not None and not call.answer.done():
             call.answer.set_result([call.outcomes[place] for place in range(call.items)])
+    if rest := calls[AT_ONCE:]:
+        asyncio.get_running_loop().call_soon(answer_all, rest)
 
 
 def announce_all(streams: Sequence[Stream]) -> None:

@@ -68,7 +68,7 @@ class Server:
         self.guard = Guard(self.metrics, self.authenticator.admit, self._parser)
         self.readiness = Readiness(limits=limits)
         self.worker = Worker("lapwing-worker")
-        self._checkup = Checkup(self._works, self._tell_whether_it_works)
+        self._checkup = Checkup(self._works, self._tell_whether_it_works, self._stuck)
         self.scheduler = Scheduler(self.worker, limits, self.metrics, doubt=self._checkup.doubt)
         self._artist = Worker("lapwing-artist")
         self._reader = Worker("lapwing-reader")
@@ -169,6 +169,7 @@ class Server:
             self.scheduler.begin(loaded.engine)
             self.readiness.succeed(loaded)
             self.metrics.probes(loaded.shelf)
+            self._checkup.begin()
             await self._health.set_serving(True)
             log.info("serving %s with probe %s", loaded.engine.identity.name, loaded.shelf.active.name)
 
@@ -189,14 +190,17 @@ class Server:
     async def _works(self) -> bool:
         return await self.scheduler.works(self.readiness.loaded.shelf.active)
 
-    async def _tell_whether_it_works(self, works: bool) -> None:
-        if works:
+    def _stuck(self) -> bool:
+        return self.scheduler.computing > self.settings.limits.stuck_seconds
+
+    async def _tell_whether_it_works(self, why_not: str | None) -> None:
+        if why_not is None:
             self.readiness.mended()
             log.info("serving again: the model works")
         else:
-            log.error("not serving: the model fails, on a plain text, too; start the server anew if that goes on")
-            self.readiness.broken(f"the model fails; it is tried every {AGAIN:g} s, and the log has the rest")
-        await self._health.set_serving(works)
+            log.error("not serving: %s; start the server anew if that goes on", why_not)
+            self.readiness.broken(f"{why_not}; it is tried every {AGAIN:g} s, and the log has the rest")
+        await self._health.set_serving(why_not is None)
 
 
 async def serve(load: Callable[[], Loaded], settings: Settings, announce: Callable[[str], None]) -> None:

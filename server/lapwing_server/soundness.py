@@ -1,4 +1,7 @@
-"""Whether the model still computes: what failed in a row raises a doubt, and a try of the server's own settles it."""
+"""Whether the model still computes: what failed in a row raises a doubt, and a try of the server's own settles it.
+
+A computation that does not end needs no try: there is nothing that could be tried meanwhile.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,12 @@ FAILED_IN_A_ROW: Final = 5
 
 AGAIN: Final = 5.0
 """Seconds between two tries of a model that failed one."""
+
+LOOK: Final = 1.0
+"""Seconds between two looks at how long the model has been computing."""
+
+FAILS: Final = "the model fails on a plain text"
+STUCK: Final = "the model does not come back from what it computes"
 
 
 class Row:
@@ -46,14 +55,28 @@ class Checkup:
 
     Args:
         works: tries the model.
-        tell: told that it failed (False), and when it works again (True).
+        tell: told why it is out of service, `FAILS` or `STUCK`; and None when it works again.
+        stuck: whether it has been computing for longer than anything can take.
     """
 
-    def __init__(self, works: Callable[[], Awaitable[bool]], tell: Callable[[bool], Awaitable[None]]) -> None:
+    def __init__(
+        self,
+        works: Callable[[], Awaitable[bool]],
+        tell: Callable[[str | None], Awaitable[None]],
+        stuck: Callable[[], bool] = lambda: False,
+    ) -> None:
         self._works = works
         self._tell = tell
+        self._stuck = stuck
+        self._out = False
         self._task: asyncio.Task[None] | None = None
+        self._watch: asyncio.Task[None] | None = None
         self._closed = False
+
+    def begin(self) -> None:
+        """Looks from now on whether it is stuck."""
+        if not self._closed and self._watch is None:
+            self._watch = asyncio.create_task(self._watch_over())
 
     def doubt(self) -> None:
         """Tries it, unless that is going on."""
@@ -63,14 +86,27 @@ class Checkup:
     def close(self) -> None:
         """Gives up what is going on, and begins nothing more: what fails while a server ends is no news."""
         self._closed = True
-        if self._task is not None:
-            self._task.cancel()
+        for task in (self._task, self._watch):
+            if task is not None:
+                task.cancel()
+
+    async def _watch_over(self) -> None:
+        while True:
+            await asyncio.sleep(LOOK)
+            if self._stuck() and not self._out:
+                if self._task is not None:
+                    self._task.cancel()  # its try waits behind what does not end
+                self._task = asyncio.create_task(self._out_of_service(STUCK))
 
     async def _look(self) -> None:
-        if await self._works():
-            return
-        await self._tell(False)
+        if not await self._works():
+            await self._out_of_service(FAILS)
+
+    async def _out_of_service(self, why: str) -> None:
+        self._out = True
+        await self._tell(why)
         await asyncio.sleep(AGAIN)
         while not await self._works():
             await asyncio.sleep(AGAIN)
-        await self._tell(True)
+        self._out = False
+        await self._tell(None)

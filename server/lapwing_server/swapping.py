@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 from lapwing_detector.errors import DetectorError, ProbeCorrupt, ProbeMismatch
@@ -34,7 +35,7 @@ class Swapper:
     """Changes the shelf, one change at a time.
 
     A change that began is finished, whether or not whoever asked for it is still there: else a registry could say
-    something that this server does not do.
+    something that this server does not do. One whose turn had not come when they left never begins.
     """
 
     def __init__(
@@ -54,11 +55,11 @@ class Swapper:
             RegistryError: the registry can't be read; the shelf stays as it was.
             Refusal: nothing is loaded.
         """
-        return await self._finish(self._reload())
+        return await self._finish(self._reload)
 
     async def activate(self, name: str, revision: str | None) -> Activated:
         """Another active probe; raises what `shelving.activated` raises, and then the active one stays."""
-        return await self._finish(self._activate(name, revision))
+        return await self._finish(partial(self._activate, name, revision))
 
     async def close(self) -> None:
         """Gives up what is not finished."""
@@ -68,36 +69,36 @@ class Swapper:
         await asyncio.gather(*changes, return_exceptions=True)
         self._worker.close()
 
-    async def _finish(self, change: Coroutine[Any, Any, Result]) -> Result:
-        task = asyncio.ensure_future(change)
+    async def _finish(self, change: Callable[[], Coroutine[Any, Any, Result]]) -> Result:
+        await self._one.acquire()
+        task = asyncio.ensure_future(change())
         self._changes.add(task)
         task.add_done_callback(self._forget)
         return await asyncio.shield(task)
 
     def _forget(self, task: asyncio.Task[Any]) -> None:
+        self._one.release()
         self._changes.discard(task)
         if not task.cancelled():
             task.exception()  # seen, should nobody wait for it any more
 
     async def _reload(self) -> Shelf:
-        async with self._one:
-            if self._readiness.loaded_or_none is None:
-                return (await self._load_again()).shelf
-            loaded = self._readiness.loaded
-            return self._swap(await self._worker.run(lambda: reloaded(loaded)))
+        if self._readiness.loaded_or_none is None:
+            return (await self._load_again()).shelf
+        loaded = self._readiness.loaded
+        return self._swap(await self._worker.run(lambda: reloaded(loaded)))
 
     async def _activate(self, name: str, revision: str | None) -> Activated:
-        async with self._one:
-            loaded = self._readiness.loaded
-            shelf, require = loaded.shelf, loaded.engine.require
-            exact = await self._worker.run(lambda: resolved(shelf, name, revision))
-            try:
-                shelf = await self._worker.run(lambda: activated(shelf, name, exact, require))
-            except (ProbeCorrupt, ProbeMismatch) as error:
-                if exact:
-                    self._swap(noted(shelf, name, exact, error))
-                raise
-            return Activated(self._swap(shelf), loaded.shelf.active)
+        loaded = self._readiness.loaded
+        shelf, require = loaded.shelf, loaded.engine.require
+        exact = await self._worker.run(lambda: resolved(shelf, name, revision))
+        try:
+            shelf = await self._worker.run(lambda: activated(shelf, name, exact, require))
+        except (ProbeCorrupt, ProbeMismatch) as error:
+            if exact:
+                self._swap(noted(shelf, name, exact, error))
+            raise
+        return Activated(self._swap(shelf), loaded.shelf.active)
 
     def _swap(self, shelf: Shelf) -> Shelf:
         before = self._readiness.loaded.shelf.active

@@ -177,6 +177,29 @@ def test_an_activation_whose_caller_left_is_finished(
     assert registry.current().revisions["alpha"] == ALPHA[1].revision, "the registry and the server agree"
 
 
+@pytest.mark.parametrize("leaves", [True, False])
+def test_an_activation_whose_caller_left_before_its_turn_never_begins(
+    registry: Registry, caller: Caller, monkeypatch: pytest.MonkeyPatch, leaves: bool
+) -> None:
+    publish(registry, *ALPHA[1:3])
+    held, guard = Held(monkeypatch, "activated"), caller.server.server.guard
+    calls = []
+    for number in (1, 2):
+        request = probes_pb2.ActivateProbeRequest(name="alpha", revision=ALPHA[number].revision)
+        calls.append(caller.probes.ActivateProbe.future(request, timeout=WAIT))
+        assert held.gate.reached.wait(WAIT)
+        wait_until(lambda number=number: guard.in_flight == number)
+    if leaves:  # else it is the control
+        calls[1].cancel()
+        wait_until(lambda: guard.in_flight == 1)
+    held.gate.open()
+    assert calls[0].result(WAIT)
+    caller.reload()  # comes behind whatever waits
+    last = ALPHA[1 if leaves else 2]
+    assert caller.scores() == scored_by(last)
+    assert registry.current().revisions["alpha"] == last.revision
+
+
 def test_a_server_that_is_stopped_does_not_wait_for_a_change(
     registry: Registry, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import grpc
 import pytest
 from engine_fakes import FakeEngine
-from service_fakes import WAIT, Running, wait_until
+from service_fakes import WAIT, Gate, Running, wait_until
 
 from lapwing.v1 import detector_pb2, detector_pb2_grpc
 from lapwing_server.limits import Limits
@@ -118,12 +118,20 @@ def error(server: Running, stub: Any, method: str) -> None:
 
 
 def killed(server: Running, stub: Any, method: str) -> None:
+    gate, before = Gate(), server.engine.before
     command = [sys.executable, "-c", PROGRAM, server.target, method, LONG[method].SerializeToString().hex()]
     client = subprocess.Popen(command, stdout=subprocess.PIPE)
     assert client.stdout is not None
-    assert client.stdout.readline() == b"asked\n"
-    client.send_signal(signal.SIGKILL)
-    client.communicate()
+    try:
+        server.engine.before = gate
+        assert client.stdout.readline() == b"asked\n"
+        wait_until(lambda: server.server.guard.in_flight == 3)  # else it might be killed before they come
+        assert gate.reached.wait(WAIT)
+    finally:
+        client.send_signal(signal.SIGKILL)
+        client.communicate()
+        server.engine.before = before
+        gate.open()
 
 
 ENDS: dict[str, Callable[[Running, Any, str], None]] = {

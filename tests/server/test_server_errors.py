@@ -12,12 +12,14 @@ from typing import Any
 
 import grpc
 import pytest
+from attention_fakes import a_header, a_summary, requests, some_maps
 from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health_pb2
 from raw_calls import GARBAGE, METHODS, SECRET, bare_server, good_score, path_of, send_raw
-from service_fakes import WAIT, FakeEngine, Running, told
+from service_fakes import WAIT, FakeEngine, Running, refused, told
 
 from lapwing.v1 import detector_pb2, detector_pb2_grpc, probes_pb2
+from lapwing_server.attention_assembly import Assembly
 from lapwing_server.detector_service import DetectorService
 from lapwing_server.health import Health
 from lapwing_server.probes_service import ProbesService
@@ -104,6 +106,25 @@ def test_an_exception_in_a_stream_becomes_an_id() -> None:
             next(answers)
     assert caught.value.code() is grpc.StatusCode.INTERNAL
     assert SECRET not in str(caught.value)
+
+
+def no_answer(*_: Any) -> None:
+    raise TimeoutError(SECRET)
+
+
+@pytest.mark.parametrize("method", ["Score", "Generate", "ScoreAttention"])
+def test_a_timeout_of_the_models_own_is_not_that_of_the_call(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of a disk that does not answer, from which the weights are read."""
+    monkeypatch.setattr(Assembly, "add_summary", no_answer)
+    sent: Any = {
+        "Score": detector_pb2.ScoreRequest(prompt={"text": "hello"}, response={"text": "world"}),
+        "Generate": detector_pb2.GenerateRequest(prompt={"text": "hello"}),
+        "ScoreAttention": requests(a_header(), a_summary(some_maps(5))),
+    }[method]
+    with Running(FakeEngine(before=no_answer)) as server, grpc.insecure_channel(server.target) as channel:
+        error = refused(getattr(detector_pb2_grpc.DetectorStub(channel), method), sent)
+    assert (error.code, error.reason) == (grpc.StatusCode.INTERNAL, "INTERNAL")
+    assert error.error_id
 
 
 @pytest.mark.parametrize("requests", [False, True])

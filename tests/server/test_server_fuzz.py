@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import grpc
 import pytest
+from attention_fakes import a_header, a_summary, requests, score_now, some_maps, some_rows
 from google.protobuf.message import DecodeError, Message
 from google.protobuf.message_factory import GetMessageClass
 from google.rpc import error_details_pb2, status_pb2
@@ -15,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from service_fakes import WAIT, FakeEngine, Running
 
-from lapwing.v1 import detection_pb2, detector_pb2, model_pb2, probes_pb2, tensor_pb2
+from lapwing.v1 import detection_pb2, detector_pb2, probes_pb2
 from lapwing_server.limits import Limits
 
 EXAMPLES = 10_000 if os.environ.get("LAPWING_SOAK") == "1" else 120
@@ -30,17 +32,8 @@ BLAMES_THE_PAYLOAD = {"OK", "INVALID_ARGUMENT", "NOT_FOUND", "FAILED_PRECONDITIO
 """The last for what is too large."""
 
 
-def tensor(*shape: int) -> tensor_pb2.Tensor:
-    size = 4
-    for side in shape:
-        size *= side
-    return tensor_pb2.Tensor(dtype=tensor_pb2.DATA_TYPE_FLOAT32, shape=shape, data=bytes(size))
-
-
 PROMPT, RESPONSE = detection_pb2.Prompt(text="Where is it?"), detection_pb2.Response(text="In Oslo.")
-HEADER = detector_pb2.AttentionHeader(
-    model=model_pb2.ModelIdentity(name="fake-model", layers=2, heads=3), layers=[1, 2], heads=3, prompt_tokens=1
-)
+MAPS = some_maps(5)
 VALID: dict[str, list[Message]] = {
     "Score": [
         detector_pb2.ScoreRequest(prompt=PROMPT, response=RESPONSE, false_positive_rate=0.05),
@@ -65,12 +58,7 @@ VALID: dict[str, list[Message]] = {
         )
     ],
     "ScoreAttention": [
-        detector_pb2.ScoreAttentionRequest(header=HEADER),
-        detector_pb2.ScoreAttentionRequest(
-            summary=detector_pb2.AttentionSummarySlice(diagonal=tensor(2, 3, 4), received=tensor(2, 3, 4))
-        ),
-        detector_pb2.ScoreAttentionRequest(rows=detector_pb2.AttentionRowsSlice(weights=tensor(2, 3, 2, 2))),
-        detector_pb2.ScoreAttentionRequest(score_now=detector_pb2.AttentionScoreNow()),
+        *requests(a_header(), a_summary(MAPS), some_rows(MAPS), a_summary(MAPS, 0, 3), some_rows(MAPS, 3), score_now())
     ],
     "GetServerInfo": [detector_pb2.GetServerInfoRequest()],
     "ListProbes": [probes_pb2.ListProbesRequest(page_size=2, page_token="after:a")],
@@ -111,6 +99,15 @@ def mutated(valid: list[Message]) -> st.SearchStrategy[bytes]:
 
 def payloads(method: str) -> st.SearchStrategy[bytes]:
     return st.one_of(mutated(VALID[method]), st.binary(max_size=60))
+
+
+def calls(method: Any) -> st.SearchStrategy[list[bytes]]:
+    """The messages of a call; of a stream mostly some that are valid come first, so that it gets further."""
+    if not method.client_streaming:
+        return payloads(method.name).map(lambda one: [one])
+    valid = [message.SerializeToString() for message in VALID[method.name]]
+    some = st.lists(st.one_of(payloads(method.name), st.sampled_from(valid)), min_size=1, max_size=4)
+    return st.one_of(some, some.map(lambda rest: [valid[0], *rest]), some.map(lambda rest: [valid[0], valid[3], *rest]))
 
 
 def outcome(channel: grpc.Channel, method: Any, messages: list[bytes]) -> grpc.RpcError | None:
@@ -162,26 +159,32 @@ def test_every_rpc_is_fuzzed() -> None:
 @pytest.mark.parametrize("name", sorted(METHODS))
 @pytest.mark.timeout(3600)
 def test_whatever_comes_is_answered_and_the_payload_blamed(name: str, channel: grpc.Channel) -> None:
-    method = METHODS[name]
+    method, codes, blamed = METHODS[name], Counter[str](), Counter[str]()
 
     @settings(
         max_examples=EXAMPLES, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), database=None
     )
-    @given(st.lists(payloads(name), min_size=1, max_size=4 if method.client_streaming else 1))
+    @given(calls(method))
     def answered(messages: list[bytes]) -> None:
         error = outcome(channel, method, messages)
         code = "OK" if error is None else error.code().name  # type: ignore[attr-defined]
         assert code in BLAMES_THE_PAYLOAD, (code, error)
+        codes[code] += 1
         if error is None:
             assert parses(method, messages[0])
             return
         reason, field = explained(error)
+        blamed[field.split(".")[0]] += 1
         if not parses(method, messages[0]):
             assert (code, reason) == ("INVALID_ARGUMENT", "MALFORMED")
         elif code == "INVALID_ARGUMENT" and reason != "MALFORMED":
             assert field, error  # a semantic error says where
 
     answered()
+    assert codes["OK"], "control: some came all the way through"
+    assert codes["INVALID_ARGUMENT"], "control: and some did not"
+    if name == "ScoreAttention":
+        assert min(blamed[part] for part in ("header", "summary", "rows")) > EXAMPLES // 50, "wherever they came to"
     score = METHODS["Score"]
     assert outcome(channel, score, [VALID["Score"][0].SerializeToString()]) is None  # it lives
 

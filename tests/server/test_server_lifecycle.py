@@ -11,10 +11,12 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import grpc
 import pytest
+from attention_fakes import a_header, a_summary, requests, score_now, some_maps
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from service_fakes import WAIT, FakeEngine, Gate, Running, a_probe, a_shelf
@@ -260,6 +262,33 @@ def test_calls_in_flight_finish_before_the_end() -> None:
         assert not stopping.done()
         gate.open()
         assert score.result(WAIT).detection.probability
+        stopping.result(WAIT)
+
+
+def test_streams_in_flight_finish_before_the_end() -> None:
+    gate, engine, outgoing = Gate(), FakeEngine(), SimpleQueue[Any]()
+    engine.before = lambda: gate() if engine.steps == 3 else None
+    maps = some_maps(13)
+    with Running(engine) as server, grpc.insecure_channel(server.target) as channel:
+        stub = detector_pb2_grpc.DetectorStub(channel)
+        written = stub.Generate(detector_pb2.GenerateRequest(prompt={"text": "hello"}, max_new_tokens=20), timeout=WAIT)
+        sent = stub.ScoreAttention(iter(outgoing.get, None), timeout=WAIT)
+        for part in requests(a_header(), a_summary(maps, 0, 6), score_now()):
+            outgoing.put(part)
+        assert next(sent).running
+        assert gate.reached.wait(WAIT)
+        health = watch(server.target)
+        assert next(health).status == SERVING
+        stopping = server.begin(server.server.stop())
+        assert [response.status for response in health] == [NOT_SERVING]
+        gate.open()
+        assert len(list(written)) == 21
+        assert not stopping.done(), "the other stream is still open"
+        for part in requests(a_summary(maps, 6)):
+            outgoing.put(part)
+        outgoing.put(None)
+        [last] = sent
+        assert last.detection.HasField("logit")
         stopping.result(WAIT)
 
 

@@ -13,6 +13,7 @@ from attention_fakes import a_header, a_summary, requests, some_maps
 from engine_fakes import detect
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from metrics_pages import BATCH, GENERATE, INFO, SCORE, page, page_of, registry_page, score
+from prometheus_client.metrics import MetricWrapperBase
 from prometheus_client.parser import text_string_to_metric_families
 from service_fakes import WAIT, FakeEngine, Gate, Running, a_probe, a_shelf, wait_until
 
@@ -247,6 +248,29 @@ def test_the_active_revision_is_the_only_one_on_the_page() -> None:
     assert [*seen.named("detections_total", probe="two")] == []
     metrics.scored(scored_by(two), "named")
     assert registry_page(metrics)("detections_total", probe=OTHER) == 1, "a late answer of a probe that left"
+
+
+def test_probes_may_leave_also_where_the_library_complains_of_labels_that_were_never_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As prometheus-client 0.21 does, with which this has to work."""
+    there = MetricWrapperBase.remove
+
+    def strict(metric: Any, *labels: str) -> None:
+        if labels not in metric._metrics:
+            raise KeyError(labels)
+        there(metric, *labels)
+
+    monkeypatch.setattr(MetricWrapperBase, "remove", strict)
+    metrics = Metrics()
+    metrics.probes(a_shelf("one", "fake-probe"))
+    metrics.scored(scored_by(a_probe()), "active")
+    with pytest.raises(KeyError):
+        metrics._detections.remove("named", "fake-probe", "flagged")  # control
+    metrics.probes(a_shelf("one"))
+    assert [*registry_page(metrics).named("detections_total", probe="fake-probe")] == []
+    metrics.probes(a_shelf("two"))
+    assert registry_page(metrics)("probe_info", name="two") == 1
 
 
 def test_each_rejected_revision_is_counted_once() -> None:

@@ -10,6 +10,7 @@ from google.rpc import error_details_pb2
 from raw_calls import SECRET, good_score, send_raw
 from service_fakes import FakeEngine, Running, told
 
+from lapwing.v1 import detector_pb2, detector_pb2_grpc
 from lapwing_detector import errors
 from lapwing_server.refusal import TRANSLATION, Refusal, invalid, refusal_of, request_field
 
@@ -70,7 +71,21 @@ def test_arguments_of_the_detector_become_fields_of_the_request(argument: str, f
 
 def test_a_refusal_of_an_item_names_the_item() -> None:
     assert invalid("prompt.text", "is empty").under("items[4]").field == "items[4].prompt.text"
-    assert Refusal(grpc.StatusCode.INTERNAL, "INTERNAL", "x", error_id="id").under("items[4]").error_id == "id"
+    ours = Refusal(grpc.StatusCode.INTERNAL, "INTERNAL", "x", error_id="id").under("items[4]")
+    assert (ours.error_id, ours.field) == ("id", "")
+
+
+@pytest.mark.parametrize(("text", "field"), [("!", ""), ("", "items[1].response.text")])
+def test_only_an_item_that_is_to_blame_is_blamed(text: str, field: str) -> None:
+    """A failure of the server's own is no wrong input of the item that it met."""
+    items = [{"prompt": {"text": "hello"}, "response": {"text": one}} for one in ("world", text)]
+    with Running(FakeEngine(poison=ord("!"))) as server, grpc.insecure_channel(server.target) as channel:
+        request = detector_pb2.ScoreBatchRequest(items=items)
+        [_, result] = detector_pb2_grpc.DetectorStub(channel).ScoreBatch(request).results
+    blamed = error_details_pb2.BadRequest()
+    found = [detail for detail in result.error.details if detail.Unpack(blamed)]
+    assert [one.field for one in blamed.field_violations] == ([field] if field else [])
+    assert len(found) == bool(field)
 
 
 @pytest.mark.parametrize("count", [900, 100_000])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -14,7 +15,7 @@ import pytest
 from engine_fakes import FakeStreams, FakeToken, PoisonError, a_probe
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from metrics_pages import registry_page
-from service_fakes import WAIT, FakeEngine, Running, refused, told, wait_until
+from service_fakes import WAIT, FakeEngine, Gate, Running, refused, told, wait_until
 
 from lapwing.v1 import detector_pb2, detector_pb2_grpc
 from lapwing_detector.detection import Reason, State
@@ -22,9 +23,10 @@ from lapwing_detector.errors import CaptureError, InvalidInput, UnsupportedGener
 from lapwing_detector.options import GenerationOptions
 from lapwing_server import soundness
 from lapwing_server.admission import TooLate
+from lapwing_server.limits import Limits
 from lapwing_server.mishap import Panic, is_ours
 from lapwing_server.refusal import invalid
-from lapwing_server.soundness import FAILED_IN_A_ROW, Checkup, Row
+from lapwing_server.soundness import FAILED_IN_A_ROW, STUCK, Checkup, Row
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
@@ -66,11 +68,12 @@ BROKEN = (NOT_SERVING, detector_pb2.SERVER_STATE_FAILED, True)
 @pytest.fixture
 def often(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(soundness, "AGAIN", 0.02)
+    monkeypatch.setattr(soundness, "LOOK", 0.02)
 
 
 @contextmanager
-def asked(engine: FakeEngine) -> Iterator[tuple[Running, Asked]]:
-    with Running(engine) as server, grpc.insecure_channel(server.target) as channel:
+def asked(engine: FakeEngine, **limits: Any) -> Iterator[tuple[Running, Asked]]:
+    with Running(engine, limits=Limits(**limits)) as server, grpc.insecure_channel(server.target) as channel:
         yield server, Asked(channel)
 
 
@@ -214,6 +217,49 @@ def test_streams_that_break_as_a_whole_raise_a_doubt() -> None:
         server.close()  # while it is being tried
 
 
+@pytest.mark.usefixtures("often")
+@pytest.mark.parametrize("what", ["Score", "Generate"])
+def test_a_model_that_does_not_come_back_takes_the_server_out_of_service_until_it_does(what: str) -> None:
+    engine, gate = FakeEngine(), Gate()
+    with asked(engine, stuck_seconds=0.2) as (_, one):
+        engine.before = gate
+        answers = asking(one, what)
+        assert gate.reached.wait(WAIT)
+        wait_until(lambda: one.says() == (NOT_SERVING, detector_pb2.SERVER_STATE_FAILED, False))
+        assert STUCK in one.stub.GetServerInfo(detector_pb2.GetServerInfoRequest(), timeout=WAIT).message
+        gate.open()
+        wait_until(lambda: one.says() == WELL)
+        assert answers.result(WAIT) >= 1, "and what was under way is answered"
+
+
+@pytest.mark.usefixtures("often")
+def test_control_a_model_that_takes_its_time_serves_on() -> None:
+    engine, gate = FakeEngine(), Gate()
+    with asked(engine, stuck_seconds=WAIT) as (server, one):
+        watch = one.health.Watch(health_pb2.HealthCheckRequest(), timeout=WAIT)
+        assert next(watch).status == SERVING
+        engine.before = gate
+        answers = asking(one, "Score")
+        assert gate.reached.wait(WAIT)
+        wait_until(lambda: server.server.scheduler.computing > 0.3)
+        gate.open()
+        assert answers.result(WAIT) == 1
+        server.close()
+        assert [response.status for response in watch] == [NOT_SERVING], "only at its end"
+
+
+def asking(one: Asked, what: str) -> Future[int]:
+    """How many answers a request has, once it has them all."""
+
+    def answers() -> int:
+        return len([one.stub.Score(GOOD, timeout=WAIT)] if what == "Score" else list(one.stub.Generate(WRITE)))
+
+    pool = ThreadPoolExecutor(1)
+    future = pool.submit(answers)
+    pool.shutdown(wait=False)
+    return future
+
+
 OURS = [RuntimeError(), Panic("x"), CaptureError("x"), MemoryError()]
 THEIRS = [TooLate(), invalid("prompt", "is empty"), InvalidInput("prompt", "is empty"), UnsupportedGeneration("x")]
 
@@ -260,7 +306,7 @@ def test_no_doubt_is_looked_into_after_the_end() -> None:
         tries.append(1)
         return True
 
-    async def tell(sound: bool) -> None:
+    async def tell(why: str | None) -> None:
         raise AssertionError("it works")
 
     async def main(closed: bool) -> None:
@@ -284,8 +330,8 @@ def test_a_doubt_that_comes_while_one_is_looked_into_starts_nothing() -> None:
         await asyncio.sleep(0)
         return True
 
-    async def tell(sound: bool) -> None:
-        said.append(sound)
+    async def tell(why: str | None) -> None:
+        said.append(why)
 
     async def main() -> None:
         checkup = Checkup(works, tell)
