@@ -16,12 +16,13 @@ import sys
 
 from lapwing_client import AsyncClient, Deadline, Detection, Generation, LapwingError
 
+TARGET = sys.argv[1] if sys.argv[1:] else "localhost:50051"
 CITIES = ("Lyon", "Bergen", "Kyoto", "Cusco")
 
 
 async def answer(client: AsyncClient, city: str, deadline: Deadline | None = None) -> str:
     """What the server's model says of one city, in a line."""
-    prompt = f"Question: In which country is {city}?\nAnswer:"
+    prompt = f"Question: which country is the city of {city} in? Answer:"  # as the embedded model was taught
     try:
         async with client.generate(prompt, max_new_tokens=24, timeout=deadline) as stream:
             async for event in stream:
@@ -42,7 +43,7 @@ def verdict(detection: Detection) -> str:
 async def main() -> None:
     """Prints a line for each city."""
     deadline = Deadline(60.0)
-    async with AsyncClient(sys.argv[1]) as client:
+    async with AsyncClient(TARGET) as client:
         await client.wait_until_ready(deadline)
         for line in await asyncio.gather(*(answer(client, city, deadline) for city in CITIES)):
             print(line)

@@ -1,7 +1,7 @@
 """A response with its score after every token, stopped as soon as it is probably made up.
 
 lapwing serve --port 50051
-python client/examples/live_generation.py localhost:50051 "Question: In which country is Bergen?\\nAnswer:"
+python client/examples/live_generation.py localhost:50051 "Question: which country is the city of Bergen in? Answer:"
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ import argparse
 
 from lapwing_client import Client, Detection, GeneratedToken
 
-PROMPT = "Question: In which country is Bergen?\nAnswer:"
+PROMPT = "Question: which country is the city of Bergen in? Answer:"  # as the embedded model was taught
 
 
 def main() -> None:
     """Prints one line for each token, and what became of the response."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("target", help="HOST:PORT of a server")
+    parser.add_argument("target", nargs="?", default="localhost:50051", help="HOST:PORT of a server")
     parser.add_argument("prompt", nargs="?", default=PROMPT)
     parser.add_argument("--stop-above", type=float, default=0.9, help="end the response at this probability")
     given = parser.parse_args()

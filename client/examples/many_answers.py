@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 from lapwing_client import Client, Detection
 
+TARGET = sys.argv[1] if sys.argv[1:] else "localhost:50051"
 CITIES = ("Lyon", "Bergen", "Kyoto", "Cusco", "Tartu", "Aswan")
 COUNTRIES = ("France", "Norway", "Japan", "Peru")
 
@@ -19,14 +20,14 @@ def answers() -> Iterator[tuple[str, str]]:
     """Prompts and responses, read as they are needed: they may come from a file that fits into no memory."""
     for city in CITIES:
         for country in COUNTRIES:
-            yield f"Question: In which country is {city}?\nAnswer:", f" {country}."
+            yield f"Question: which country is the city of {city} in? Answer:", country
 
 
 def main() -> None:
     """Prints the five most doubtful answers, and how many could not be scored."""
     found: list[tuple[float, str]] = []
     left_out = 0
-    with Client(sys.argv[1]) as client:
+    with Client(TARGET) as client:
         client.wait_until_ready(60)
         for (prompt, response), outcome in client.score_many(answers(), concurrency=8):
             if isinstance(outcome, Detection) and outcome.probability is not None:

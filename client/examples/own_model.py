@@ -1,7 +1,7 @@
 """A language model in this process, scored by a server in another: only its attention's sums travel.
 
     lapwing serve --port 50051
-    python client/examples/own_model.py localhost:50051 "Question: In which country is Bergen?\\nAnswer:"
+    python client/examples/own_model.py localhost:50051 "Question: which country is the city of Bergen in? Answer:"
 
 The model must be the one that the server's probe was fitted on. Needs the detector: pip install 'lapwing[detector]'.
 """
@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, StoppingCriteria, 
 from lapwing_client import Client, Detection
 from lapwing_detector import Probe, capture_attention, embedded, identity_of
 
-PROMPT = "Question: In which country is Bergen?\nAnswer:"
+PROMPT = "Question: which country is the city of Bergen in? Answer:"  # as the embedded model was taught
 
 
 def score(client: Client, model: Any, tokenizer: Any, inputs: Any, options: dict[str, Any]) -> tuple[Detection, Any]:
@@ -73,7 +73,7 @@ def score_live(
 def main() -> None:
     """Prints what the server says as JSON, and with --probe what the library says here."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("target", help="HOST:PORT of a server")
+    parser.add_argument("target", nargs="?", default="localhost:50051", help="HOST:PORT of a server")
     parser.add_argument("prompt", nargs="?", default=PROMPT)
     parser.add_argument("--model", default=str(embedded.model_path()), help="Hub id or path; the embedded one without")
     parser.add_argument("--new-tokens", type=int, default=20)

@@ -1,6 +1,7 @@
 """How to talk to a Lapwing server. Knows no models and no arrays: importing it loads neither torch nor numpy."""
 
 from lapwing_client.async_client import AsyncClient
+from lapwing_client.attention_stream import AsyncAttentionStream, AttentionStream
 from lapwing_client.client import Client
 from lapwing_client.deadline import Deadline
 from lapwing_client.errors import (
@@ -39,8 +40,10 @@ from lapwing_client.values import Matrix
 __all__ = [
     "TLS",
     "Activation",
+    "AsyncAttentionStream",
     "AsyncClient",
     "AsyncGenerationStream",
+    "AttentionStream",
     "Cancelled",
     "Client",
     "Deadline",

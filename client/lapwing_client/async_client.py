@@ -23,11 +23,12 @@ Item = TypeVar("Item", bound=Sequence[Any])
 class AsyncClient(AsyncCaller):
     """Talks to a Lapwing server; for one event loop, the one in which it is first used.
 
-    Every method has the arguments, answers and errors of the same one of `Client`, where they are explained.
+    Every method has the arguments, answers and errors of the same one of `Client`, where they are explained. Those that
+    return a stream (`generate`, `score_many`, `attention_stream`) are not awaited; the stream is.
 
     Example:
         async with AsyncClient("localhost:50051") as client:
-            async for event in client.generate("What is the capital of Australia?"):
+            async for event in client.generate("Question: which country is the city of Kyoto in? Answer:"):
                 print(event)
     """
 
@@ -82,6 +83,7 @@ class AsyncClient(AsyncCaller):
 
         The items may come from an asynchronous iterable, too.
         """
+        many.require_items(items, "__aiter__")
         options = {"false_positive_rate": false_positive_rate, "probe": probe}
         return score_by_tasks(
             items,

@@ -72,7 +72,7 @@ class Caller:
             raise Cancelled(CLOSED, code="CANCELLED") from None
 
     def _error_of(self, error: grpc.RpcError, deadline: Deadline) -> LapwingError:
-        found = self._connection.error_of(error)
+        found = self._connection.error_of(error, deadline)
         if self._closed and isinstance(found, Cancelled):
             return Cancelled(CLOSED, code="CANCELLED")
         return self._connection.explained(found, deadline) if self._connection.puzzling(found) else found
@@ -127,7 +127,7 @@ class AsyncCaller:
         try:
             return await answer
         except grpc.RpcError as error:
-            found = self._connection.error_of(error)
+            found = self._connection.error_of(error, deadline)
             if self._connection.puzzling(found):
                 found = await asyncio.to_thread(self._connection.explained, found, deadline)
             raise found from None

@@ -7,8 +7,8 @@ import os
 import re
 import sys
 from collections.abc import Callable, Collection, Sequence
-from importlib.metadata import EntryPoint, entry_points
-from typing import Any
+from importlib.metadata import EntryPoint, entry_points, version
+from typing import Annotated, Any
 
 import typer
 
@@ -63,12 +63,23 @@ def overview(verbs: Collection[str]) -> typer.Typer:
     app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
     @app.callback()
-    def lapwing() -> None:
+    def lapwing(
+        shown: Annotated[
+            bool, typer.Option("--version", is_eager=True, callback=show_version, help="Print the version and end.")
+        ] = False,
+    ) -> None:
         """Tells, while a language model is still writing, how likely it is that what it writes is made up."""
 
     for name in sorted(verbs, key=[*SUMMARIES, *verbs].index):
         app.command(name, help=SUMMARIES.get(name))(lambda: None)
     return app
+
+
+def show_version(asked: bool) -> None:
+    """Prints the version, and ends."""
+    if asked:
+        print(f"lapwing {version('lapwing')}")
+        raise typer.Exit
 
 
 def call(entry: EntryPoint, arguments: list[str]) -> int:

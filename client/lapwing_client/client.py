@@ -41,9 +41,9 @@ class Client(Caller):
         In a notebook, where a detection shows itself as a table and a heatmap as a picture:
 
         client = Client("localhost:50051")
-        client.score("What is the capital of France?", "Paris.")
+        client.score("Question: which country is the city of Lyon in? Answer:", "Peru")
         client.heatmap("P_VALUE", image="png")
-        for event in client.generate("What is the capital of Australia?"):
+        for event in client.generate("Question: which country is the city of Kyoto in? Answer:"):
             print(event)
     """
 
@@ -132,8 +132,9 @@ class Client(Caller):
             iterator (`close`, or dropping it) ends the calls that run.
 
         Raises:
-            InvalidRequest: the concurrency is not a number from 1 to 1000.
+            InvalidRequest: there are no items to go through, or the concurrency is not a number from 1 to 1000.
         """
+        many.require_items(items)
         options = {"false_positive_rate": false_positive_rate, "probe": probe}
         return score_by_threads(
             items,
@@ -164,7 +165,7 @@ class Client(Caller):
 
         Args:
             prompt: as for `score`.
-            max_new_tokens: at most so many; 64 without it.
+            max_new_tokens: at most so many; without it 64, or as many as the server allows where that is less.
             temperature: 0, the default, takes the likeliest token each time.
             top_p: samples from the likeliest tokens that make up this probability, in (0, 1].
             seed: makes sampling repeatable.
@@ -358,6 +359,8 @@ class Client(Caller):
 
     def wait_until_ready(self, timeout: Timeout | None = None) -> results.ServerInfo:
         """Waits until the server, or one of the replicas, is there and its model is loaded.
+
+        Returns what `server_info` does, and so needs a token with the scope "read" where tokens are asked for.
 
         Raises:
             Unavailable: the server said that its model could not be loaded, or fails.

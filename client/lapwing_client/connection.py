@@ -11,7 +11,7 @@ from google.protobuf.message import Message
 from lapwing_client import requests
 from lapwing_client.addresses import Target
 from lapwing_client.deadline import Deadline, Timeout
-from lapwing_client.errors import LARGEST_REPLY, LapwingError, TooLarge, Unavailable, error_of_call
+from lapwing_client.errors import LARGEST_REPLY, DeadlineExceeded, LapwingError, TooLarge, Unavailable, error_of_call
 from lapwing_client.results import ServerInfo
 from lapwing_client.retries import service_config
 from lapwing_client.tls import TLS, Source, explain, speaks_of_tls
@@ -49,7 +49,7 @@ class Connection:
         self.where = Target.of(target)
         self.target = target if isinstance(target, str) else ",".join(target)
         self.timeout = timeout if isinstance(timeout, Deadline) else Deadline(timeout).seconds
-        self.retry = retry
+        self.retry = truth(retry, "retry")
         self.tls = TLS.of(tls)
         self.metadata = headers(token, self.tls is not None, self.where, self.target)
         self._name = name_to_check(self.where, self.tls) if self.tls else ""
@@ -92,10 +92,14 @@ class Connection:
             message = f"the request has {size} bytes, the server takes {most} in one message (so server_info said)"
             raise TooLarge(f"{message}; send less at once", reason="TOO_LARGE", code="RESOURCE_EXHAUSTED")
 
-    def error_of(self, error: Any) -> LapwingError:
-        """The error for a `grpc.RpcError`."""
+    def error_of(self, error: Any, deadline: Deadline) -> LapwingError:
+        """The error for a `grpc.RpcError` of a call with this deadline, of which gRPC says only that it passed."""
         found = error_of_call(error, self.target)
         self._answered |= bool(found.reason)
+        if isinstance(found, DeadlineExceeded) and not found.reason:
+            never = "" if self._answered else ", and nothing has answered there yet"
+            message = f"the call to {self.target} did not end within {deadline.seconds:g} s{never}; give it more time"
+            return DeadlineExceeded(message, code=found.code)
         return found
 
     def puzzling(self, error: LapwingError) -> bool:
@@ -107,6 +111,17 @@ class Connection:
         """The error, or TLS's part in it. Connects and blocks; the deadline bounds it."""
         seconds = max(0.1, min(LOOK_SECONDS, deadline.left))
         return explain(self.where.places, self.tls, self._name, seconds, error.message) or error
+
+
+def truth(value: Any, field: str) -> bool:
+    """Refuses what is neither true nor false.
+
+    Raises:
+        InvalidRequest: it is something else.
+    """
+    if not isinstance(value, bool):
+        raise requests.unusable(field, f"is {value!r:.40}; give True or False")
+    return value
 
 
 def headers(token: str | None, encrypted: bool, where: Target, target: str) -> tuple[tuple[str, str], ...]:

@@ -94,7 +94,7 @@ class PermissionDenied(LapwingError):
 class PreconditionFailed(LapwingError):
     """The server's model or probe can't do this."""
 
-    who_acts = "the server's operator: see error_id in its log"
+    who_acts = "the caller, where the message says what to do; else the server's operator: see error_id in its log"
 
 
 class Unimplemented(LapwingError):

@@ -58,6 +58,18 @@ def outcome(item: Any, options: dict[str, Any], deadline: Deadline) -> Plan[Outc
     return found
 
 
+def require_items(items: Any, *ways: str) -> None:
+    """Refuses at once what no items can be read from: what has none of the methods for it.
+
+    Raises:
+        InvalidRequest: it is not iterable.
+    """
+    if not any(hasattr(items, way) for way in ("__iter__", "__getitem__", *ways)):
+        hint = " (AsyncClient can read it)" if hasattr(items, "__aiter__") else ""
+        message = f"is a {type(items).__name__}{hint}; give an iterable of pairs of prompt and response"
+        raise requests.unusable("items", message)
+
+
 class Window(Generic[Item, Job]):
     """The items between the one that is read next and the one that is answered next."""
 

@@ -110,7 +110,7 @@ def until_ready(target: str, deadline: Deadline) -> Plan[results.ServerInfo]:
 
     The first attempt does not wait for the server, so that a mistake in how to reach it shows at once.
     """
-    last, wait = f"nobody answers at {target}", False
+    last, wait = f"nobody answers at {target}" if deadline.left > 0 else "there was no time to ask", False
     while deadline.left > 0:
         try:
             soon = Deadline(min(deadline.left, 1.0))

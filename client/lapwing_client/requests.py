@@ -67,9 +67,12 @@ def token_ids(items: Sequence[Any], field: str, forms: str) -> list[int]:
     """The ids as whole numbers of 32 bits; numpy's and torch's whole numbers count."""
     ids = []
     for i, item in enumerate(items):
-        if not is_whole(item):
+        try:
+            number = item.__index__() if is_whole(item) else None
+        except TypeError:  # a row of an array, which has more than one number
+            number = None
+        if number is None:
             raise unusable(f"{field}.token_ids[{i}]", f"is {item!r:.40}; give {forms}")
-        number = item.__index__()
         if not -(2**31) <= number < 2**31:
             raise unusable(f"{field}.token_ids[{i}]", f"is {number}; no vocabulary is that large")
         ids.append(number)
@@ -191,7 +194,10 @@ def real(number: Any, field: str) -> float | None:
         return None
     if isinstance(number, bool | str | bytes) or not hasattr(number, "__float__"):
         raise unusable(field, f"is {number!r:.40}; give a number")
-    return float(number)
+    try:
+        return float(number)
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # an array of several numbers, or too large a one
+        raise unusable(field, f"is {number!r:.40}; give a number") from None
 
 
 def value_of(enum: Any, prefix: str, name: str, field: str) -> str:

@@ -169,6 +169,8 @@ class RejectedRevision(Result):
     """A revision of a probe that failed its checks."""
 
     revision: str
+    """Empty where it could not even be read."""
+
     message: str
     """Why."""
 
@@ -181,7 +183,7 @@ class Probe(Result):
     revision: str
     state: str
     """`ACTIVE`, `LOADED`, `SHADOW` (scores beside the active one, for the metrics only) or `REJECTED`; of a rejected
-    one only the name and `state_message` are known."""
+    one only the name, `state_message` and the revisions are known."""
 
     state_message: str
     features: tuple[str, ...]

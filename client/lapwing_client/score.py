@@ -46,7 +46,8 @@ def score(
 
     Of a file, one line of JSON comes out for each line that goes in, in the same order.
 
-    Example: lapwing score --server localhost:50051 --prompt "What is the capital of France?" --response "Paris."
+    Example: lapwing score --server localhost:50051 --prompt "Question: which country is the city of Lyon in? Answer:"
+    --response Peru
     """
     single = prompt is not None and response is not None
     if single == (jsonl is not None) or (jsonl is not None and (prompt is not None or response is not None)):

@@ -38,6 +38,7 @@ SHED: Final = (
     "TOO_MANY_STREAMS",
     "CLIENT_QUEUE_FULL",
     "ATTENTION_FULL",
+    "TOO_MANY_PICTURES",
 )
 DROPPED: Final = ("cancelled", "expired")
 UNSEEN: Final = ("failed", "no_room", "not_sent")

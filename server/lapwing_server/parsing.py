@@ -55,9 +55,14 @@ class Parser:
         Nothing of it was received before: gRPC does not even unpack what nobody reads.
 
         Raises:
-            Refusal: it never came, is too large or can't be parsed.
+            Refusal: it never came, or not in the time that a stream may take, is too large or can't be parsed.
         """
-        data = await context.read()
+        try:
+            async with asyncio.timeout(self._limits.stream_seconds):
+                data = await context.read()
+        except TimeoutError:
+            message = f"the request did not come within {self._limits.stream_seconds:g} s; call when it is there"
+            raise Refusal(StatusCode.DEADLINE_EXCEEDED, "NO_REQUEST", message) from None
         if data is grpc.aio.EOF:
             await asyncio.sleep(NEWS)  # ends here if the client left, or if gRPC itself found the request too large
             raise Refusal(StatusCode.INVALID_ARGUMENT, "NO_REQUEST", "the call ended before its request came")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import re
+from collections.abc import Callable
+from typing import Final
 
 from grpc import StatusCode
 
@@ -13,6 +15,7 @@ from lapwing_detector.head_map import STATISTICS, escaped, figure_bytes
 from lapwing_detector.pictures import draw
 from lapwing_detector.probe import Probe
 from lapwing_server import answers
+from lapwing_server.admission import pushback
 from lapwing_server.context import Context
 from lapwing_server.readiness import Readiness
 from lapwing_server.refusal import Refusal, code_and_reason, invalid
@@ -23,16 +26,31 @@ from lapwing_server.worker import Worker
 DEFAULT_PAGE = 50
 PAGE_TOKEN = re.compile(r"after:(?P<name>[^\x00-\x1f]{1,255})")
 READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
+
+PICTURES: Final = 16
+"""That are drawn or wait for it, each of which takes a tenth of a second; one more is refused at once."""
+
 FORMATS = {probes_pb2.IMAGE_FORMAT_PNG: "png", probes_pb2.IMAGE_FORMAT_SVG: "svg"}
 
 
 class ProbesService(probes_pb2_grpc.ProbesServicer):
-    """Shows the probes of the shelf; pictures are drawn in a worker of their own, so that no token waits for one."""
+    """Shows the probes of the shelf; pictures are drawn in a worker of their own, so that no token waits for one.
 
-    def __init__(self, readiness: Readiness, artist: Worker, swapper: Swapper) -> None:
+    Args:
+        readiness: has the shelf.
+        artist: draws.
+        swapper: changes the shelf.
+        shed: told the reason of every call that is refused for there being too many.
+    """
+
+    def __init__(
+        self, readiness: Readiness, artist: Worker, swapper: Swapper, shed: Callable[[str], None] = lambda reason: None
+    ) -> None:
         self._readiness = readiness
         self._artist = artist
         self._swapper = swapper
+        self._shed = shed
+        self._pictures = 0
 
     async def ListProbes(  # noqa: N802
         self, request: probes_pb2.ListProbesRequest, context: Context
@@ -76,9 +94,21 @@ class ProbesService(probes_pb2_grpc.ProbesServicer):
             image_format=request.image_format,
         )
         if request.image_format:
-            most, format = self._readiness.limits.heatmap_pixels, FORMATS[request.image_format]
-            response.image = await self._artist.run(lambda: picture(probe, feature, statistic, format, most))
+            response.image = await self._picture(probe, feature, statistic, FORMATS[request.image_format])
         return response
+
+    async def _picture(self, probe: Probe, feature: str, statistic: str, format: str) -> bytes:
+        """Waits for the artist, among not too many."""
+        if self._pictures >= PICTURES:
+            self._shed("TOO_MANY_PICTURES")
+            message = f"{self._pictures} pictures are being drawn, which is the most; try again, or ask for the numbers"
+            raise Refusal(StatusCode.RESOURCE_EXHAUSTED, "TOO_MANY_PICTURES", message, retry_after=pushback(1.0))
+        most = self._readiness.limits.heatmap_pixels
+        self._pictures += 1
+        try:
+            return await self._artist.run(lambda: picture(probe, feature, statistic, format, most))
+        finally:
+            self._pictures -= 1
 
     async def ActivateProbe(  # noqa: N802
         self, request: probes_pb2.ActivateProbeRequest, context: Context

@@ -144,6 +144,13 @@ class Line:
         """Tokens of what is taken in so many turns."""
         return self.tokens if self.items <= turns else sum(entry.size for entry in islice(self.in_turn(), turns))
 
+    def before(self, items: int) -> tuple[int, int]:
+        """Tokens and number of what is taken before the last item of a new call of so many items."""
+        if self.items == len(self.calls):  # of one item each, as most are
+            return self.tokens, self.items
+        sizes = [entry.size for call in self.calls for entry in islice(call.entries, items)]
+        return sum(sizes), len(sizes)
+
     def in_turn(self) -> Iterator[Entry]:
         """All that waits, in the order in which it would be taken."""
         going = deque(iter(call.entries) for call in self.calls)
@@ -216,8 +223,8 @@ class Waiting:
         """Tokens of what is taken before the last item of a new call of so many items of this client."""
         with self._lock:
             own = self._lines.get(client, Line())
-            before = [entry for call in own.calls for entry, _ in zip(call.entries, range(items), strict=False)]
-            tokens, turns = sum(entry.size for entry in before), len(before) + items
+            tokens, entries = own.before(items)
+            turns = entries + items
             for name, line in self._lines.items():
                 if name == client:
                     turns -= 1  # those behind it have had one turn less when its last one comes

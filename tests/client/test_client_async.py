@@ -15,8 +15,10 @@ from service_fakes import WAIT, FakeEngine, Gate, Running, a_shelf
 from wire_server import WireServer
 
 from lapwing_client import (
+    AsyncAttentionStream,
     AsyncClient,
     AsyncGenerationStream,
+    AttentionStream,
     Cancelled,
     Client,
     DeadlineExceeded,
@@ -36,7 +38,11 @@ def public(kind: type) -> dict[str, Any]:
     return {name: member for name, member in members.items() if not name.startswith("_") and callable(member)}
 
 
-TWINS = [(Client, AsyncClient), (GenerationStream, AsyncGenerationStream)]
+TWINS = [
+    (Client, AsyncClient),
+    (GenerationStream, AsyncGenerationStream),
+    (AttentionStream, AsyncAttentionStream),
+]
 
 
 def first_line(member: Any) -> str:

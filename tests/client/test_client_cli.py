@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import tomllib
-from importlib.metadata import EntryPoint
+from importlib.metadata import EntryPoint, version
 from pathlib import Path
 
 import pytest
@@ -157,6 +157,11 @@ def test_the_process_ends_with_the_code_of_the_verb() -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "give either --prompt and --response, or --jsonl FILE" in done.stderr
+
+
+def test_the_version_is_that_of_the_distribution(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"lapwing {version('lapwing')}\n"
 
 
 def test_who_acts_is_part_of_what_people_read() -> None:

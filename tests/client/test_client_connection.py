@@ -18,6 +18,7 @@ from service_fakes import WAIT, FakeEngine, Gate, Running, a_shelf
 from wire_server import WireServer
 
 from lapwing_client import (
+    AsyncClient,
     Client,
     Deadline,
     DeadlineExceeded,
@@ -77,6 +78,45 @@ def test_all_pages_share_one_deadline() -> None:
         with pytest.raises(DeadlineExceeded):
             client.probes(timeout=0.3)
         assert server.calls[:2] == ["ListProbes"] * 2
+
+
+def test_an_error_says_how_long_was_waited_and_whether_anything_ever_answered() -> None:
+    release = threading.Event()
+
+    def before(method: str, context: object) -> None:
+        if method == "Score":
+            release.wait(WAIT)
+
+    async def ask(target: str) -> None:
+        async with AsyncClient(target) as client:
+            await client.score("a", "b", timeout=0.25)
+
+    with WireServer(before) as server, Client(server.target) as client:
+        try:
+            early = rf"the call to {server.target} did not end within 0.25 s, and nothing has answered there yet; give"
+            with pytest.raises(DeadlineExceeded, match=early):
+                client.score("a", "b", timeout=0.25)
+            with pytest.raises(DeadlineExceeded, match=early):
+                asyncio.run(ask(server.target))
+            client.server_info()
+            with pytest.raises(DeadlineExceeded, match=r"within 0.25 s; give it more time"):
+                client.score("a", "b", timeout=0.25)
+        finally:
+            release.set()
+
+
+@pytest.mark.parametrize("retry", ["no", None, 0])
+def test_whether_to_try_again_is_true_or_false(retry: Any) -> None:
+    with pytest.raises(InvalidRequest, match="give True or False") as caught:
+        Client("localhost:1", retry=retry)
+    assert caught.value.field == "retry"
+
+
+def test_no_time_to_wait_is_not_nobody_there() -> None:
+    with Running() as server, Client(server.target) as client:
+        with pytest.raises(DeadlineExceeded, match="there was no time to ask"):
+            client.wait_until_ready(0)
+        assert client.wait_until_ready(WAIT).state == "SERVING", "control"
 
 
 def test_a_deadline_may_be_the_clients_own() -> None:

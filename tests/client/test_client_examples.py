@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -57,7 +58,7 @@ def test_many_answers(server: Running) -> None:
     assert len(doubtful) == 5
     shares = [int(line.split("%")[0]) for line in doubtful]
     assert shares == sorted(shares, reverse=True)
-    assert doubtful[0].endswith((".",))
+    assert re.fullmatch(r" *\d+%  Question: which country is the city of \w+ in\? Answer: \w+", doubtful[0])
 
 
 def test_async_generation(server: Running) -> None:
@@ -72,6 +73,19 @@ def test_an_example_without_a_server_says_so() -> None:
     done = run("live_generation", target)
     assert done.returncode == 1
     assert f"no Lapwing server answers at {target}" in done.stderr
+
+
+def asked_as_taught(text: str) -> bool:
+    """Whether a question is put as those of the demo are, which the embedded model answers."""
+    demo = json.loads((EXAMPLES.parent / "lapwing_client" / "demo_questions.json").read_text())
+    taught = {question["prompt"].partition(" of ")[0] for question in demo["questions"]}
+    asked = re.findall(r"Question:[^\"]*", text)
+    return bool(asked) and all(question.partition(" of ")[0] in taught for question in asked)
+
+
+def test_the_examples_ask_as_the_embedded_model_was_taught() -> None:
+    assert all(asked_as_taught(path.read_text()) for path in EXAMPLES.glob("*.py"))
+    assert not asked_as_taught('"Question: In which country is Bergen?"'), "control"
 
 
 def test_the_examples_say_how_they_are_started() -> None:

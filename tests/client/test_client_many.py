@@ -277,6 +277,23 @@ def test_the_concurrency_is_checked_before_anything_begins(concurrency: Any) -> 
         AsyncClient("localhost:1").score_many([], concurrency=concurrency)
 
 
+@pytest.mark.parametrize("items", [None, 5, object()])
+def test_what_holds_no_items_is_refused_before_anything_begins(items: Any) -> None:
+    for client in (Client("localhost:1"), AsyncClient("localhost:1")):
+        with pytest.raises(InvalidRequest, match="give an iterable of pairs of prompt and response") as caught:
+            client.score_many(items)
+        assert caught.value.field == "items"
+
+
+def test_only_the_client_that_awaits_reads_asynchronous_items() -> None:
+    async def items() -> AsyncIterator[tuple[str, str]]:
+        yield "a", "b"
+
+    with Client("localhost:1") as client, pytest.raises(InvalidRequest, match="AsyncClient can read it"):
+        client.score_many(items())  # type: ignore[type-var]
+    assert AsyncClient("localhost:1").score_many(items()), "control"
+
+
 # A server that has too much to do.
 
 

@@ -7,6 +7,7 @@ import inspect
 import struct
 from typing import Any
 
+import numpy as np
 import pytest
 
 from lapwing.v1 import detection_pb2, detector_pb2, probes_pb2, tensor_pb2
@@ -174,3 +175,20 @@ def test_a_prompt_is_sent_in_the_form_in_which_it_is_given() -> None:
     assert list(requests.prompt_message([1, 2]).token_ids) == [1, 2]
     turns = requests.prompt_message([{"role": "user", "content": "a"}]).messages
     assert [(turn.role, turn.content) for turn in turns] == [("user", "a")]
+
+
+def test_a_batch_of_token_ids_is_no_sequence_of_them() -> None:
+    """As a tokenizer returns them that is asked for tensors: one row for each text."""
+    for ids in (np.array([[1, 2]]), np.array([[1, 2], [3, 4]])):
+        with pytest.raises(InvalidRequest, match="give text, a list of messages, or a list of token ids") as caught:
+            requests.prompt_message(ids)
+        assert caught.value.field == "prompt.token_ids[0]"
+        assert list(requests.prompt_message(ids[0]).token_ids) == [1, 2], "control"
+
+
+@pytest.mark.parametrize("number", [np.array([0.1, 0.2]), 10**400])
+def test_what_does_not_become_one_number_names_its_field(number: Any) -> None:
+    with pytest.raises(InvalidRequest, match="give a number") as caught:
+        requests.score_request("a", "b", false_positive_rate=number)
+    assert caught.value.field == "false_positive_rate"
+    assert requests.score_request("a", "b", false_positive_rate=np.float32(0.5)).false_positive_rate == 0.5, "control"

@@ -11,6 +11,7 @@ from typing import Any
 import grpc
 import pytest
 from service_fakes import WAIT, Gate, Running
+from test_server_same_scores import HOT
 from test_server_same_scores import detector as detector
 
 from lapwing.v1 import detector_pb2, detector_pb2_grpc
@@ -19,7 +20,7 @@ from lapwing_server.engine import Loaded
 from lapwing_server.shelf import Shelf, Shelved
 
 PROMPT = "Question: which country is the city of Lyon in? Answer:"
-WRITE = detector_pb2.GenerateRequest(prompt={"text": PROMPT}, max_new_tokens=12, temperature=1.0, seed=3)
+WRITE = detector_pb2.GenerateRequest(prompt={"text": PROMPT}, max_new_tokens=12, temperature=HOT, seed=3)
 SCORE = detector_pb2.ScoreRequest(prompt={"text": PROMPT}, response={"text": " Lyon is in France."})
 FREE = 1 + 3
 """Forwards that pass: the prompt, and three tokens."""

@@ -150,6 +150,35 @@ def test_a_client_that_leaves_before_its_request_came_is_not_blamed(timeout: flo
         leaving.set()
 
 
+@pytest.mark.parametrize("seconds", [0.2, WAIT], ids=["", "control: within the time it is waited for"])
+@pytest.mark.parametrize("path", [SCORE, "/grpc.health.v1.Health/Check"])
+def test_a_call_whose_request_does_not_come_is_not_kept_for_ever(path: str, seconds: float) -> None:
+    """Nor one that needs no token, so that it can't be told who keeps so many."""
+    never = threading.Event()
+
+    def nothing() -> Iterator[bytes]:
+        never.wait(WAIT)
+        yield from ()
+
+    limits = Limits(stream_seconds=seconds)
+    with Running(limits=limits, grace=0.0) as server, grpc.insecure_channel(server.target) as channel:
+        call = channel.stream_unary(path).future(nothing(), timeout=WAIT)
+        if seconds < WAIT:
+            assert told(call.exception(WAIT)).reason == "NO_REQUEST"
+            assert call.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+            wait_until(lambda: in_flight(server, path) == 0)
+        else:
+            never.wait(0.5)
+            assert in_flight(server, path) == 1
+            call.cancel()
+        never.set()
+
+
+def in_flight(server: Running, path: str) -> float:
+    """Calls of the method that have not ended."""
+    return server.server.metrics.registry.get_sample_value("lapwing_calls_in_flight", {"method": path[1:]}) or 0.0
+
+
 def counted(server: Running, code: str) -> float:
     """Calls of Score that ended so."""
     labels = {"method": SCORE[1:], "code": code}

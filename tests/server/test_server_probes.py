@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shutil
 import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 from xml.etree import ElementTree
 
 import grpc
 import numpy as np
 import pytest
 from google.protobuf import json_format
-from service_fakes import ATTENTION_SCORE, LAPLACIAN, WAIT, FakeEngine, Gate, Running, a_probe, a_shelf, refused
+from service_fakes import (
+    ATTENTION_SCORE,
+    LAPLACIAN,
+    WAIT,
+    FakeEngine,
+    Gate,
+    Running,
+    a_probe,
+    a_shelf,
+    refused,
+    wait_until,
+)
 
 from lapwing.v1 import detector_pb2, detector_pb2_grpc, probes_pb2, probes_pb2_grpc
 from lapwing_client.replies import probe_of
@@ -23,6 +36,9 @@ from lapwing_detector.errors import ProbeCorrupt
 from lapwing_server.answers import probe_message
 from lapwing_server.engine import loader
 from lapwing_server.limits import Limits
+from lapwing_server.metrics import SHED
+from lapwing_server.probes_service import PICTURES, ProbesService
+from lapwing_server.refusal import Refusal
 from lapwing_server.shelf import Shelf, Shelved
 from lapwing_server.shelving import shelve
 
@@ -165,6 +181,40 @@ def test_pictures_are_drawn_by_a_thread_of_their_own(server: Running, stub: Any)
 
 
 PICTURE = probes_pb2.GetHeatmapRequest(statistic="STATISTIC_P_VALUE", image_format="IMAGE_FORMAT_PNG")
+
+
+def test_only_so_many_pictures_wait_to_be_drawn() -> None:
+    gate = Gate()
+    with Running() as server, grpc.insecure_channel(server.target) as channel:
+        stub = probes_pb2_grpc.ProbesStub(channel)
+        busy = server.server._artist.post(gate)
+        assert gate.reached.wait(WAIT)
+        calls = [stub.GetHeatmap.future(PICTURE, timeout=WAIT) for _ in range(PICTURES)]
+        wait_until(lambda: server.server._artist.waiting == PICTURES)
+        error = refused(stub.GetHeatmap, PICTURE)
+        assert (error.code, error.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "TOO_MANY_PICTURES")
+        assert stub.GetHeatmap(probes_pb2.GetHeatmapRequest(statistic=1), timeout=WAIT).values.data, (
+            "numbers can be had"
+        )
+        calls.pop().cancel()
+        wait_until(lambda: server.server.guard.in_flight == PICTURES - 1)
+        calls.append(stub.GetHeatmap.future(PICTURE, timeout=WAIT))
+        wait_until(lambda: server.server._artist.waiting == PICTURES + 1)  # the one that was left, too
+        gate.open()
+        assert all(call.result(WAIT).image for call in calls), "a place that is free again is given"
+        busy.result(WAIT)
+
+
+def test_a_picture_that_is_refused_is_counted_and_says_when_to_come_again() -> None:
+    shed: list[str] = []
+    service = ProbesService(Mock(), Mock(), Mock(), shed.append)
+    service._pictures = PICTURES
+    with pytest.raises(Refusal, match="16 pictures are being drawn") as caught:
+        asyncio.run(service._picture(a_probe(), LAPLACIAN, "P_VALUE", "png"))
+    assert shed == ["TOO_MANY_PICTURES"]
+    assert caught.value.retry_after
+    assert shed[0] in SHED
+    assert service._pictures == PICTURES
 
 
 def test_a_picture_of_a_large_model_has_fewer_pixels_than_the_limit() -> None:

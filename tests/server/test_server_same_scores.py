@@ -27,6 +27,9 @@ RUNNING_TOLERANCE = 1e-4
 
 CLIENTS = 8
 
+HOT = 100.0
+"""A temperature at which it seldom ends an answer by itself: at 1 it says a few tokens."""
+
 
 @pytest.fixture(scope="module")
 def detector() -> Iterator[Detector]:
@@ -101,7 +104,7 @@ def test_shares_add_up_to_the_logit(detector: Detector, stub: Any) -> None:
 
 def events(stub: Any, seed: int, **options: Any) -> list[Any]:
     request = detector_pb2.GenerateRequest(
-        prompt={"text": f"Where is number {seed} at home?"}, temperature=1.0, seed=seed, contributions=True, **options
+        prompt={"text": f"Where is number {seed} at home?"}, temperature=HOT, seed=seed, contributions=True, **options
     )
     return list(stub.Generate(request, timeout=WAIT))
 
@@ -110,6 +113,8 @@ def test_a_running_score_is_the_score_of_its_prefix_while_others_come_and_go(stu
     lengths = [3, 40, 11, 25, 7, 60, 18, 33, 5, 50, 22, 14]
     with ThreadPoolExecutor(CLIENTS) as pool:
         streams = list(pool.map(lambda i: events(stub, i, max_new_tokens=lengths[i]), range(len(lengths))))
+    tokens_written = sum(len(one[-1].generation.token_ids) for one in streams)
+    assert tokens_written > sum(lengths) / 2, "control: they were at it together for long"
     compared = 0
     for *tokens, last in streams:
         generation = last.generation
@@ -140,7 +145,7 @@ def test_a_stream_writes_the_same_alone_as_among_others(stub: Any) -> None:
 
 
 def test_a_client_that_leaves_ends_its_stream_alone(server: Running, stub: Any) -> None:
-    request = detector_pb2.GenerateRequest(prompt={"text": "Where is it?"}, temperature=1.0, seed=5, max_new_tokens=60)
+    request = detector_pb2.GenerateRequest(prompt={"text": "Where is it?"}, temperature=HOT, seed=5, max_new_tokens=60)
     expected = list(stub.Generate(request, timeout=WAIT))[-1].generation
     staying, leaving = stub.Generate(request, timeout=WAIT), stub.Generate(request, timeout=WAIT)
     next(leaving)

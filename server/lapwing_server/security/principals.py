@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import lru_cache
 from urllib.parse import unquote
 
 from lapwing_detector.head_map import escaped
@@ -47,6 +48,7 @@ def peer_name(context: Context) -> str:
     return household(address.rpartition(":")[0].strip("[]")) if kind in ("ipv4", "ipv6") else kind
 
 
+@lru_cache(maxsize=4096)
 def household(host: str) -> str:
     """The address, or the /64 that it is in: 2001:db8::1 -> 2001:db8::/64, all of which one machine may have."""
     try:
