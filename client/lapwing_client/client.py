@@ -172,7 +172,7 @@ class Client(Caller):
             stop_strings: the response ends before the first of these.
             stop_when_probability_above: the response ends, `FLAGGED`, when its probability rises above this, in [0, 1).
             minimum_tokens: so many are written before that may end it; 1 without it.
-            score_every: scores every so manieth token only, and the last; 1 without it.
+            score_every: scores only one token of so many, and the last: 3 is every third; 1 without it.
             contributions: whether scored tokens say what each token so far adds to the score.
             false_positive_rate: as for `score`.
             probe: as for `score`.
@@ -337,7 +337,7 @@ class Client(Caller):
 
         Args:
             name: of the probe.
-            revision: the one that the registry names, else the newest, without it.
+            revision: the one that the name stands for without it.
             timeout: seconds.
 
         Raises:

@@ -118,9 +118,9 @@ class Unavailable(LapwingError):
 class TLSError(LapwingError):
     """No encrypted connection could be made, or an unencrypted one where an encrypted one is needed.
 
-    Never tried again. `reason` is one of `UNKNOWN_AUTHORITY`, `WRONG_NAME`, `CERTIFICATE_EXPIRED`,
-    `CERTIFICATE_NOT_YET_VALID`, `CERTIFICATE_WANTED`, `CERTIFICATE_REFUSED`, `SERVER_SPEAKS_TLS`,
-    `SERVER_SPEAKS_NO_TLS`, `NO_HTTP2`, `TLS_FAILED`.
+    Known after the attempts that gRPC makes by itself, which take a second or two; never tried again after that.
+    `reason` is one of `UNKNOWN_AUTHORITY`, `WRONG_NAME`, `CERTIFICATE_EXPIRED`, `CERTIFICATE_NOT_YET_VALID`,
+    `CERTIFICATE_WANTED`, `CERTIFICATE_REFUSED`, `SERVER_SPEAKS_TLS`, `SERVER_SPEAKS_NO_TLS`, `NO_HTTP2`, `TLS_FAILED`.
     """
 
     who_acts = "the caller: change tls= as the message says; the operator, if the certificate is no longer good"

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
+import sys
+import threading
+import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
 
 import typer
 
@@ -15,6 +19,9 @@ from lapwing_server.security.watched import UnusableFile
 from lapwing_server.setting_sources import Found, UnusableSettings, read
 
 log = logging.getLogger("lapwing.server")
+
+PATIENCE: Final = 1.0
+"""Seconds that the end of the process waits for what is still being computed."""
 
 
 @with_settings
@@ -67,6 +74,8 @@ def serve_found(found: Found) -> None:
     settings = found.settings
     load = loader(settings.model, settings.probes, settings.probe, device=settings.device, dtype=settings.dtype)
     asyncio.run(serve_until_told(load, settings, announce))
+    if computing(PATIENCE):
+        leave()
 
 
 def announce(address: str) -> None:
@@ -79,3 +88,24 @@ def announce(address: str) -> None:
         print(f"listening on {address}", flush=True)
     except OSError as error:
         raise OSError(f"listening on {address}, but standard output can't be written: {error.strerror}") from error
+
+
+def computing(seconds: float) -> bool:
+    """Whether, after at most so long, some thread of ours is still at work: a forward or a loading that goes on."""
+    until = time.monotonic() + seconds
+    ours = [one for one in threading.enumerate() if one.name.startswith("lapwing-")]
+    for thread in ours:
+        thread.join(max(0.0, until - time.monotonic()))
+    return any(thread.is_alive() for thread in ours)
+
+
+def leave() -> None:
+    """Ends the process well, and at once.
+
+    Python's own end would stop each thread where it next asks for the interpreter; in the middle of a forward that
+    is in C++ that can't be unwound, so that the whole process aborts.
+    """
+    log.info("what is still being computed is given up")
+    logging.shutdown()
+    sys.stdout.flush()
+    os._exit(0)

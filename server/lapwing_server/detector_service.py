@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import closing
+from typing import Final
 
 from grpc import StatusCode
 
 from lapwing.v1 import detector_pb2, detector_pb2_grpc
 from lapwing_detector.detection import Detection
 from lapwing_server import answers
-from lapwing_server.asked import asked
+from lapwing_server.asked import Asked, asked
 from lapwing_server.attention_stream import AttentionReader
 from lapwing_server.context import Context, note
 from lapwing_server.information import Information
@@ -24,6 +25,9 @@ from lapwing_server.refusal import Refusal, invalid
 from lapwing_server.scheduler import Scheduler
 from lapwing_server.security.principals import principal_of
 from lapwing_server.waiting import Item, Outcome
+
+FEW_PARTS: Final = 1000
+"""Turns and token ids of a batch that are read on the event loop, which takes a few milliseconds at most."""
 
 
 class DetectorService(detector_pb2_grpc.DetectorServicer):
@@ -57,7 +61,7 @@ class DetectorService(detector_pb2_grpc.DetectorServicer):
         if not 1 <= len(request.items) <= most:
             raise invalid("items", f"has {len(request.items)} items; give 1 to {most}", "BATCH_SIZE")
         shared = asked(request, self._readiness)
-        read = [shared.item_or_refusal(item) for item in request.items]
+        read = await read_items(request.items, shared)
         good = [item for item in read if isinstance(item, Item)]
         note(items=len(read), readable=len(good))
         deadline, client = deadline_of(context), principal_of(context).name
@@ -119,6 +123,18 @@ class DetectorService(detector_pb2_grpc.DetectorServicer):
         refusal = to_refusal(outcome, "ScoreBatch").under(f"items[{place}]")
         self._metrics.item_failed(refusal.reason)
         return detector_pb2.ScoreResult(error=refusal.status())
+
+
+async def read_items(items: Sequence[detector_pb2.ScoreItem], shared: Asked) -> list[Item | Refusal]:
+    """What each item asks for, or why it can't be read; of many parts in a thread, since that takes long."""
+
+    def read() -> list[Item | Refusal]:
+        return [shared.item_or_refusal(item) for item in items]
+
+    parts = sum(
+        len(part) for item in items for part in (item.prompt.messages, item.prompt.token_ids, item.response.token_ids)
+    )
+    return read() if parts <= FEW_PARTS else await asyncio.to_thread(read)
 
 
 def deadline_of(context: Context) -> float | None:

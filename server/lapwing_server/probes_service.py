@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final
 
 from grpc import StatusCode
@@ -62,7 +63,7 @@ class ProbesService(probes_pb2_grpc.ProbesServicer):
         rest = [entry for entry in shelf.entries if entry.name > after]
         page = rest[:size]
         return probes_pb2.ListProbesResponse(
-            probes=[probe_in(shelf, entry) for entry in page],
+            probes=await shown(shelf, page),
             next_page_token=f"after:{page[-1].name}" if len(rest) > size else "",
             total_size=len(shelf.entries),
         )
@@ -72,7 +73,8 @@ class ProbesService(probes_pb2_grpc.ProbesServicer):
     ) -> probes_pb2.GetProbeResponse:
         """One probe."""
         shelf = self._readiness.loaded.shelf
-        return probes_pb2.GetProbeResponse(probe=probe_in(shelf, find(shelf, request.name, "name")))
+        [probe] = await shown(shelf, [find(shelf, request.name, "name")])
+        return probes_pb2.GetProbeResponse(probe=probe)
 
     async def GetHeatmap(  # noqa: N802
         self, request: probes_pb2.GetHeatmapRequest, context: Context
@@ -120,8 +122,9 @@ class ProbesService(probes_pb2_grpc.ProbesServicer):
             done = await self._swapper.activate(request.name, request.revision or None)
         except (DetectorError, OSError) as error:
             raise not_activated(error, request.name) from error
+        [active] = await shown(done.shelf, [find(done.shelf, "", "name")])
         return probes_pb2.ActivateProbeResponse(
-            active=probe_in(done.shelf, find(done.shelf, "", "name")),
+            active=active,
             previous_name=done.before.name,
             previous_revision=done.before.revision,
         )
@@ -134,12 +137,16 @@ class ProbesService(probes_pb2_grpc.ProbesServicer):
             shelf = await self._swapper.reload()
         except RegistryError as error:
             raise failed(error) from error
-        return probes_pb2.ReloadProbesResponse(probes=[probe_in(shelf, entry) for entry in shelf.entries])
+        return probes_pb2.ReloadProbesResponse(probes=await shown(shelf, shelf.entries))
 
 
-def probe_in(shelf: Shelf, entry: Shelved) -> probes_pb2.Probe:
-    """The message of one entry of the shelf."""
-    return answers.probe_message(entry, shelf.active, shelf.shadows)
+async def shown(shelf: Shelf, entries: Sequence[Shelved]) -> list[probes_pb2.Probe]:
+    """The messages of entries of the shelf, made in a thread: what a probe says of itself takes milliseconds."""
+
+    def make() -> list[probes_pb2.Probe]:
+        return [answers.probe_message(entry, shelf.active, shelf.shadows) for entry in entries]
+
+    return await asyncio.to_thread(make)
 
 
 def failed(error: DetectorError) -> Refusal:

@@ -186,7 +186,7 @@ def test_a_batch_of_token_ids_is_no_sequence_of_them() -> None:
         assert list(requests.prompt_message(ids[0]).token_ids) == [1, 2], "control"
 
 
-@pytest.mark.parametrize("number", [np.array([0.1, 0.2]), 10**400])
+@pytest.mark.parametrize("number", [np.array([0.1, 0.2]), 10**400], ids=["several", "too large"])
 def test_what_does_not_become_one_number_names_its_field(number: Any) -> None:
     with pytest.raises(InvalidRequest, match="give a number") as caught:
         requests.score_request("a", "b", false_positive_rate=number)

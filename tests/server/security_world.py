@@ -90,7 +90,7 @@ class World:
 
     def channel(self, port: int, connection: str, roots: bytes | None = None, pair: Pair | None = None) -> grpc.Channel:
         options = [("grpc.use_local_subchannel_pool", 1)]
-        if connection == "plain":
+        if connection == "plain" or connection.endswith("-unencrypted"):
             return grpc.insecure_channel(f"127.0.0.1:{port}", options)
         shown = {"mtls": self.client, "mtls-foreign": self.foreign}.get(connection) or pair
         keys = (shown.key, shown.cert) if shown else (None, None)
@@ -98,7 +98,10 @@ class World:
         return grpc.secure_channel(f"localhost:{port}", credentials, options)
 
 
-CONNECTIONS = ["plain", "tls", "mtls", "mtls-without", "mtls-foreign"]
+LOST = ["mtls-without", "mtls-foreign", "tls-unencrypted", "mtls-unencrypted"]
+"""Connections over which nothing is answered."""
+
+CONNECTIONS = ["plain", "tls", "mtls", *LOST]
 TOKENS_FILE = "tokens.toml"
 GRANTS = {
     "reader": ["read"],

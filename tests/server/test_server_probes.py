@@ -6,6 +6,7 @@ import asyncio
 import os
 import shutil
 import struct
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from lapwing.v1 import detector_pb2, detector_pb2_grpc, probes_pb2, probes_pb2_g
 from lapwing_client.replies import probe_of
 from lapwing_detector.calibration import Calibration
 from lapwing_detector.errors import ProbeCorrupt
+from lapwing_server import answers, probes_service
 from lapwing_server.answers import probe_message
 from lapwing_server.engine import loader
 from lapwing_server.limits import Limits
@@ -92,6 +94,31 @@ def test_a_probe_that_reads_more_than_attention_says_so(stub: Any) -> None:
 def test_metrics_come_through_and_what_json_has_no_word_for_is_text(stub: Any) -> None:
     shown = stub.GetProbe(probes_pb2.GetProbeRequest()).probe
     assert json_format.MessageToDict(shown.metrics) == {"auroc": 0.75, "interval": [0.7, 0.8], "spread": "nan"}
+
+
+@pytest.mark.parametrize("call", ["ListProbes", "GetProbe", "ActivateProbe", "ReloadProbes"])
+def test_what_probes_say_of_themselves_is_put_together_beside_the_event_loop(
+    stub: Any, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    """Of fifty probes of a large model it takes a second."""
+    threads = set[str]()
+
+    def watched(*arguments: Any) -> Any:
+        threads.add(threading.current_thread().name)
+        return probe_message(*arguments)
+
+    monkeypatch.setattr(answers, "probe_message", watched)
+    request = getattr(probes_pb2, f"{call}Request")(**({"name": NAMES[0]} if call == "ActivateProbe" else {}))
+    assert getattr(stub, call)(request, timeout=WAIT).ByteSize()
+    assert threads
+    assert "test-event-loop" not in threads
+
+
+def test_control_the_event_loop_is_known_by_its_name(server: Running) -> None:
+    async def name() -> str:
+        return threading.current_thread().name
+
+    assert server.call(name()) == "test-event-loop"
 
 
 def test_without_a_name_the_active_probe_answers(stub: Any) -> None:
@@ -183,7 +210,8 @@ def test_pictures_are_drawn_by_a_thread_of_their_own(server: Running, stub: Any)
 PICTURE = probes_pb2.GetHeatmapRequest(statistic="STATISTIC_P_VALUE", image_format="IMAGE_FORMAT_PNG")
 
 
-def test_only_so_many_pictures_wait_to_be_drawn() -> None:
+def test_only_so_many_pictures_wait_to_be_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probes_service, "picture", lambda *_: b"drawn")
     gate = Gate()
     with Running() as server, grpc.insecure_channel(server.target) as channel:
         stub = probes_pb2_grpc.ProbesStub(channel)

@@ -15,6 +15,8 @@ from google.rpc import error_details_pb2
 from service_fakes import CONTEXT, WAIT, FakeEngine, Gate, Running, a_probe, refused, wait_until
 
 from lapwing.v1 import detection_pb2, detector_pb2, detector_pb2_grpc, tensor_pb2
+from lapwing_server import readings
+from lapwing_server.detector_service import FEW_PARTS
 from lapwing_server.limits import Limits
 from lapwing_server.shelf import Shelf, Shelved
 
@@ -348,6 +350,26 @@ def test_a_batch_that_is_left_is_not_finished() -> None:
 def test_a_batch_may_be_full(stub: Any) -> None:
     item = detector_pb2.ScoreItem(prompt=Prompt(text="hello"), response=Response(text="b"))
     assert len(stub.ScoreBatch(detector_pb2.ScoreBatchRequest(items=[item] * 64)).results) == 64
+
+
+@pytest.mark.parametrize("form", ["messages", "token_ids"])
+@pytest.mark.parametrize("count", [FEW_PARTS // 4, FEW_PARTS // 4 + 1])
+def test_a_batch_of_many_parts_is_read_beside_the_event_loop(
+    stub: Any, monkeypatch: pytest.MonkeyPatch, count: int, form: str
+) -> None:
+    threads = set[str]()
+    prompt = {"messages": [{"role": "u"}] * count} if form == "messages" else {"token_ids": [65] * count}
+    items = [detector_pb2.ScoreItem(prompt=prompt, response=Response(text="b"))] * 4
+
+    def watched(*arguments: Any) -> Any:
+        threads.add(current_thread().name)
+        return readings.read_prompt(*arguments)
+
+    monkeypatch.setattr("lapwing_server.asked.read_prompt", watched)
+    results = stub.ScoreBatch(detector_pb2.ScoreBatchRequest(items=items), timeout=WAIT).results
+    assert len(results) == 4
+    assert (threads == {"test-event-loop"}) == (4 * count <= FEW_PARTS)
+    assert len(threads) == 1
 
 
 def test_server_info(stub: Any) -> None:

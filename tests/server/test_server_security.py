@@ -20,6 +20,7 @@ from security_world import (
     DENIED,
     EVERYWHERE,
     EXPECTED_SERVICES,
+    LOST,
     OK,
     OTHER,
     RIGHT,
@@ -93,8 +94,10 @@ def test_every_method_by_every_token_over_every_connection(
             }
             for name, cell in expected.items():
                 token = token_of(name) if name else None
-                lost = connection in ("mtls-without", "mtls-foreign")
-                assert call(channel, method, token) == ((UNREACHED, "") if lost else cell), (path_of(method), name)
+                assert call(channel, method, token) == ((UNREACHED, "") if connection in LOST else cell), (
+                    path_of(method),
+                    name,
+                )
                 cells += 1
     assert cells >= 5 * len(unguarded)
     assert CANARY not in caplog.text

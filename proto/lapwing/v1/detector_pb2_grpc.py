@@ -28,8 +28,9 @@ if _version_not_supported:
 class DetectorStub(object):
     """Tells how likely it is that a language model's response is made up.
 
-    Every error carries google.rpc.ErrorInfo (domain "lapwing"); wrong input also google.rpc.BadRequest with the path of
-    the field, such as `items[1].response.token_ids[3]`.
+    Every error but those that gRPC makes by itself (such as for a deadline) carries google.rpc.ErrorInfo (domain
+    "lapwing"); wrong input also google.rpc.BadRequest with the path of the field, such as
+    `items[1].response.token_ids[3]`.
     """
 
     def __init__(self, channel):
@@ -68,8 +69,9 @@ class DetectorStub(object):
 class DetectorServicer(object):
     """Tells how likely it is that a language model's response is made up.
 
-    Every error carries google.rpc.ErrorInfo (domain "lapwing"); wrong input also google.rpc.BadRequest with the path of
-    the field, such as `items[1].response.token_ids[3]`.
+    Every error but those that gRPC makes by itself (such as for a deadline) carries google.rpc.ErrorInfo (domain
+    "lapwing"); wrong input also google.rpc.BadRequest with the path of the field, such as
+    `items[1].response.token_ids[3]`.
     """
 
     def Score(self, request, context):
@@ -148,8 +150,9 @@ def add_DetectorServicer_to_server(servicer, server):
 class Detector(object):
     """Tells how likely it is that a language model's response is made up.
 
-    Every error carries google.rpc.ErrorInfo (domain "lapwing"); wrong input also google.rpc.BadRequest with the path of
-    the field, such as `items[1].response.token_ids[3]`.
+    Every error but those that gRPC makes by itself (such as for a deadline) carries google.rpc.ErrorInfo (domain
+    "lapwing"); wrong input also google.rpc.BadRequest with the path of the field, such as
+    `items[1].response.token_ids[3]`.
     """
 
     @staticmethod

@@ -97,7 +97,7 @@ class ProbesServicer(object):
 
     def ReloadProbes(self, request, context):
         """Looks for new probes and revisions, and takes over what the registry says; needs the scope "admin". What fails its
-        checks does not serve: what served before stays.
+        checks does not serve: what served before stays. Where nothing could be loaded so far, loads model and probes again.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
