@@ -25,7 +25,7 @@ probes = typer.Typer(
     "Example: lapwing probes publish my-probe --registry /srv/probes --activate",
 )
 
-SCORES = "scores; a running server must be told to reload"
+SCORES = "scores; a running server must be told to reload: Client.reload_probes()"
 
 Root = Annotated[
     Path, typer.Option("--registry", envvar="LAPWING_REGISTRY", help="Directory of the registry.", show_default=False)

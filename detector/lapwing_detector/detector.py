@@ -259,7 +259,7 @@ class Detector:
             stop_strings: the answer ends where one of them appears in its text, which leaves it out.
             stop_when_probability_above: ends the answer as soon as its running probability is above this; in [0, 1).
             minimum_tokens: written before `stop_when_probability_above` may end the answer.
-            score_every: so manieth tokens are scored, and the last one.
+            score_every: every how many tokens there is a score; the last token has one in any case.
             contributions: whether scored tokens come with the shares of all tokens so far.
 
         Yields:

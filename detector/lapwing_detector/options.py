@@ -42,7 +42,7 @@ class GenerationOptions:
     """Written before `stop_when_probability_above` may end the answer."""
 
     score_every: int = 1
-    """Scores every so manieth token, and the last one."""
+    """Every how many tokens there is a score; the last token has one in any case."""
 
     contributions: bool = False
     """Whether scored tokens come with the shares of all tokens so far."""

@@ -18,7 +18,7 @@ from tests.detector.registries import DAMAGES, a_revision, damage, sources
 ROOT = Path(__file__).parents[2]
 FIRST, SECOND = (a_revision(number).revision for number in range(2))
 BETA = a_revision(0, "beta").revision
-SCORES = "it scores; a running server must be told to reload\n"
+SCORES = "it scores; a running server must be told to reload: Client.reload_probes()\n"
 
 
 @pytest.fixture(scope="module")

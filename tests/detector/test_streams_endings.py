@@ -105,7 +105,7 @@ def stages_say(logit: float) -> float:
 
 
 @pytest.mark.parametrize("every", [1, 3, 7, 100])
-def test_every_so_manieth_token_is_scored_and_the_last_one(
+def test_every_nth_token_is_scored_and_the_last_one(
     detector: Detector, monkeypatch: pytest.MonkeyPatch, every: int
 ) -> None:
     all_tokens, _ = told(detector)
@@ -169,7 +169,7 @@ def test_a_probe_that_reads_log_probabilities_too(
 
 
 @pytest.mark.parametrize("every", [1, 3, 7])
-def test_every_so_manieth_score_of_a_probe_that_reads_log_probabilities_is_that_of_its_prefix(
+def test_every_nth_score_of_a_probe_that_reads_log_probabilities_is_that_of_its_prefix(
     detector: Detector, monkeypatch: pytest.MonkeyPatch, every: int
 ) -> None:
     weights = {"mean_log_probability.v1": 0.7, "lowest_quarter_log_odds.v1": 0.3, "minimum_log_odds.v1": -0.2}

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import re
+import signal
 import subprocess
 import sys
 import urllib.request
@@ -81,6 +82,57 @@ def test_the_command_says_where_it_listens_even_when_there_is_no_probe(tmp_path:
     finally:
         process.kill()
         process.communicate()
+
+
+WITHOUT_END = """
+import sys
+import torch
+from lapwing_client.cli import main
+from lapwing_server import cli, engine
+from service_fakes import FakeEngine, a_shelf
+
+def compute():
+    print("computing", flush=True)
+    while True:
+        torch.stack([torch.ones(8) for _ in range(8)])
+
+torch.set_num_threads(1)
+engine.loader = lambda *_, **__: lambda: engine.Loaded(FakeEngine(before=compute), a_shelf())
+if sys.argv.pop() == "False":
+    cli.computing = lambda seconds: False
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("looks", [True, False])
+def test_a_forward_that_goes_on_after_the_grace_does_not_make_the_process_abort(looks: bool) -> None:
+    """Where nobody looks for it, which is the control, Python stops its thread in the middle of torch."""
+    arguments = ["serve", "--port", "0", "--grace", "0.1", "--log-format", "json", str(looks)]
+    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    process = subprocess.Popen(
+        [sys.executable, "-c", WITHOUT_END, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": path},
+    )
+    assert process.stdout is not None
+    try:
+        target = process.stdout.readline().removeprefix("listening on ").strip()
+        while info_of(target).state == detector_pb2.SERVER_STATE_LOADING:
+            pass
+        with grpc.insecure_channel(target) as channel:
+            message = detector_pb2.ScoreRequest(prompt={"text": "hello"}, response={"text": "world"})
+            call = detector_pb2_grpc.DetectorStub(channel).Score.future(message, timeout=WAIT)
+            assert process.stdout.readline() == "computing\n"
+            process.terminate()
+            assert call.exception(WAIT), "it is cut off"
+        _, log = process.communicate(timeout=WAIT)
+    finally:
+        process.kill()
+        process.communicate()
+    assert process.returncode == (0 if looks else -signal.SIGABRT)
+    assert ("what is still being computed is given up" in log) == looks
 
 
 @pytest.mark.parametrize(

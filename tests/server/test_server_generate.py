@@ -162,7 +162,7 @@ def test_a_probability_ends_the_response_but_not_before_the_least_number_of_toke
     assert (reason, len(tokens)) == ("FINISH_REASON_LENGTH", 64), "control: it never rises above this"
 
 
-def test_only_every_so_manieth_token_is_scored_and_the_last(stub: Any) -> None:
+def test_only_every_nth_token_is_scored_and_the_last(stub: Any) -> None:
     _, _, tokens = ending(stub, max_new_tokens=8, score_every=3)
     assert [token.HasField("probability") for token in tokens] == [i in (2, 5, 7) for i in range(8)]
 
