@@ -7,7 +7,7 @@
 
 Prints one table. The full and the quick run also write their numbers, with a description of the machine, as JSON, the
 full one a picture of time and memory over the length as well. Each machine and number of threads has one file, which
-the next run replaces; --out keeps another. Compare ratios, not seconds, between machines, and leave the machine alone
+the next run replaces; --out keeps another. While it runs, what was measured is in a file beside it (`.so-far.json`). Compare ratios, not seconds, between machines, and leave the machine alone
 meanwhile: the table says how much other work it had at the start and at the end.
 """
 
@@ -41,7 +41,12 @@ def main() -> None:
     if arguments.list:
         print(*(case.name for case in cases), sep="\n")
         return
-    results = Results.read(arguments.draw) if arguments.draw else measure(cases, arguments.threads, arguments.quick)
+    if arguments.draw:
+        results = Results.read(arguments.draw)
+    else:
+        so_far = _file(arguments, ".so-far.json")
+        results = measure(cases, arguments.threads, arguments.quick, so_far)
+        so_far.unlink(missing_ok=True)
     print(table(results))
     _keep(results, arguments)
 
@@ -58,8 +63,11 @@ def chosen(cases: Sequence[Case], only: Sequence[str]) -> list[Case]:
     return found
 
 
-def measure(cases: Sequence[Case], threads: int, quick: bool) -> Results:
-    """Run the cases in processes of their own, the times first: those in one process, model and all."""
+def measure(cases: Sequence[Case], threads: int, quick: bool, so_far: Path) -> Results:
+    """Run the cases in processes of their own, the times first: those in one process, model and all.
+
+    What was measured `so_far` is in that file, should the rest never come.
+    """
     results = Results(machine.describe(threads), quick)
     results.left_out = {case.name: reason for case in cases if (reason := _impossible(case))}
     cases = [case for case in cases if case.name not in results.left_out]
@@ -70,12 +78,14 @@ def measure(cases: Sequence[Case], threads: int, quick: bool) -> Results:
         for case in timed:
             progress.set_description(case.name)
             results.times.append(TimeResult(case, next(answers)["seconds"]))
+            results.write(so_far)
             progress.update()
         assert next(answers, None) is None  # and its process has ended, which would count as other work below
         for forward in (case for case in cases if isinstance(case, MemoryCase)):
             progress.set_description(forward.name)
             found = [one for _ in range(forward.processes) for one in _child("memory.py", [forward], threads)]
             results.memory.append(MemoryResult(forward, [one["peak_mb"] for one in found]))
+            results.write(so_far)
             progress.update()
     machine.finish(results.machine)
     return results
@@ -109,14 +119,22 @@ def _child(script: str, cases: Sequence[Case], threads: int) -> Iterator[dict[st
         sys.exit(f"{script} failed with {process.returncode}; what it said is above")
 
 
+def _file(arguments: argparse.Namespace, ending: str) -> Path:
+    """Where the results of this run belong."""
+    own: Path | None = arguments.out
+    name = f"{machine.file_stem(arguments.threads)}{'-quick' if arguments.quick else ''}"
+    return own.with_suffix(ending) if own and ending != ".json" else own or RESULTS / f"{name}{ending}"
+
+
 def _keep(results: Results, arguments: argparse.Namespace) -> None:
-    suffix = "-quick" if results.quick else ""
     whole = not arguments.only and not arguments.draw
-    out = arguments.out or (whole and RESULTS / f"{machine.file_stem(arguments.threads)}{suffix}.json")
+    out = _file(arguments, ".json") if whole or arguments.out else None
     # A quick run has too few lengths for a picture, unless one is asked for.
     drawn = arguments.picture or ((whole or arguments.draw) and not results.quick and RESULTS / "capture.png")
     if out:
         results.write(out)
+    if drawn and not (results.times and results.memory):
+        sys.exit("no picture: it shows times and memory, and these results lack one of them")
     if drawn:
         picture.save(results, drawn)
     for path in (out, drawn):

@@ -94,9 +94,14 @@ def cpu_name() -> str:
 
 
 def file_stem(threads: int) -> str:
-    """Name of the results of this machine, such as `amd-epyc-2-threads`."""
+    """Name of the results of this machine, such as `amd-epyc-avx512-2-threads`.
+
+    Several kinds of a CPU may call themselves the same, with vectors of other widths.
+    """
+    import torch
+
     words = re.sub(r"\((R|TM)\)|\b(CPU|Processor)\b|@.*", "", cpu_name(), flags=re.IGNORECASE)
-    return f"{stem(words)}-{threads}-threads"
+    return f"{stem(f'{words} {torch.backends.cpu.get_cpu_capability()}')}-{threads}-threads"
 
 
 def stem(words: str) -> str:

@@ -112,7 +112,7 @@ class Overloaded(LapwingError):
 class Unavailable(LapwingError):
     """Nobody answers there, or the server is not ready."""
 
-    who_acts = "the caller: check the address and wait; the operator: start the server"
+    who_acts = "the caller: check the address and wait; the operator: start the server, or see its log"
 
 
 class TLSError(LapwingError):

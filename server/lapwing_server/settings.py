@@ -87,7 +87,7 @@ class Settings(BaseSettings):
     """Where the model runs, such as cuda or cuda:1; the CPU without it."""
 
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Type of the model's weights; as stored without it."""
+    """Type of the model's weights; without it as stored, but float32 for float16 on a CPU."""
 
     probes: ExistingPath | None = None
     """A registry, a probe directory, or a directory of them; the embedded probe without it."""
