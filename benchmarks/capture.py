@@ -7,8 +7,9 @@
 
 Prints one table. The full and the quick run also write their numbers, with a description of the machine, as JSON, the
 full one a picture of time and memory over the length as well. Each machine and number of threads has one file, which
-the next run replaces; --out keeps another. While it runs, what was measured is in a file beside it (`.so-far.json`). Compare ratios, not seconds, between machines, and leave the machine alone
-meanwhile: the table says how much other work it had at the start and at the end.
+the next run replaces; --out keeps another. While it runs, what was measured is in a file beside it (`.so-far.json`).
+Compare ratios, not seconds, between machines, and leave the machine alone meanwhile: the table says how much other work
+it had at the start and at the end.
 """
 
 from __future__ import annotations
