@@ -110,13 +110,7 @@ class Server:
         if self._loading is not None:
             self._loading.cancel()
         await self._health.close()
-        stopping = asyncio.create_task(self._grpc.stop(self.settings.grace))
-        idle = asyncio.create_task(self.guard.idle())
-        await asyncio.wait((stopping, idle), return_when=asyncio.FIRST_COMPLETED)
-        await asyncio.wait((stopping,), timeout=FOREIGN_GRACE)
-        await self._grpc.stop(None)
-        await stopping
-        idle.cancel()
+        await self._drain()
         self._parser.close()
         self.worker.close()
         self._artist.close()
@@ -126,13 +120,26 @@ class Server:
         if self._page is not None:
             await asyncio.to_thread(self._page.stop)  # it waits for its threads
 
+    async def _drain(self) -> None:
+        """Lets our own calls finish, those included that came together with the signal; of others not for long."""
+        stopping = asyncio.create_task(self._grpc.stop(self.settings.grace))
+        while not stopping.done():
+            idle = asyncio.create_task(self.guard.idle())
+            await asyncio.wait((stopping, idle), return_when=asyncio.FIRST_COMPLETED)
+            idle.cancel()
+            await asyncio.wait((stopping,), timeout=FOREIGN_GRACE)
+            if not self.guard.in_flight:
+                break
+        await self._grpc.stop(None)
+        await stopping
+
     def _register(self) -> frozenset[str]:
         registrar = Registrar(self._grpc)
         attention = AttentionReader(self.readiness, self._reader, self.metrics)
         detector = DetectorService(self.readiness, self.scheduler, attention, self.metrics)
         detector_pb2_grpc.add_DetectorServicer_to_server(detector, registrar)  # type: ignore[no-untyped-call]
         probes_pb2_grpc.add_ProbesServicer_to_server(
-            ProbesService(self.readiness, self._artist, self._swapper), registrar
+            ProbesService(self.readiness, self._artist, self._swapper, self.metrics.shed), registrar
         )  # type: ignore[no-untyped-call]
         health_pb2_grpc.add_HealthServicer_to_server(self._health, registrar)
         if self.settings.reflection:

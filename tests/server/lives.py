@@ -8,13 +8,14 @@ import signal
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from threading import Lock
+from threading import Event, Lock
 from typing import Any
 
 import grpc
+from attention_fakes import a_header, a_summary, requests, score_now, some_maps
 from service_fakes import WAIT, FakeEngine, a_probe
 
 from lapwing.v1 import detection_pb2, detector_pb2, detector_pb2_grpc, probes_pb2, probes_pb2_grpc
@@ -26,6 +27,8 @@ OK = frozenset({"OK"})
 CUT_SHORT = frozenset({"OK", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED"})
 LEFT = frozenset({"OK", "CANCELLED"})
 WRONG = frozenset({"INVALID_ARGUMENT"})
+
+MAPS = some_maps(24)
 
 KILLED_CLIENT = """
 import sys, threading, grpc
@@ -120,6 +123,29 @@ def cancel(life: Life, draw: random.Random) -> str:
     return str(call.code().name)
 
 
+def attention(life: Life, draw: random.Random) -> None:
+    tokens = draw.randint(8, MAPS.shape[2])
+    cut = draw.randint(1, tokens - 1)
+    sent = requests(a_header(), a_summary(MAPS, 0, cut), score_now(), a_summary(MAPS, cut, tokens))
+    running, last = life.detector.ScoreAttention(sent, timeout=WAIT)
+    assert (running.running, last.running) == (True, False)
+    assert last.detection.response_tokens == tokens - 2
+
+
+def attention_left(life: Life, draw: random.Random) -> str:
+    left = Event()
+
+    def half() -> Iterator[detector_pb2.ScoreAttentionRequest]:
+        yield from requests(a_header(), a_summary(MAPS, 0, draw.randint(1, 8)), score_now())
+        left.wait(WAIT)
+
+    call = life.detector.ScoreAttention(half(), timeout=WAIT)
+    next(call)
+    call.cancel()
+    left.set()
+    return str(call.code().name)
+
+
 def deadline(life: Life, draw: random.Random) -> None:
     request = detector_pb2.ScoreRequest(prompt=prompt("Where?"), response=detection_pb2.Response(text="there " * 20))
     life.detector.Score(request, timeout=draw.uniform(0.0001, 0.02))
@@ -189,6 +215,8 @@ OFTEN: dict[str, tuple[frozenset[str], Scenario]] = {
     "batch": (OK, batch),
     "generate": (STREAM, generate),
     "cancel": (LEFT | STREAM, cancel),
+    "attention": (STREAM, attention),
+    "attention_left": (LEFT | STREAM, attention_left),
     "deadline": (CUT_SHORT, deadline),
     "malformed": (WRONG, malformed),
     "wrong": (WRONG, wrong),

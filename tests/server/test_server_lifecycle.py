@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from queue import SimpleQueue
@@ -348,3 +349,21 @@ def test_a_signal_drains_and_the_process_ends_with_0(number: signal.Signals) -> 
     finally:
         process.kill()
         process.communicate()
+
+
+def test_a_stream_that_comes_together_with_the_signal_finishes() -> None:
+    engine, asked = FakeEngine(before=lambda: time.sleep(0.03)), threading.Event()
+    with Running(engine) as server, grpc.insecure_channel(server.target) as channel:
+        stub = detector_pb2_grpc.DetectorStub(channel)
+        stub.GetServerInfo(detector_pb2.GetServerInfoRequest(), timeout=WAIT)  # it is connected
+
+        async def stop() -> None:
+            asked.set()
+            time.sleep(0.3)  # the event loop is busy for a moment, in which the call arrives
+            await server.server.stop()
+
+        stopping = server.begin(stop())
+        assert asked.wait(WAIT)
+        call = stub.Generate(detector_pb2.GenerateRequest(prompt={"text": "hello"}, max_new_tokens=60), timeout=WAIT)
+        assert len(list(call)) == 61
+        stopping.result(WAIT)
