@@ -25,10 +25,10 @@ from lapwing_detector.scoring import Scored, ScoreJob, detect
 from lapwing_detector.summary import AttentionSummary
 from lapwing_detector.tokens import TokenIds
 from lapwing_server.engine import Loaded
+from lapwing_server.interpreter import for_good, take_short_turns
 from lapwing_server.limits import Limits
 from lapwing_server.server import Server, Settings
 from lapwing_server.shelf import Shelf, Shelved
-from lapwing_server.worker import take_short_turns
 
 LAYERS = HEADS = 32
 FEATURE = "laplacian_eigenvalues.v1"
@@ -143,7 +143,7 @@ async def main() -> None:
         return Loaded(engine, Shelf((Shelved(probe.name, probe),), probe))
 
     take_short_turns()
-    server = Server(load, Settings(port=0, limits=Limits(batch_forward_items=arguments.batch_items)))
+    server = Server(for_good(load), Settings(port=0, limits=Limits(batch_forward_items=arguments.batch_items)))
     port = await server.start()
     await server.loaded()
     print(f"listening on 127.0.0.1:{port}", flush=True)

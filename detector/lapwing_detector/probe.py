@@ -249,7 +249,7 @@ class Probe:
             part = self._read_weights[:, start : start + width]
             if feature.ranked:
                 ranked = np.argsort(-values, axis=-1, kind="stable")[:, :width]  # (read, k): token of each rank
-                shares = np.take_along_axis(values, ranked, axis=-1) * part
+                shares = values[np.arange(len(values))[:, None], ranked] * part
                 tokens += np.bincount(ranked.ravel(), shares.ravel(), len(tokens))
             else:
                 shares = values * part / read.token_count
@@ -258,8 +258,10 @@ class Probe:
             start += width
         heads = np.zeros(self.selected.shape, np.float32)
         heads[self.places] = per_head
-        of_tokens, statistics = token_contributions(said, self.statistic_weights)
-        tokens[read.token_count - len(of_tokens) :] += of_tokens
+        statistics: Mapping[str, float] = {}
+        if self.reads_log_probabilities:
+            of_tokens, statistics = token_contributions(said, self.statistic_weights)
+            tokens[read.token_count - len(of_tokens) :] += of_tokens
         logit = float(per_head.sum()) + sum(statistics.values()) + self.bias
         return logit, Share(tokens.astype(np.float32), heads, statistics)
 

@@ -42,8 +42,9 @@ class Registrar:
         for method, handler in handlers.items():
             if not is_asynchronous(handler):
                 raise TypeError(f"/{service}/{method} is a plain function; make it async")
+        # Not told to the server: it would wait for each method by itself, which makes every call dearer, and it finds
+        # them by the generic handlers as well.
         self._methods |= {f"/{service}/{method}" for method in handlers}
-        self._server.add_registered_method_handlers(service, dict(handlers))
 
 
 def is_asynchronous(handler: Handler) -> bool:

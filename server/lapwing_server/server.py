@@ -23,6 +23,7 @@ from lapwing_server.detector_service import DetectorService
 from lapwing_server.engine import Loaded
 from lapwing_server.guard import Guard
 from lapwing_server.health import Health
+from lapwing_server.interpreter import for_good, take_short_turns
 from lapwing_server.metrics import Metrics
 from lapwing_server.metrics_server import MetricsServer
 from lapwing_server.mishap import report
@@ -39,7 +40,7 @@ from lapwing_server.settings import Settings as Settings
 from lapwing_server.shelf import LONGEST_REASON
 from lapwing_server.soundness import AGAIN, Checkup
 from lapwing_server.swapping import Swapper
-from lapwing_server.worker import Worker, take_short_turns
+from lapwing_server.worker import Worker
 
 log = logging.getLogger("lapwing.server")
 
@@ -224,7 +225,7 @@ async def serve(load: Callable[[], Loaded], settings: Settings, announce: Callab
     """
     logs.catch_strays()
     take_short_turns()
-    server = Server(load, settings)
+    server = Server(for_good(load), settings)
     told_to_stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, partial(stop_once, told_to_stop, number))

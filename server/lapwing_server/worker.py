@@ -3,26 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import sys
 from collections.abc import Callable
 from concurrent.futures import Future
 from queue import SimpleQueue
 from threading import Thread
-from typing import Any, Final, TypeVar
+from typing import Any, TypeVar
 
 Result = TypeVar("Result")
-
-TURN: Final = 0.0005
-"""Seconds after which a thread that runs Python lets another one run; Python's own are ten times as long."""
-
-
-def take_short_turns() -> None:
-    """Has the threads of the whole process take short turns.
-
-    The event loop, gRPC's poller and the worker need the interpreter one after the other to refuse a call or to answer
-    a health check; with Python's own 5 ms a turn, four of them are 20 ms.
-    """
-    sys.setswitchinterval(TURN)
 
 
 class Worker:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import sys
 import threading
 import weakref
 from collections.abc import Iterator
@@ -13,7 +12,7 @@ from functools import partial
 import pytest
 from service_fakes import WAIT, Gate, wait_until
 
-from lapwing_server.worker import TURN, Worker, take_short_turns
+from lapwing_server.worker import Worker
 
 
 @pytest.fixture
@@ -133,14 +132,3 @@ def test_nothing_of_a_request_is_kept(worker: Worker) -> None:
     worker.post(lambda request=request: None).result(WAIT)  # type: ignore[misc]
     del request
     wait_until(lambda: alive() is None)
-
-
-def test_threads_take_shorter_turns_than_by_default() -> None:
-    before = sys.getswitchinterval()
-    try:
-        sys.setswitchinterval(0.005)
-        take_short_turns()
-        assert sys.getswitchinterval() == pytest.approx(TURN)
-        assert TURN < 0.005, "control: what Python does by itself"
-    finally:
-        sys.setswitchinterval(before)

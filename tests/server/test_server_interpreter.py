@@ -1,0 +1,73 @@
+"""What a server does to Python itself, undone after each test: tests share one process."""
+
+from __future__ import annotations
+
+import gc
+import sys
+import weakref
+from collections.abc import Iterator
+
+import pytest
+
+from lapwing_server.interpreter import TURN, for_good, take_short_turns
+
+
+class Ring:
+    """Only the collector gets rid of it."""
+
+    def __init__(self) -> None:
+        self.own = self
+
+
+@pytest.fixture(autouse=True)
+def _as_it_was() -> Iterator[None]:
+    interval = sys.getswitchinterval()
+    yield
+    sys.setswitchinterval(interval)
+    gc.unfreeze()
+
+
+def test_threads_take_shorter_turns_than_by_default() -> None:
+    sys.setswitchinterval(0.005)
+    take_short_turns()
+    assert sys.getswitchinterval() == pytest.approx(TURN)
+    assert TURN < 0.005, "control: what Python does by itself"
+
+
+def test_the_collector_looks_at_nothing_that_was_loaded() -> None:
+    def load() -> Ring:
+        kept.append(Ring())
+        return kept[0]
+
+    kept: list[Ring] = []
+    assert gc.get_freeze_count() == 0
+    assert for_good(load)() is kept[0]
+    assert gc.get_freeze_count() > 10_000, "nor at the libraries"
+    assert not any(one is kept[0] for one in gc.get_objects()), "what it looks at"
+    gc.unfreeze()
+    assert any(one is kept[0] for one in gc.get_objects()), "control"
+
+
+def test_what_comes_later_is_collected_as_ever() -> None:
+    for_good(lambda: None)()
+    ring = Ring()
+    alive = weakref.ref(ring)
+    del ring
+    assert alive() is not None
+    gc.collect()
+    assert alive() is None
+
+
+def test_what_was_left_over_by_the_loading_is_not_kept() -> None:
+    alive: list[weakref.ref[Ring]] = []
+    for_good(lambda: alive.append(weakref.ref(Ring())))()
+    assert alive[0]() is None
+
+
+def test_what_can_not_be_loaded_freezes_nothing() -> None:
+    def load() -> None:
+        raise KeyError("probe")
+
+    with pytest.raises(KeyError, match="probe"):
+        for_good(load)()
+    assert gc.get_freeze_count() == 0
