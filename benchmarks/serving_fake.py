@@ -98,22 +98,18 @@ class NoStreams:
 
 
 def tiny_detector() -> tuple[Any, Probe]:
-    """A random model of two layers that reads bytes, and a probe of all its heads."""
+    """A random model of two layers that reads the embedded model's tokens, and a probe of all its heads."""
     import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     from lapwing_detector.detector import Detector
+    from lapwing_detector.embedded import model_path
     from lapwing_detector.identity import identity_of
 
     torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(model_path())
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=258, bos_token_id=256, eos_token_id=257, **sizes)).eval()
-    vocabulary = {character: i for i, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")  # noqa: S106
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), bos_token_id=0, eos_token_id=1, **sizes)).eval()
     selected = np.ones((2, 4), bool)
     probe = replace(
         a_probe(),
