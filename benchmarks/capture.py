@@ -45,9 +45,7 @@ def main() -> None:
     if arguments.draw:
         results = Results.read(arguments.draw)
     else:
-        so_far = _file(arguments, ".so-far.json")
-        results = measure(cases, arguments.threads, arguments.quick, so_far)
-        so_far.unlink(missing_ok=True)
+        results = measure(cases, arguments.threads, arguments.quick, _so_far(_out(arguments)))
     print(table(results))
     _keep(results, arguments)
 
@@ -64,10 +62,10 @@ def chosen(cases: Sequence[Case], only: Sequence[str]) -> list[Case]:
     return found
 
 
-def measure(cases: Sequence[Case], threads: int, quick: bool, so_far: Path) -> Results:
+def measure(cases: Sequence[Case], threads: int, quick: bool, so_far: Path | None) -> Results:
     """Run the cases in processes of their own, the times first: those in one process, model and all.
 
-    What was measured `so_far` is in that file, should the rest never come.
+    What was measured `so_far` is in that file, if there is to be one, should the rest never come.
     """
     results = Results(machine.describe(threads), quick)
     results.left_out = {case.name: reason for case in cases if (reason := _impossible(case))}
@@ -79,14 +77,14 @@ def measure(cases: Sequence[Case], threads: int, quick: bool, so_far: Path) -> R
         for case in timed:
             progress.set_description(case.name)
             results.times.append(TimeResult(case, next(answers)["seconds"]))
-            results.write(so_far)
+            _write(results, so_far)
             progress.update()
         assert next(answers, None) is None  # and its process has ended, which would count as other work below
         for forward in (case for case in cases if isinstance(case, MemoryCase)):
             progress.set_description(forward.name)
             found = [one for _ in range(forward.processes) for one in _child("memory.py", [forward], threads)]
             results.memory.append(MemoryResult(forward, [one["peak_mb"] for one in found]))
-            results.write(so_far)
+            _write(results, so_far)
             progress.update()
     machine.finish(results.machine)
     return results
@@ -120,20 +118,32 @@ def _child(script: str, cases: Sequence[Case], threads: int) -> Iterator[dict[st
         sys.exit(f"{script} failed with {process.returncode}; what it said is above")
 
 
-def _file(arguments: argparse.Namespace, ending: str) -> Path:
-    """Where the results of this run belong."""
-    own: Path | None = arguments.out
-    name = f"{machine.file_stem(arguments.threads)}{'-quick' if arguments.quick else ''}"
-    return own.with_suffix(ending) if own and ending != ".json" else own or RESULTS / f"{name}{ending}"
+def _out(arguments: argparse.Namespace) -> Path | None:
+    """The file of this run's numbers, if they are to be kept."""
+    if arguments.out or arguments.only or arguments.draw:
+        out: Path | None = arguments.out
+        return out
+    suffix = "-quick" if arguments.quick else ""
+    return RESULTS / f"{machine.file_stem(arguments.threads)}{suffix}.json"
+
+
+def _so_far(out: Path | None) -> Path | None:
+    return out and out.with_suffix(".so-far.json")
+
+
+def _write(results: Results, path: Path | None) -> None:
+    if path:
+        results.write(path)
 
 
 def _keep(results: Results, arguments: argparse.Namespace) -> None:
     whole = not arguments.only and not arguments.draw
-    out = _file(arguments, ".json") if whole or arguments.out else None
+    out = _out(arguments)
     # A quick run has too few lengths for a picture, unless one is asked for.
     drawn = arguments.picture or ((whole or arguments.draw) and not results.quick and RESULTS / "capture.png")
-    if out:
-        results.write(out)
+    _write(results, out)
+    if out and not arguments.draw:
+        out.with_suffix(".so-far.json").unlink(missing_ok=True)
     if drawn and not (results.times and results.memory):
         sys.exit("no picture: it shows times and memory, and these results lack one of them")
     if drawn:

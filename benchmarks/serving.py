@@ -55,7 +55,7 @@ ITEM_MS = 10.0
 """Of the sleeping engine: a capacity of 100 a second."""
 
 LIMITS = {
-    "tiny model: 32 clients with micro-batches / without": Limit(3.0, at_most=False),
+    "tiny model of Atlas's tokens: 32 clients with micro-batches / without": Limit(3.0, at_most=False),
     "generate: 8 streams at once / one after another": Limit(3.0, at_most=False),
     "first token less one forward, ms": Limit(20.0, at_most=True),
     "empty calls/s, 8 threads": Limit(2000.0, at_most=False),
@@ -133,8 +133,8 @@ def tiny(seconds: float) -> Iterator[Row]:
     ):
         loads, gain = asyncio.run(_in_turns((target, rival), 32, seconds))
     for items, load in zip((64, 1), loads, strict=True):
-        yield _score_row(f"tiny model: 32 clients, at most {items} in a forward, /s", load)
-    yield Row("tiny model: 32 clients with micro-batches / without", *gain)
+        yield _score_row(f"tiny model of Atlas's tokens: 32 clients, at most {items} in a forward, /s", load)
+    yield Row("tiny model of Atlas's tokens: 32 clients with micro-batches / without", *gain)
 
 
 def generate(seconds: float) -> Iterator[Row]:

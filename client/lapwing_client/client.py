@@ -363,7 +363,7 @@ class Client(Caller):
         Returns what `server_info` does, and so needs a token with the scope "read" where tokens are asked for.
 
         Raises:
-            Unavailable: the server said that its model could not be loaded, or fails.
+            Unavailable: the server said that its model could not be loaded, fails, or does not come back.
             DeadlineExceeded: it took longer than the timeout.
             PermissionDenied, TLSError, Unimplemented: waiting would not help.
         """

@@ -98,7 +98,7 @@ class Connection:
         self._answered |= bool(found.reason)
         if isinstance(found, DeadlineExceeded) and not found.reason:
             never = "" if self._answered else ", and nothing has answered there yet"
-            message = f"the call to {self.target} did not end within {deadline.seconds:g} s{never}; give it more time"
+            message = f"the call to {self.target} had not ended after {deadline.seconds:g} s{never}; give it more time"
             return DeadlineExceeded(message, code=found.code)
         return found
 

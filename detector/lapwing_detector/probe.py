@@ -163,6 +163,8 @@ class Probe:
     def places(self) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
         """Row in `weights` and head of every head that it reads, in the order in which `read` puts them."""
         rows, heads = np.nonzero(self.selected)
+        for part in (rows, heads):
+            part.flags.writeable = False
         return rows, heads
 
     @cached_property

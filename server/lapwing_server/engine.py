@@ -132,7 +132,7 @@ def loader(
         probe: name of the probe that scores; the first one without a name.
         make: makes the engine of a model and a probe; the real detector's constructor without one.
         device: where the real model runs; the CPU without it.
-        dtype: of its weights; as stored without it.
+        dtype: of its weights; without it as stored, but float32 for float16 on a CPU.
     """
     make = make or partial(real_detector, device=device, dtype=dtype)
 

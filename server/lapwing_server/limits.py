@@ -55,7 +55,7 @@ class Limits(BaseModel):
 
     stuck_seconds: Seconds = 300.0
     """A forward with the step of the streams beside it that takes longer takes the server out of service until it
-    ends."""
+    ends and a try of the server's own works."""
 
     stop_strings: Count = 16
     """Stop strings of one Generate."""

@@ -29,7 +29,10 @@ PAGE_TOKEN = re.compile(r"after:(?P<name>[^\x00-\x1f]{1,255})")
 READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 PICTURES: Final = 16
-"""That are drawn or wait for it, each of which takes a tenth of a second; one more is refused at once."""
+"""That are drawn or wait for it; one more is refused at once."""
+
+PICTURE_SECONDS: Final = 0.2
+"""Roughly, of one picture."""
 
 FORMATS = {probes_pb2.IMAGE_FORMAT_PNG: "png", probes_pb2.IMAGE_FORMAT_SVG: "svg"}
 
@@ -104,7 +107,8 @@ class ProbesService(probes_pb2_grpc.ProbesServicer):
         if self._pictures >= PICTURES:
             self._shed("TOO_MANY_PICTURES")
             message = f"{self._pictures} pictures are being drawn, which is the most; try again, or ask for the numbers"
-            raise Refusal(StatusCode.RESOURCE_EXHAUSTED, "TOO_MANY_PICTURES", message, retry_after=pushback(1.0))
+            wait = pushback(PICTURES * PICTURE_SECONDS / 2)
+            raise Refusal(StatusCode.RESOURCE_EXHAUSTED, "TOO_MANY_PICTURES", message, retry_after=wait)
         most = self._readiness.limits.heatmap_pixels
         self._pictures += 1
         try:

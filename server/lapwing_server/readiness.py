@@ -57,7 +57,7 @@ class Readiness:
 
     def broken(self, message: str) -> None:
         """It serves no longer, though what was loaded is still there and is tried."""
-        if self.phase is Phase.SERVING:
+        if self.phase in (Phase.SERVING, Phase.FAILED):
             self.fail(message)
 
     def mended(self) -> None:

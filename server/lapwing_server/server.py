@@ -38,7 +38,7 @@ from lapwing_server.security.scopes import require_listed
 from lapwing_server.security.watched import Watcher
 from lapwing_server.settings import Settings as Settings
 from lapwing_server.shelf import LONGEST_REASON
-from lapwing_server.soundness import AGAIN, Checkup
+from lapwing_server.soundness import Checkup
 from lapwing_server.swapping import Swapper
 from lapwing_server.worker import Worker
 
@@ -199,7 +199,7 @@ class Server:
         return await self.scheduler.works(self.readiness.loaded.shelf.active)
 
     def _stuck(self) -> bool:
-        return self.scheduler.computing > self.settings.limits.stuck_seconds
+        return self.scheduler.computing > self.readiness.limits.stuck_seconds
 
     async def _tell_whether_it_works(self, why_not: str | None) -> None:
         if why_not is None:
@@ -207,7 +207,7 @@ class Server:
             log.info("serving again: the model works")
         else:
             log.error("not serving: %s; start the server anew if that goes on", why_not)
-            self.readiness.broken(f"{why_not}; it is tried every {AGAIN:g} s, and the log has the rest")
+            self.readiness.broken(why_not)
         await self._health.set_serving(why_not is None)
 
 

@@ -21,7 +21,7 @@ AGAIN: Final = 5.0
 LOOK: Final = 1.0
 """Seconds between two looks at how long the model has been computing."""
 
-FAILS: Final = "the model fails on a plain text"
+FAILS: Final = f"the model fails on a plain text; it is tried every {AGAIN:g} s, and the log has the rest"
 STUCK: Final = "the model does not come back from what it computes"
 
 
@@ -107,6 +107,9 @@ class Checkup:
         await self._tell(why)
         await asyncio.sleep(AGAIN)
         while not await self._works():
+            if why != FAILS:  # it came back, then
+                why = FAILS
+                await self._tell(why)
             await asyncio.sleep(AGAIN)
         self._out = False
         await self._tell(None)

@@ -140,9 +140,11 @@ def attention_left(life: Life, draw: random.Random) -> str:
         left.wait(WAIT)
 
     call = life.detector.ScoreAttention(half(), timeout=WAIT)
-    next(call)
-    call.cancel()
-    left.set()
+    try:
+        next(call)
+        call.cancel()
+    finally:
+        left.set()
     return str(call.code().name)
 
 

@@ -305,13 +305,13 @@ def test_the_grace_is_bounded() -> None:
 
 
 PROGRAM = """
-import asyncio, sys
+import asyncio, gc, sys
 from lapwing_server.engine import Loaded
 from lapwing_server.server import Settings, serve
 from service_fakes import FakeEngine, a_shelf
 
 def before():
-    print("computing", flush=True)
+    print("computing", gc.get_freeze_count() > 10_000, f"{sys.getswitchinterval():g}", flush=True)
     sys.stdin.readline()
 
 engine = FakeEngine(before=before)
@@ -338,7 +338,7 @@ def test_a_signal_drains_and_the_process_ends_with_0(number: signal.Signals) -> 
             pass
         with grpc.insecure_channel(target) as channel:
             score = detector_pb2_grpc.DetectorStub(channel).Score.future(SCORE, timeout=WAIT)
-            assert process.stdout.readline() == "computing\n"
+            assert process.stdout.readline() == "computing True 0.0005\n", "with nothing to collect, in short turns"
             process.send_signal(number)
             assert next(health).status == NOT_SERVING
             assert not score.done(), "watchers hear of the end before the last answer"

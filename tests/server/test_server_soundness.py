@@ -26,7 +26,7 @@ from lapwing_server.admission import TooLate
 from lapwing_server.limits import Limits
 from lapwing_server.mishap import Panic, is_ours
 from lapwing_server.refusal import invalid
-from lapwing_server.soundness import FAILED_IN_A_ROW, STUCK, Checkup, Row
+from lapwing_server.soundness import FAILED_IN_A_ROW, FAILS, STUCK, Checkup, Row
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
@@ -320,6 +320,63 @@ def test_no_doubt_is_looked_into_after_the_end() -> None:
     assert tries == []
     asyncio.run(main(closed=False))
     assert tries == [1], "control"
+
+
+def test_a_stuck_model_is_told_of_once_and_ends_the_try_that_waits_behind_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(soundness, "AGAIN", 0.01)
+    monkeypatch.setattr(soundness, "LOOK", 0.01)
+    said: list[str | None] = []
+
+    async def main() -> None:
+        free = asyncio.Event()
+
+        async def works() -> bool:
+            await free.wait()
+            return True
+
+        async def tell(why: str | None) -> None:
+            said.append(why)
+
+        checkup = Checkup(works, tell, lambda: not free.is_set())
+        checkup.doubt()
+        await asyncio.sleep(0)
+        first = checkup._task
+        assert first is not None
+        checkup.begin()
+        await asyncio.sleep(0.2)
+        assert said == [STUCK]
+        assert first.cancelled()
+        free.set()
+        await asyncio.sleep(0.2)
+        assert said == [STUCK, None]
+        checkup.close()
+        await asyncio.sleep(0)
+        assert checkup._watch is not None
+        assert checkup._watch.cancelled()
+
+    asyncio.run(main())
+
+
+def test_a_model_that_comes_back_and_fails_is_told_of_as_failing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(soundness, "AGAIN", 0)
+    monkeypatch.setattr(soundness, "LOOK", 0)
+    said: list[str | None] = []
+    tries = iter([False, False, True])
+
+    async def works() -> bool:
+        return next(tries)
+
+    async def tell(why: str | None) -> None:
+        said.append(why)
+
+    async def main() -> None:
+        checkup = Checkup(works, tell, lambda: not said)
+        checkup.begin()
+        await asyncio.sleep(0.1)
+        checkup.close()
+
+    asyncio.run(main())
+    assert said == [STUCK, FAILS, None]
 
 
 def test_a_doubt_that_comes_while_one_is_looked_into_starts_nothing() -> None:

@@ -18,10 +18,11 @@ from service_fakes import WAIT, Gate, Running, told, wait_until
 
 from lapwing.v1 import detector_pb2, detector_pb2_grpc
 from lapwing_detector.options import GenerationOptions
-from lapwing_server.admission import Places
+from lapwing_server.admission import Places, TooLate
 from lapwing_server.limits import Limits
 from lapwing_server.metrics import Metrics
 from lapwing_server.refusal import Refusal
+from lapwing_server.scheduler import AT_ONCE, answer_all
 from lapwing_server.security.principals import Principal
 from lapwing_server.settings import Settings
 from lapwing_server.waiting import Call, Entry, Waiting, call_of
@@ -269,3 +270,21 @@ def test_turns_go_by_principal(tmp_path: Path) -> None:
         gate.open()
         assert all(call.result(WAIT) for call in calls)
     wait_until(lambda: queue.items == 0)
+
+
+def test_the_answers_of_a_forward_are_given_a_few_at_a_time() -> None:
+    """Whoever comes meanwhile need not wait until all of them are written."""
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        calls = [call_of([an_item("ab")], [1], 0.0, None, loop.create_future()) for _ in range(2 * AT_ONCE + 1)]
+        for call in calls:
+            call.settle(0, TooLate())
+        answer_all(calls)
+        counts: list[int] = []
+        for _ in range(3):
+            counts.append(sum(call.answer is not None and call.answer.done() for call in calls))
+            await asyncio.sleep(0)
+        assert counts == [AT_ONCE, 2 * AT_ONCE, 2 * AT_ONCE + 1]
+
+    asyncio.run(main())
