@@ -7,7 +7,7 @@ import os
 from hypothesis import settings
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
+os.environ.setdefault("OMP_NUM_THREADS", "2")
 
 # Without a GPU the kernels run in Triton's interpreter, which must be chosen before triton is imported.
 if not os.path.exists("/dev/nvidiactl"):
