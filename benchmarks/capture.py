@@ -142,8 +142,8 @@ def _keep(results: Results, arguments: argparse.Namespace) -> None:
     # A quick run has too few lengths for a picture, unless one is asked for.
     drawn = arguments.picture or ((whole or arguments.draw) and not results.quick and RESULTS / "capture.png")
     _write(results, out)
-    if out and not arguments.draw:
-        out.with_suffix(".so-far.json").unlink(missing_ok=True)
+    if not arguments.draw and (so_far := _so_far(out)):
+        so_far.unlink(missing_ok=True)
     if drawn and not (results.times and results.memory):
         sys.exit("no picture: it shows times and memory, and these results lack one of them")
     if drawn:

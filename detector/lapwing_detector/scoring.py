@@ -80,13 +80,12 @@ def detect(
     clock = Stopwatch()
     logit, share, reason, message = None, None, None, ""
     with clock.stage("probe"):
-        read = probe.read(summary)
         if summary.token_count < probe.needed_tokens:
             reason = Reason.TOO_SHORT
             message = f"{summary.token_count} tokens; the probe needs {probe.needed_tokens}; score a longer text"
         elif not ids.response_ids:
             reason, message = Reason.TOO_SHORT, "the response has no tokens; there is nothing in it to be made up"
-        elif not finite(read):
+        elif not finite(read := probe.read(summary)):
             reason, message = Reason.NON_FINITE, "the model's attention is not finite; load it in float32 or bfloat16"
         elif probe.reads_log_probabilities and np.isnan(() if log_probabilities is None else log_probabilities).any():
             reason, message = Reason.NON_FINITE, "the model's logits are not finite; load it in float32 or bfloat16"
