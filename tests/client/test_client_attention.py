@@ -16,19 +16,6 @@ from service_fakes import WAIT, Running
 
 from lapwing_client import Cancelled, Client, InvalidRequest, PreconditionFailed, Unavailable
 
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Running]:
-    with Running() as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def client(server: Running) -> Iterator[Client]:
-    with Client(server.target, timeout=WAIT) as client:
-        yield client
-
-
 # What goes.
 
 

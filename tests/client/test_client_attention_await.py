@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
 
 import pytest
 from attention_fakes import local_score, some_maps
@@ -22,12 +21,6 @@ from service_fakes import WAIT, Gate, Running
 
 from lapwing_client import AsyncClient, Cancelled, Detection, InvalidRequest, LapwingError, Unavailable
 from lapwing_client.attention_stream import AsyncAttentionStream
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Running]:
-    with Running() as server:
-        yield server
 
 
 def test_the_same_for_programs_that_await(server: Running) -> None:

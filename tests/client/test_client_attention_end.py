@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 
 import pytest
 from attention_fakes import some_maps
@@ -22,18 +21,6 @@ from engine_fakes import an_identity
 from service_fakes import WAIT, Gate, Running, wait_until
 
 from lapwing_client import AsyncClient, Cancelled, Client, DeadlineExceeded, InvalidRequest, LapwingError
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Running]:
-    with Running() as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def client(server: Running) -> Iterator[Client]:
-    with Client(server.target, timeout=WAIT) as client:
-        yield client
 
 
 def test_after_the_end_nothing_more_is_sent(client: Client) -> None:

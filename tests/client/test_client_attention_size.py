@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,18 +15,6 @@ from service_fakes import WAIT, Gate, Running, wait_until
 
 from lapwing_client import Client, InvalidRequest, attention_messages
 from lapwing_client.attention_messages import PIECE_BYTES, slice_requests
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Running]:
-    with Running() as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def client(server: Running) -> Iterator[Client]:
-    with Client(server.target, timeout=WAIT) as client:
-        yield client
 
 
 @dataclass
