@@ -25,7 +25,7 @@ from lapwing_detector.scoring import Scored, ScoreJob, detect
 from lapwing_detector.summary import AttentionSummary
 from lapwing_detector.tokens import TokenIds
 from lapwing_server.engine import Loaded
-from lapwing_server.interpreter import for_good, take_short_turns
+from lapwing_server.interpreter import for_good, run, take_short_turns
 from lapwing_server.limits import Limits
 from lapwing_server.server import Server, Settings
 from lapwing_server.shelf import Shelf, Shelved
@@ -147,4 +147,4 @@ async def main() -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(main())
+    run(main())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import os
 import sys
@@ -67,13 +66,14 @@ def serve_found(found: Found) -> None:
         OSError: a port can't be listened on.
     """
     from lapwing_server.engine import loader
+    from lapwing_server.interpreter import run
     from lapwing_server.server import serve as serve_until_told
 
     for line in found.lines():
         log.info("%s", line)
     settings = found.settings
     load = loader(settings.model, settings.probes, settings.probe, device=settings.device, dtype=settings.dtype)
-    asyncio.run(serve_until_told(load, settings, announce))
+    run(serve_until_told(load, settings, announce))
     if computing(PATIENCE):
         leave()
 

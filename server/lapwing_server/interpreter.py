@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import sys
-from collections.abc import Callable
-from typing import Final, TypeVar
+from collections.abc import Callable, Coroutine
+from typing import Any, Final, TypeVar
+
+try:
+    import uvloop
+except ModuleNotFoundError:  # there is none for Windows
+    new_event_loop: Callable[[], asyncio.AbstractEventLoop] = asyncio.new_event_loop
+else:
+    new_event_loop = uvloop.new_event_loop
 
 Result = TypeVar("Result")
 
 TURN: Final = 0.0005
 """Seconds after which a thread that runs Python lets another one run; Python's own are ten times as long."""
+
+
+def run(main: Coroutine[Any, Any, Result]) -> Result:
+    """Like `asyncio.run`, on the event loop that takes less of each call."""
+    with asyncio.Runner(loop_factory=new_event_loop) as runner:
+        return runner.run(main)
 
 
 def take_short_turns() -> None:

@@ -98,6 +98,7 @@ class Metrics:
             "lapwing_call_seconds", "Time from a call's begin to its end.", ["method"], buckets=SECONDS
         )
         self._in_flight = gauge("lapwing_calls_in_flight", "Calls that have not ended.", ["method"])
+        self._open: dict[str, int] = {}
         self._stages = histogram(
             "lapwing_stage_seconds",
             "Time of a part of a call; forward is that of the whole batch, first_token that of a stream until then, "
@@ -162,8 +163,12 @@ class Metrics:
                 metric.labels(value)
 
     def in_flight(self, method: str, change: int) -> None:
-        """A call of the method, given as path, began (1) or ended (-1)."""
-        self._child(self._in_flight, METHODS.get(method, OTHER)).inc(change)
+        """A call of the method, given as path, began (1) or ended (-1); on the event loop only."""
+        label = METHODS.get(method, OTHER)
+        if label not in self._open:
+            self._open[label] = 0
+            self._in_flight.labels(label).set_function(partial(self._open.__getitem__, label))
+        self._open[label] += change
 
     def call_ended(self, method: str, code: str, seconds: float) -> None:
         """A call ended with the code, such as "OK", after so many seconds."""

@@ -28,6 +28,9 @@ from lapwing_server.writing import Writing
 UNCOUNTED: Final = ""
 """Role of a score that the server makes for itself."""
 
+SHORTEST: Final = (1,)
+"""Sizes of the items of the smallest call: one, of one token."""
+
 AT_ONCE: Final = 4
 """Calls of a forward that are answered before the event loop turns to others: who is refused meanwhile waits for
 these few, and not for a whole forward's answers to be written."""
@@ -114,6 +117,16 @@ class Scheduler:
             if isinstance(outcome, TooLate):
                 raise outcome
         return outcomes
+
+    def require_hope(self, *, deadline: float | None = None, client: str = "") -> None:
+        """Refuses a call that would be refused however little it asks for.
+
+        To know that before the call is read halves what a refusal costs, when there is far too much to do.
+
+        Raises:
+            Refusal: not even one short item would be taken on.
+        """
+        self.admission.check(SHORTEST, self._clock(), deadline, self._queue, self._forwards.running, client)
 
     def generate(
         self,

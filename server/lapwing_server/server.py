@@ -19,7 +19,8 @@ from lapwing_detector.head_map import escaped
 from lapwing_server import logs
 from lapwing_server.addresses import bracketed
 from lapwing_server.attention_stream import AttentionReader
-from lapwing_server.detector_service import DetectorService
+from lapwing_server.context import Context
+from lapwing_server.detector_service import DetectorService, deadline_of
 from lapwing_server.engine import Loaded
 from lapwing_server.guard import Guard
 from lapwing_server.health import Health
@@ -34,6 +35,7 @@ from lapwing_server.refusal import Refusal
 from lapwing_server.registrar import Registrar
 from lapwing_server.scheduler import Scheduler
 from lapwing_server.security import authenticator, credentials
+from lapwing_server.security.principals import Principal
 from lapwing_server.security.scopes import require_listed
 from lapwing_server.security.watched import Watcher
 from lapwing_server.settings import Settings as Settings
@@ -48,6 +50,9 @@ SERVICES = (
     detector_pb2.DESCRIPTOR.services_by_name["Detector"].full_name,
     probes_pb2.DESCRIPTOR.services_by_name["Probes"].full_name,
 )
+
+SCORED = frozenset({"/lapwing.v1.Detector/Score", "/lapwing.v1.Detector/ScoreBatch"})
+"""The methods whose calls wait for a forward."""
 
 FOREIGN_GRACE = 1.0
 """Seconds that streams which are not ours have at the end: a client of the reflection may keep one open for ever."""
@@ -66,7 +71,7 @@ class Server:
             self.metrics.watch(name, partial(getattr, file, "stale"))
         limits = self.settings.limits_in_force
         self._parser = Parser(limits)
-        self.guard = Guard(self.metrics, self.authenticator.admit, self._parser)
+        self.guard = Guard(self.metrics, self._admit, self._parser)
         self.readiness = Readiness(limits=limits)
         self.worker = Worker("lapwing-worker")
         self._checkup = Checkup(self._works, self._tell_whether_it_works, self._stuck)
@@ -133,6 +138,12 @@ class Server:
                 break
         await self._grpc.stop(None)
         await stopping
+
+    def _admit(self, method: str, context: Context) -> Principal:
+        principal = self.authenticator.admit(method, context)
+        if method in SCORED and self.readiness.loaded:
+            self.scheduler.require_hope(deadline=deadline_of(context), client=principal.name)
+        return principal
 
     def _register(self) -> frozenset[str]:
         registrar = Registrar(self._grpc)

@@ -11,6 +11,7 @@ import grpc
 import pytest
 from engine_fakes import FakeEngine
 from google.rpc import error_details_pb2, status_pb2
+from raw_calls import send_raw
 from scheduler_fakes import PROBE, Clock, a_desk, an_item, run
 from service_fakes import WAIT, Gate, Running, told
 
@@ -23,6 +24,7 @@ from lapwing_server.refusal import Refusal
 from lapwing_server.security.principals import Principal
 from lapwing_server.waiting import Item
 
+NO_MESSAGE = b"\xff\xff\xff"
 ME, YOU = Principal("me", frozenset()), Principal("you", frozenset())
 
 
@@ -305,6 +307,23 @@ def test_a_client_is_told_to_come_again_and_when() -> None:
         gate.open()
         assert all(call.result(WAIT).detection.logit for call in calls)
         assert stub.Score(score(), timeout=WAIT).detection.logit, "and it is taken on again"
+
+
+@pytest.mark.parametrize("method", ["Score", "ScoreBatch"])
+def test_what_has_no_hope_is_refused_unread(method: str) -> None:
+    gate, path = Gate(), f"/lapwing.v1.Detector/{method}"
+    limits = Limits(queue_items=1, batch_items=1)
+    with Running(FakeEngine(before=gate), limits=limits) as server, grpc.insecure_channel(server.target) as channel:
+        stub = detector_pb2_grpc.DetectorStub(channel)
+        calls = [stub.Score.future(score())]
+        assert gate.reached.wait(WAIT)
+        calls.append(stub.Score.future(score()))
+        server.queued(1)
+        assert told(send_raw(channel, path, NO_MESSAGE)).reason == "QUEUE_FULL"
+        assert told(send_raw(channel, "/lapwing.v1.Detector/Generate", NO_MESSAGE, False, True)).reason == "MALFORMED"
+        gate.open()
+        assert all(call.result(WAIT).detection.logit for call in calls)
+        assert told(send_raw(channel, path, NO_MESSAGE)).reason == "MALFORMED", "control"
 
 
 def test_health_and_information_are_not_queued() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import sys
 import weakref
@@ -9,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from lapwing_server.interpreter import TURN, for_good, take_short_turns
+from lapwing_server.interpreter import TURN, for_good, run, take_short_turns
 
 
 class Ring:
@@ -71,3 +72,12 @@ def test_what_can_not_be_loaded_freezes_nothing() -> None:
     with pytest.raises(KeyError, match="probe"):
         for_good(load)()
     assert gc.get_freeze_count() == 0
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no uvloop for Windows")
+def test_a_server_runs_on_the_quicker_event_loop() -> None:
+    async def kind() -> str:
+        return type(asyncio.get_running_loop()).__module__
+
+    assert run(kind()).startswith("uvloop")
+    assert asyncio.run(kind()).startswith("asyncio"), "control"

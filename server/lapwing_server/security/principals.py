@@ -44,11 +44,16 @@ def principal_of(context: Context) -> Principal:
 
 def peer_name(context: Context) -> str:
     """Who is at the other end, as far as an address tells: ipv4:127.0.0.1:5000 -> 127.0.0.1, unix:/run/a -> unix."""
-    kind, _, address = unquote(context.peer()).partition(":")
-    return household(address.rpartition(":")[0].strip("[]")) if kind in ("ipv4", "ipv6") else kind
+    return name_of_peer(context.peer())
 
 
 @lru_cache(maxsize=4096)
+def name_of_peer(peer: str) -> str:
+    """The same of what gRPC says of a connection, on which there are many calls."""
+    kind, _, address = unquote(peer).partition(":")
+    return household(address.rpartition(":")[0].strip("[]")) if kind in ("ipv4", "ipv6") else kind
+
+
 def household(host: str) -> str:
     """The address, or the /64 that it is in: 2001:db8::1 -> 2001:db8::/64, all of which one machine may have."""
     try:
