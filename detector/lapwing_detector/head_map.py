@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,7 +38,7 @@ STATISTICS: dict[str, Scale] = {
     "Q_VALUE": Scale("q-value (Benjamini-Hochberg)", "viridis", 0.0, 1.0),
     "AUROC": Scale("AUROC", "RdBu_r", 0.0, 1.0),
     "EFFECT_SIZE": Scale("rank-biserial effect size", "RdBu_r", -1.0, 1.0),
-    "HEAD_PROBE": Scale("AUROC of the head's own probe, cross-validated", "RdBu_r", 0.0, 1.0),
+    "HEAD_PROBE": Scale("cross-validated AUROC", "RdBu_r", 0.0, 1.0),
     "WEIGHT": Scale("norm of the probe's weights", "magma", 0.0, None),
     "SELECTED": Scale("read by the probe", "Greys", 0.0, 1.0, ("no", "yes")),
 }
@@ -141,34 +141,40 @@ def plot_pair(left: HeadMap, right: HeadMap, titles: tuple[str, str] | None = No
     return figure
 
 
+MARGINS: Final = (0.65, 0.65, 0.5, 0.5)
+"""Inches at the left, for the layers; at the right, for what the colour scale says; at the bottom, for the heads; at
+the top, for a title of two lines."""
+
+BETWEEN: Final = 0.2
+"""Inches between two maps, of which the right one has no labels of its own, and before the colour scale."""
+
+BAR: Final = 0.2
+"""Inches, the width of a colour scale."""
+
+
 def new_figure(shape: tuple[int, ...], columns: int) -> Figure:
     """An empty figure sized for maps of this shape, bound to no window and no global state."""
     from matplotlib.figure import Figure
 
     layers, heads = shape
-    width = min(7.0, 2.6 + 0.22 * heads)
-    height = min(8.0, 1.9 + 0.22 * layers)
-    return Figure(figsize=(columns * width + 0.8, height), dpi=120, layout="constrained")
+    each = min(7.0, 2.6 + 0.22 * heads)
+    width, height = columns * each + 0.8, min(8.0, 1.9 + 0.22 * layers)
+    figure = Figure(figsize=(width, height), dpi=120)
+    # What stands around the maps is known: a layout engine takes longer to find its place than to draw the picture.
+    left, right, bottom, top = MARGINS
+    figure.subplots_adjust(left / width, bottom / height, 1 - right / width, 1 - top / height, BETWEEN / each)
+    return figure
 
 
 def figure_bytes(figure: Figure, format: str) -> bytes:
     """A figure as the bytes of a `png` or `svg` file, without date and with fixed ids."""
     from matplotlib import rc_context
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
 
     if format not in ("png", "svg"):
         raise ValueError(f"format is {format!r}; known are png and svg")
-    buffer, before = io.BytesIO(), figure.canvas
-    # By a canvas of its own: `savefig` draws a figure with a layout twice.
-    try:
-        with rc_context({"svg.hashsalt": "lapwing"}):
-            if format == "svg":
-                FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None})  # type: ignore[no-untyped-call]
-            else:
-                FigureCanvasAgg(figure).print_png(buffer, metadata={"Software": None})  # type: ignore[no-untyped-call]
-    finally:
-        figure.set_canvas(before)
+    buffer, nameless = io.BytesIO(), "Date" if format == "svg" else "Software"
+    with rc_context({"svg.hashsalt": "lapwing"}):
+        figure.savefig(buffer, format=format, metadata={nameless: None})
     return buffer.getvalue()
 
 
@@ -182,7 +188,10 @@ def colour_map(scale: Scale) -> Colormap:
 
 def draw_colour_bar(image: AxesImage, axes: Sequence[Axes], scale: Scale) -> None:
     """One colour scale for all axes, labelled by the statistic."""
-    bar = axes[0].figure.colorbar(image, ax=list(axes), label=scale.label)
+    figure = axes[0].figure
+    inches = sum(ax.get_window_extent().width for ax in axes) / figure.dpi
+    bar = figure.colorbar(image, ax=list(axes), label=scale.label, fraction=BAR / inches, pad=BETWEEN / inches)
+    bar.ax.set_box_aspect(None)  # as high as the maps
     if scale.names:
         count = len(scale.names)
         bar.set_ticks([(place + 0.5) / count for place in range(count)], labels=scale.names)
