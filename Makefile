@@ -23,8 +23,8 @@ help:  ## what there is
 demo: $(INSTALLED)  ## the main job: a model answers, every token is scored, heatmaps are drawn
 	$(BIN)/lapwing demo
 
-test: $(INSTALLED)  ## all tests
-	$(BIN)/python -m pytest
+test: $(INSTALLED)  ## all tests, in two processes
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 soak: $(INSTALLED)  ## the tests that go on for long: kills, swaps, restarts, and a quarter of an hour of mixed load
 	LAPWING_SOAK=1 $(BIN)/python -m pytest $(SOAKED)

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import urllib.error
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -67,6 +67,16 @@ def short(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
     server.stop()
 
 
+READER = "lapwing-reader"
+
+
+@pytest.fixture
+def readers() -> Callable[[], int]:
+    """Counts the threads of this test's readers; a server of another test that could not start leaves some so named."""
+    before = set(threading.enumerate())
+    return lambda: sum(thread.name == READER for thread in threading.enumerate() if thread not in before)
+
+
 def a_reader(port: int, says: bytes = b"") -> socket.socket:
     connection = socket.create_connection(("127.0.0.1", port), WAIT)
     connection.sendall(says)
@@ -110,7 +120,9 @@ def test_a_reader_who_asks_byte_by_byte_is_cut_off_all_the_same(short: int) -> N
         wait_until(lambda: refuses(reader, b"a"))
 
 
-def test_a_reader_who_takes_the_page_byte_by_byte_is_cut_off(monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
+def test_a_reader_who_takes_the_page_byte_by_byte_is_cut_off(
+    readers: Callable[[], int], monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
     monkeypatch.setattr(metrics_server, "PATIENCE", 0.2)
     registry = CollectorRegistry()
     for number in range(100):
@@ -118,43 +130,39 @@ def test_a_reader_who_takes_the_page_byte_by_byte_is_cut_off(monkeypatch: pytest
     server = MetricsServer(registry)
     try:
         with a_reader(server.start(), b"GET / HTTP/1.0\r\n\r\n"):
-            wait_until(lambda: READER in threads())
-            wait_until(lambda: READER not in threads())
+            wait_until(lambda: readers() == 1)
+            wait_until(lambda: readers() == 0)
     finally:
         server.stop()
     assert capfd.readouterr() == ("", "")
 
 
-READER = "lapwing-reader"
-
-
-def test_the_end_waits_for_no_reader() -> None:
+def test_the_end_waits_for_no_reader(readers: Callable[[], int]) -> None:
     """All of them have seconds left."""
     before = threads()
     server = MetricsServer(Metrics().registry)
     port = server.start()
     with a_reader(port) as silent, a_reader(port, UNFINISHED) as unfinished:
-        wait_until(lambda: [thread.name for thread in threading.enumerate()].count(READER) == 2)
+        wait_until(lambda: readers() == 2)
         ending = threading.Thread(target=server.stop)
         ending.start()
         ending.join(metrics_server.PATIENCE / 2)
         assert not ending.is_alive()
         assert cut_off(silent)
         assert cut_off(unfinished)
-    wait_until(lambda: threads() <= before)
+    wait_until(lambda: threads() <= before and readers() == 0)
 
 
-def test_many_readers_take_few_threads_and_the_last_one_is_served() -> None:
+def test_many_readers_take_few_threads_and_the_last_one_is_served(readers: Callable[[], int]) -> None:
     server = MetricsServer(Metrics().registry)
     port = server.start()
     with ExitStack() as stack:
-        readers = [stack.enter_context(a_reader(port)) for _ in range(30)]
+        crowd = [stack.enter_context(a_reader(port)) for _ in range(30)]
         assert "lapwing_calls_in_flight" in page_of(port)
-        assert all(cut_off(reader) for reader in readers[: 30 + 1 - metrics_server.READERS])
-        found = [thread.name for thread in threading.enumerate()].count(READER)
-        assert found <= metrics_server.READERS
-        readers[-1].sendall(b"GET / HTTP/1.0\r\n\r\n")
-        assert readers[-1].recv(8) == b"HTTP/1.0", "who came last is still heard"
+        assert all(cut_off(reader) for reader in crowd[: 30 + 1 - metrics_server.READERS])
+        assert readers() <= metrics_server.READERS
+        crowd[-1].sendall(b"GET / HTTP/1.0\r\n\r\n")
+        assert crowd[-1].recv(8) == b"HTTP/1.0", "who came last is still heard"
         server.stop()
 
 

@@ -95,17 +95,24 @@ class Moments:
                 os.kill(os.getpid(), signal.SIGKILL)
 
 
-def forked(work: Callable[[Path], None], place: Path, fatal: int | None, counted: Path) -> bool:
-    """Whether a child process came to the end of the work."""
+def forked(work: Callable[[Path], None], place: Path, fatal: int | None = None, counted: Path | None = None) -> bool:
+    """Whether a child process came to the end of the work.
+
+    Args:
+        fatal: the moment at which it is killed.
+        counted: where it writes how many moments there were. Watching for them takes longer than the work.
+    """
     child = os.fork()
     if child == 0:
         status = 1
         try:
             moments = Moments(fatal)
-            sys.setprofile(moments)
+            if fatal is not None or counted is not None:
+                sys.setprofile(moments)
             work(place)
             sys.setprofile(None)
-            counted.write_text(str(moments.count))
+            if counted is not None:
+                counted.write_text(str(moments.count))
             status = 0
         finally:
             os._exit(status)
@@ -125,13 +132,13 @@ def contents(place: Path) -> dict[str, bytes]:
 def runs_of(work: Callable[[Path], None], place: Path, kills: int, draw: random.Random) -> list[dict[str, Any]]:
     """Kill the work again and again, each time in a new place, and let it go on there."""
     counted, told = place / "count", []
-    assert forked(work, place / "whole", None, counted)
+    assert forked(work, place / "whole", counted=counted)
     whole, moments = contents(place / "whole"), int(counted.read_text())
     for number in range(kills):
         killed, fatal = place / str(number), draw.randint(1, moments)
-        finished = forked(work, killed, fatal, counted)
+        finished = forked(work, killed, fatal)
         halfway = contents(killed)
-        forked(work, killed, None, counted)
+        forked(work, killed)
         told.append(
             {
                 "moment": fatal / moments,
