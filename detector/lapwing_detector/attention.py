@@ -17,7 +17,6 @@ from torch import Tensor
 from lapwing_detector.scratch import Scratch
 from lapwing_detector.strips import Strip, strips
 
-
 WORTH_TURNING = 32
 """Rows from which on keys are laid out as they are read: a CPU multiplies by a matrix that lies the other way a fifth
 slower."""
