@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Final
@@ -23,6 +23,9 @@ SHORTEST_PUSHBACK: Final = 0.05
 
 MARGIN: Final = 1.4
 """Times what is expected: a client that is refused at once can go elsewhere, one that waits for nothing can't."""
+
+LATELY: Final = 32
+"""Calls that tell how small calls are: few enough that large ones are soon known to be all there are."""
 
 STREAM_PUSHBACK: Final = 1.0
 """Seconds after which another stream may be asked for; when one ends nobody knows."""
@@ -75,8 +78,18 @@ class Admission:
         """Tokens for a character."""
         self.together = Ratio()
         """Tokens of a forward. Its items are done when all of it is, those that came later included."""
+        self._lately: deque[int] = deque(maxlen=LATELY)
         self._limits = limits
         self._metrics = metrics
+
+    @property
+    def least(self) -> int:
+        """Tokens of the smallest of the calls that came lately."""
+        return min(self._lately, default=1)
+
+    def came(self, tokens: int) -> None:
+        """A call of so many tokens came, whether or not it will be let in."""
+        self._lately.append(tokens)
 
     def sizes(self, items: Sequence[Item]) -> list[int]:
         """About how many tokens each has."""

@@ -28,9 +28,6 @@ from lapwing_server.writing import Writing
 UNCOUNTED: Final = ""
 """Role of a score that the server makes for itself."""
 
-SHORTEST: Final = (1,)
-"""Sizes of the items of the smallest call: one, of one token."""
-
 AT_ONCE: Final = 4
 """Calls of a forward that are answered before the event loop turns to others: who is refused meanwhile waits for
 these few, and not for a whole forward's answers to be written."""
@@ -111,6 +108,7 @@ class Scheduler:
             Refusal: it is not taken on, or was not done by its deadline.
         """
         begun, sizes = self._clock(), self.admission.sizes(items)
+        self.admission.came(sum(sizes))
         self.admission.check(sizes, begun, deadline, self._queue, self._forwards.running, client)
         outcomes = await self._outcomes(items, sizes, begun, deadline, client)
         for outcome in outcomes:
@@ -119,14 +117,15 @@ class Scheduler:
         return outcomes
 
     def require_hope(self, *, deadline: float | None = None, client: str = "") -> None:
-        """Refuses a call that would be refused however little it asks for.
+        """Refuses a call that would be refused even if it asks for as little as any that came lately.
 
-        To know that before the call is read halves what a refusal costs, when there is far too much to do.
+        To know that before the call is read saves most of what a refusal costs, when there is far too much to do.
 
         Raises:
-            Refusal: not even one short item would be taken on.
+            Refusal: not even such a one would be taken on.
         """
-        self.admission.check(SHORTEST, self._clock(), deadline, self._queue, self._forwards.running, client)
+        least = (self.admission.least,)
+        self.admission.check(least, self._clock(), deadline, self._queue, self._forwards.running, client)
 
     def generate(
         self,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from typing import Any, ClassVar
 
 import grpc
@@ -17,7 +17,7 @@ from service_fakes import WAIT, Gate, Running, told
 
 from lapwing.v1 import detector_pb2, detector_pb2_grpc
 from lapwing_detector.tokens import TokenIds
-from lapwing_server.admission import LONGEST_PUSHBACK, Places, Ratio, TooLate, pushback
+from lapwing_server.admission import LATELY, LONGEST_PUSHBACK, MARGIN, Places, Ratio, TooLate, pushback
 from lapwing_server.limits import Limits
 from lapwing_server.metrics import Metrics
 from lapwing_server.refusal import Refusal
@@ -104,6 +104,28 @@ def test_a_deadline_that_can_not_be_reached_is_refused_at_once(deadline: float |
                 assert error.code is grpc.StatusCode.RESOURCE_EXHAUSTED
                 assert error.retry_after > 0
                 assert desk.counted("lapwing_shed_total", reason="DEADLINE_UNREACHABLE") == 1
+
+    run(main())
+
+
+@pytest.mark.parametrize(("came", "hope"), [((100, 100), False), ((100, 5), True), ((), True)])
+def test_there_is_hope_for_a_call_as_small_as_one_that_came_lately(came: tuple[int, ...], hope: bool) -> None:
+    """One token takes a second; ten are being scored, nothing waits, and there is time for twenty more."""
+
+    async def main() -> None:
+        async with a_desk(FakeEngine(before=Gate())) as desk:
+            admission = desk.scheduler.admission
+            admission.pace.saw(1.0, 1)
+            first = desk.score("x" * 10)
+            await desk.reached(desk.engine.before)
+            admission.came(1)
+            for _ in range(LATELY):  # what came long ago tells nothing
+                for tokens in came:
+                    admission.came(tokens)
+            with nullcontext() if hope else pytest.raises(Refusal, match="deadline"):
+                desk.scheduler.require_hope(deadline=1000.0 + MARGIN * 30.0)
+            desk.engine.before.open()  # type: ignore[attr-defined]
+            await first
 
     run(main())
 
