@@ -91,6 +91,12 @@ def test_nothing_around_the_maps_is_cut_or_lies_on_something_else(shape, statist
         assert figure.axes[0].get_tightbbox(renderer).x0 < figure.bbox.x0, "control: a margin that is too narrow"
 
 
+@pytest.mark.parametrize(("cells", "labels", "step"), [(1, 1, 1), (16, 16, 1), (17, 6, 3), (32, 8, 4), (80, 8, 10)])
+def test_every_cell_of_a_few_has_a_label_and_some_of_many(cells: int, labels: int, step: int) -> None:
+    ax = head_map(np.zeros((cells, cells), np.float32), layers=tuple(range(cells))).plot()
+    assert list(ax.get_xticks()) == list(ax.get_yticks()) == [step * place for place in range(labels)]
+
+
 def test_cells_are_parted_by_one_artist_however_many_they_are():
     for shape in ((2, 3), (24, 40)):
         ax = head_map(np.zeros(shape, np.float32), layers=tuple(range(shape[0]))).plot()
