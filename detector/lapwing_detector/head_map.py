@@ -38,7 +38,7 @@ STATISTICS: dict[str, Scale] = {
     "Q_VALUE": Scale("q-value (Benjamini-Hochberg)", "viridis", 0.0, 1.0),
     "AUROC": Scale("AUROC", "RdBu_r", 0.0, 1.0),
     "EFFECT_SIZE": Scale("rank-biserial effect size", "RdBu_r", -1.0, 1.0),
-    "HEAD_PROBE": Scale("cross-validated AUROC", "RdBu_r", 0.0, 1.0),
+    "HEAD_PROBE": Scale("AUROC of each head alone", "RdBu_r", 0.0, 1.0),
     "WEIGHT": Scale("norm of the probe's weights", "magma", 0.0, None),
     "SELECTED": Scale("read by the probe", "Greys", 0.0, 1.0, ("no", "yes")),
 }
@@ -141,15 +141,15 @@ def plot_pair(left: HeadMap, right: HeadMap, titles: tuple[str, str] | None = No
     return figure
 
 
-MARGINS: Final = (0.65, 0.65, 0.5, 0.5)
+MARGINS: Final = (0.65, 0.85, 0.5, 0.5)
 """Inches at the left, for the layers; at the right, for what the colour scale says; at the bottom, for the heads; at
 the top, for a title of two lines."""
 
 BETWEEN: Final = 0.2
-"""Inches between two maps, of which the right one has no labels of its own, and before the colour scale."""
+"""About so many inches between two maps, of which the right one has no labels of its own, and before the scale."""
 
 BAR: Final = 0.2
-"""Inches, the width of a colour scale."""
+"""About the width of a colour scale, in inches."""
 
 
 def new_figure(shape: tuple[int, ...], columns: int) -> Figure:
@@ -173,7 +173,7 @@ def figure_bytes(figure: Figure, format: str) -> bytes:
     if format not in ("png", "svg"):
         raise ValueError(f"format is {format!r}; known are png and svg")
     buffer, nameless = io.BytesIO(), "Date" if format == "svg" else "Software"
-    with rc_context({"svg.hashsalt": "lapwing"}):
+    with rc_context({"svg.hashsalt": "lapwing", "savefig.dpi": "figure", "savefig.bbox": None}):
         figure.savefig(buffer, format=format, metadata={nameless: None})
     return buffer.getvalue()
 
@@ -190,7 +190,8 @@ def draw_colour_bar(image: AxesImage, axes: Sequence[Axes], scale: Scale) -> Non
     """One colour scale for all axes, labelled by the statistic."""
     figure = axes[0].figure
     inches = sum(ax.get_window_extent().width for ax in axes) / figure.dpi
-    bar = figure.colorbar(image, ax=list(axes), label=scale.label, fraction=BAR / inches, pad=BETWEEN / inches)
+    share, gap = (min(most, size / max(inches, size)) for most, size in ((0.15, BAR), (0.1, BETWEEN)))
+    bar = figure.colorbar(image, ax=list(axes), label=scale.label, fraction=share, pad=gap)
     bar.ax.set_box_aspect(None)  # as high as the maps
     if scale.names:
         count = len(scale.names)

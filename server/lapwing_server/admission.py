@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections import Counter, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Final
@@ -25,7 +25,10 @@ MARGIN: Final = 1.4
 """Times what is expected: a client that is refused at once can go elsewhere, one that waits for nothing can't."""
 
 LATELY: Final = 32
-"""Calls that tell how small calls are: few enough that large ones are soon known to be all there are."""
+"""Calls of a client that tell how small its calls are, and calls that are refused unread before one is read again."""
+
+KNOWN: Final = 1024
+"""Clients of which that is known."""
 
 STREAM_PUSHBACK: Final = 1.0
 """Seconds after which another stream may be asked for; when one ends nobody knows."""
@@ -66,6 +69,32 @@ class Ratio:
         return units * (self._amount / self._units if self._units >= self.LEAST else self._first)
 
 
+class Usual:
+    """How small the calls of each client are, as far as they were read."""
+
+    def __init__(self) -> None:
+        self._sizes: OrderedDict[str, deque[int]] = OrderedDict()
+        self._unread: Counter[str] = Counter()
+
+    def came(self, client: str, tokens: int) -> None:
+        """A call of so many tokens was read."""
+        self._sizes.setdefault(client, deque(maxlen=LATELY)).append(tokens)
+        self._sizes.move_to_end(client)
+        del self._unread[client]
+        if len(self._sizes) > KNOWN:
+            forgotten, _ = self._sizes.popitem(last=False)
+            del self._unread[forgotten]
+
+    def unread(self, client: str) -> None:
+        """A call was refused without being read."""
+        if client in self._sizes:
+            self._unread[client] += 1
+
+    def least(self, client: str) -> int:
+        """Tokens of the smallest of its last calls; 1 as long as none, and when many since then were not read."""
+        return 1 if self._unread[client] >= LATELY else min(self._sizes.get(client, ()), default=1)
+
+
 class Admission:
     """Decides by what waits and by how long things took so far."""
 
@@ -78,18 +107,9 @@ class Admission:
         """Tokens for a character."""
         self.together = Ratio()
         """Tokens of a forward. Its items are done when all of it is, those that came later included."""
-        self._lately: deque[int] = deque(maxlen=LATELY)
+        self.usual = Usual()
         self._limits = limits
         self._metrics = metrics
-
-    @property
-    def least(self) -> int:
-        """Tokens of the smallest of the calls that came lately."""
-        return min(self._lately, default=1)
-
-    def came(self, tokens: int) -> None:
-        """A call of so many tokens came, whether or not it will be let in."""
-        self._lately.append(tokens)
 
     def sizes(self, items: Sequence[Item]) -> list[int]:
         """About how many tokens each has."""

@@ -36,7 +36,8 @@ class Named(Protocol):
 
 
 Admit = Callable[[str, Context], Named]
-"""Says who calls the method of this path, before the request is looked at; raises Refusal if they may not."""
+"""Says who calls the method of this path, before the request is looked at; raises Refusal if they may not, or if
+nothing would come of it."""
 
 
 class Guard(grpc.aio.ServerInterceptor):

@@ -87,7 +87,10 @@ CODES: Final = frozenset(code.name for code in StatusCode)
 
 
 class Metrics:
-    """The metrics of one server, on a registry of their own. Every method is cheap and may be called by any thread."""
+    """The metrics of one server, on a registry of their own.
+
+    Every method is cheap and, but for `in_flight`, may be called by any thread.
+    """
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()

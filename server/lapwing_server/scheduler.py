@@ -19,6 +19,7 @@ from lapwing_server.forwards import Forwards
 from lapwing_server.limits import Limits
 from lapwing_server.metrics import Metrics
 from lapwing_server.mishap import caught, report
+from lapwing_server.refusal import Refusal
 from lapwing_server.soundness import Row
 from lapwing_server.stream import Stream
 from lapwing_server.waiting import Call, Item, Outcome, Waiting, call_of
@@ -108,7 +109,7 @@ class Scheduler:
             Refusal: it is not taken on, or was not done by its deadline.
         """
         begun, sizes = self._clock(), self.admission.sizes(items)
-        self.admission.came(sum(sizes))
+        self.admission.usual.came(client, sum(sizes))
         self.admission.check(sizes, begun, deadline, self._queue, self._forwards.running, client)
         outcomes = await self._outcomes(items, sizes, begun, deadline, client)
         for outcome in outcomes:
@@ -117,15 +118,20 @@ class Scheduler:
         return outcomes
 
     def require_hope(self, *, deadline: float | None = None, client: str = "") -> None:
-        """Refuses a call that would be refused even if it asks for as little as any that came lately.
+        """Refuses a call that would be refused even if it asks for as little as any of this client's lately.
 
-        To know that before the call is read saves most of what a refusal costs, when there is far too much to do.
+        To know that before the call is read saves most of what a refusal costs, when there is far too much to do. What
+        could never be taken on, too large for instance, is told so only when it is read.
 
         Raises:
             Refusal: not even such a one would be taken on.
         """
-        least = (self.admission.least,)
-        self.admission.check(least, self._clock(), deadline, self._queue, self._forwards.running, client)
+        least = (self.admission.usual.least(client),)
+        try:
+            self.admission.check(least, self._clock(), deadline, self._queue, self._forwards.running, client)
+        except Refusal:
+            self.admission.usual.unread(client)
+            raise
 
     def generate(
         self,

@@ -52,7 +52,7 @@ SERVICES = (
 )
 
 SCORED = frozenset({"/lapwing.v1.Detector/Score", "/lapwing.v1.Detector/ScoreBatch"})
-"""The methods whose calls wait for a forward."""
+"""The methods whose calls wait in the queue, and are refused when their turn would come too late."""
 
 FOREIGN_GRACE = 1.0
 """Seconds that streams which are not ours have at the end: a client of the reflection may keep one open for ever."""
@@ -141,7 +141,7 @@ class Server:
 
     def _admit(self, method: str, context: Context) -> Principal:
         principal = self.authenticator.admit(method, context)
-        if method in SCORED and self.readiness.loaded:
+        if method in SCORED and self.readiness.loaded_or_none is not None:
             self.scheduler.require_hope(deadline=deadline_of(context), client=principal.name)
         return principal
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import pytest
@@ -108,6 +109,15 @@ def error(of: Case, scratch: Scratch | None) -> float:
         (found[2] - expected[2]) / 10,  # a sum of many
     ]
     return max(float(one.abs().max()) for one in differences)
+
+
+@pytest.fixture(autouse=True)
+def _two_threads() -> Iterator[None]:
+    """Where tests run side by side torch has one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(params=PIECES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import subprocess
 import sys
 from itertools import pairwise
@@ -9,6 +10,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from matplotlib import rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -75,10 +77,13 @@ def test_a_picture_is_drawn_once(monkeypatch):
     assert drawn[1:] == [another, another], "control: a layout is found by drawing"
 
 
-@pytest.mark.parametrize("statistic", ["P_VALUE", "SELECTED"])
-@pytest.mark.parametrize("shape", [(2, 3), (32, 32), (80, 64)])
-def test_nothing_around_the_maps_is_cut_or_lies_on_something_else(shape, statistic):
-    values = np.zeros(shape, np.float32)
+LARGEST = [("P_VALUE", 1), ("Q_VALUE", 1), ("AUROC", 1), ("EFFECT_SIZE", 1), ("SELECTED", 1)]
+
+
+@pytest.mark.parametrize(("statistic", "largest"), [*LARGEST, ("WEIGHT", 3e-3), ("WEIGHT", 12345)])
+@pytest.mark.parametrize("shape", [(6, 8), (32, 32), (80, 64)])
+def test_nothing_around_the_maps_is_cut_or_lies_on_something_else(shape, statistic, largest):
+    values = np.full(shape, largest, np.float32)
     one = head_map(values, statistic=statistic, layers=tuple(range(100, 100 + shape[0])))
     alone = one.plot(title="heads\nthat are read").get_figure(root=True)
     for figure in (alone, plot_pair(one, one, ("left\nheads", "right\nheads"))):
@@ -105,6 +110,20 @@ def test_cells_are_parted_by_one_artist_however_many_they_are():
         assert len(ax.get_xticks()) <= 16
         assert not len(ax.get_xticks(minor=True))
         assert (ax.get_xlim(), ax.get_ylim()) == ((-0.5, shape[1] - 0.5), (shape[0] - 0.5, -0.5))
+
+
+def test_settings_of_matplotlib_do_not_change_the_picture():
+    ours = head_map().render()
+    with rc_context({"savefig.dpi": 300, "savefig.bbox": "tight"}):
+        assert head_map().render() == ours
+        theirs = io.BytesIO()
+        head_map().plot().get_figure(root=True).savefig(theirs, metadata={"Software": None})
+    assert theirs.getvalue() != ours, "control"
+
+
+def test_a_map_is_drawn_into_small_axes_of_ones_own():
+    axes = Figure(figsize=(6, 2)).subplots(1, 12)
+    assert head_map().plot(axes[0]).get_position().width > 0.7 * axes[1].get_position().width
 
 
 def test_other_formats_are_refused():

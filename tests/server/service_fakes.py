@@ -18,6 +18,7 @@ from engine_fakes import an_identity as an_identity
 from google.rpc import error_details_pb2, status_pb2
 
 from lapwing_server.engine import Loaded
+from lapwing_server.interpreter import new_event_loop
 from lapwing_server.server import Server, Settings
 from lapwing_server.shelf import Shelf, Shelved
 
@@ -103,12 +104,13 @@ class Running:
         load: Callable[[], Loaded] | None = None,
         shelf: Shelf | None = None,
         ready: bool = True,
+        new_loop: Callable[[], asyncio.AbstractEventLoop] = new_event_loop,
         **settings: Any,
     ) -> None:
         self.engine = engine or FakeEngine()
         loaded = Loaded(self.engine, shelf or a_shelf())
         own = settings.keys().isdisjoint(("host", "tls_client_ca", "tokens_file"))  # nobody else reaches it
-        self.loop = asyncio.new_event_loop()
+        self.loop = new_loop()
         # A daemon: a server that does not stop fails its test, and does not keep the process for ever.
         self._thread = threading.Thread(target=self.loop.run_forever, name="test-event-loop", daemon=True)
         self._thread.start()

@@ -8,9 +8,12 @@ import sys
 import weakref
 from collections.abc import Iterator
 
+import grpc
 import pytest
+from service_fakes import WAIT, Running
 
-from lapwing_server.interpreter import TURN, for_good, run, take_short_turns
+from lapwing.v1 import detector_pb2, detector_pb2_grpc
+from lapwing_server.interpreter import TURN, for_good, new_event_loop, run, take_short_turns
 
 
 class Ring:
@@ -81,3 +84,14 @@ def test_a_server_runs_on_the_quicker_event_loop() -> None:
 
     assert run(kind()).startswith("uvloop")
     assert asyncio.run(kind()).startswith("asyncio"), "control"
+
+
+def test_a_server_runs_on_the_plain_event_loop_too() -> None:
+    """As it does on Windows; in all other tests it has the quicker one."""
+    for new_loop, kind in ((asyncio.new_event_loop, "asyncio"), (new_event_loop, "uvloop")):
+        with Running(new_loop=new_loop) as server, grpc.insecure_channel(server.target) as channel:
+            assert type(server.loop).__module__.startswith(kind)
+            stub = detector_pb2_grpc.DetectorStub(channel)
+            request = detector_pb2.ScoreRequest(prompt={"text": "hello"}, response={"text": "world"})
+            assert stub.Score(request, timeout=WAIT).detection.logit
+            assert len(list(stub.Generate(detector_pb2.GenerateRequest(prompt={"text": "a"}), timeout=WAIT))) > 1

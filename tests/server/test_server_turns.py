@@ -227,6 +227,9 @@ def test_one_client_fills_half_of_the_queue(tmp_path: Path) -> None:
         calls += [score(stub, "my-token") for _ in range(4)]
         server.queued(4)
         assert reason_of(score(stub, "my-token")) == "CLIENT_QUEUE_FULL"
+        with pytest.raises(grpc.RpcError) as unknown:
+            score(stub, "no-token").result(WAIT)
+        assert unknown.value.code() is grpc.StatusCode.UNAUTHENTICATED, "who calls is asked first"
         calls += [score(stub, "your-token") for _ in range(4)]
         server.queued(8)
         assert reason_of(score(stub, "your-token")) == "QUEUE_FULL"

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from report_fakes import ALLOWED, HOSTILE, Page, fake_probe, full_metrics, parsed
 
+from lapwing_detector.head_map import figure_bytes
 from lapwing_detector.probe import Probe
 from lapwing_training.report import (
     html,
@@ -18,8 +22,9 @@ from lapwing_training.report import (
     sections,
     training_report,
 )
+from lapwing_training.report.heads import heatmaps
 from lapwing_training.report.html import MOST_TOKENS, _coloured
-from lapwing_training.report.svg import PALETTE
+from lapwing_training.report.svg import PALETTE, drawn
 
 MARKDOWN = "h1 h2 h3 p ul li table thead tbody tr th td strong blockquote pre code img"
 
@@ -135,6 +140,22 @@ def test_heatmaps_say_how_they_are_read(page: Page) -> None:
     assert "A low p-value marks a head that separates the classes; bright cells carry no signal." in page.text
     for name in ("p-value", "q-value (Benjamini-Hochberg)", "AUROC", "Each head's own probe", "Heads that are read"):
         assert name in page.texts, name
+
+
+def test_nothing_of_a_heatmap_is_cut(full: Probe, monkeypatch: pytest.MonkeyPatch) -> None:
+    beyond: list[float] = []
+
+    def looked_at(figure: Figure, format: str) -> bytes:
+        boxes = [ax.get_tightbbox(FigureCanvasAgg(figure).get_renderer()) for ax in figure.axes]
+        beyond.append(max(max(box.x1 - figure.bbox.x1, figure.bbox.x0 - box.x0) for box in boxes if box is not None))
+        return figure_bytes(figure, format)
+
+    monkeypatch.setattr("lapwing_training.report.svg.figure_bytes", looked_at)
+    pictures = [picture for row in heatmaps(full) for picture in row.pictures]
+    assert [drawn(picture)[:4] for picture in pictures] == ["<svg"] * 10
+    assert max(beyond) <= 0
+    drawn(replace(pictures[0], margins=(0.5, 0.0, 0.45, 0.1)))
+    assert beyond[-1] > 0, "control"
 
 
 def examples_page(**changes: Any) -> Page:

@@ -14,8 +14,8 @@ from lapwing_training.report.blocks import Picture, Pictures
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-MARGINS = (0.5, 0.0, 0.45, 0.1)
-"""In inches; the colour scale keeps to its part of the drawing."""
+MARGINS = (0.5, 0.5, 0.45, 0.1)
+"""In inches; at the right for the numbers of the colour scale."""
 
 READING = {
     "P_VALUE": (
