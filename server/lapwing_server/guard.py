@@ -6,7 +6,7 @@ import asyncio
 import inspect
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from types import TracebackType
 from typing import Any, Final, Protocol
 
@@ -40,8 +40,11 @@ Admit = Callable[[str, Context], Named]
 nothing would come of it."""
 
 
-class Guard(grpc.aio.ServerInterceptor):
-    """Wraps every handler of the server."""
+class Guard(grpc.GenericRpcHandler):
+    """Answers every call of the server, by the handlers that it was given, each of them wrapped once.
+
+    No interceptor, which gRPC asks again at every call.
+    """
 
     def __init__(
         self, metrics: Metrics | None = None, admit: Admit | None = None, parser: Parser | None = None
@@ -53,6 +56,7 @@ class Guard(grpc.aio.ServerInterceptor):
         self._parser = parser or Parser()
         self._idle = asyncio.Event()
         self._idle.set()
+        self._services: list[Any] = []
         self._handlers: dict[str, Handler] = {}
         self._unknown = self._guarded(grpc.stream_stream_rpc_method_handler(unknown), OTHER)
 
@@ -60,19 +64,20 @@ class Guard(grpc.aio.ServerInterceptor):
         """Waits until no call is in flight."""
         await self._idle.wait()
 
-    async def intercept_service(
-        self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]],
-        handler_call_details: grpc.HandlerCallDetails,
-    ) -> Handler | None:
-        """The handler with the guard around it."""
+    def add_generic_rpc_handlers(self, handlers: Sequence[Any]) -> None:
+        """Takes the handlers of a service, as a server would."""
+        self._services += handlers
+
+    def service(self, handler_call_details: grpc.HandlerCallDetails) -> Handler:
+        """The handler of a method, with the guard around it; one that says so of a method that is not there."""
         method = handler_call_details.method
-        if method not in self._handlers:
-            handler = await continuation(handler_call_details)
-            if handler is None:
+        guarded = self._handlers.get(method)
+        if guarded is None:
+            found = filter(None, (one.service(handler_call_details) for one in self._services))
+            if (handler := next(found, None)) is None:
                 return self._unknown
-            self._handlers[method] = self._guarded(handler, method)
-        return self._handlers[method]
+            guarded = self._handlers[method] = self._guarded(handler, method)
+        return guarded
 
     def enter(self, method: str) -> None:
         """Counts a call that began."""

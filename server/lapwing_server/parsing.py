@@ -14,6 +14,7 @@ from grpc import StatusCode
 from lapwing.v1 import detector_pb2
 from lapwing_server.context import Context
 from lapwing_server.limits import Limits
+from lapwing_server.patience import Patience
 from lapwing_server.refusal import Refusal, invalid
 from lapwing_server.wire import Unreadable, fields, request_type
 from lapwing_server.worker import Worker
@@ -44,6 +45,7 @@ class Parser:
     def __init__(self, limits: Limits | None = None) -> None:
         self._limits = limits or Limits()
         self._worker = Worker("lapwing-parser")
+        self._patience = Patience(self._limits.stream_seconds)
 
     def close(self) -> None:
         """Ends its thread."""
@@ -58,7 +60,7 @@ class Parser:
             Refusal: it never came, or not in the time that a stream may take, is too large or can't be parsed.
         """
         try:
-            async with asyncio.timeout(self._limits.stream_seconds):
+            with self._patience:
                 data = await context.read()
         except TimeoutError:
             message = f"the request did not come within {self._limits.stream_seconds:g} s; call when it is there"

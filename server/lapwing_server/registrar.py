@@ -1,4 +1,4 @@
-"""Hands the handlers of services to a server, and remembers which methods it has by then."""
+"""Hands the handlers of services to the guard, and remembers which methods it has by then."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ import grpc
 
 if TYPE_CHECKING:
     from lapwing_server.context import Handler
+    from lapwing_server.guard import Guard
 
 
 class Registrar:
     """Stands for a server where generated code adds a service to one."""
 
-    def __init__(self, server: grpc.aio.Server) -> None:
-        self._server = server
+    def __init__(self, guard: Guard) -> None:
+        self._guard = guard
         self._services: set[str] = set()
         self._methods: set[str] = set()
 
@@ -31,7 +32,7 @@ class Registrar:
         self._services |= {
             one.service_name() if isinstance(one, grpc.ServiceRpcHandler) else type(one).__name__ for one in handlers
         }
-        self._server.add_generic_rpc_handlers(handlers)
+        self._guard.add_generic_rpc_handlers(handlers)
 
     def add_registered_method_handlers(self, service: str, handlers: Mapping[str, Handler]) -> None:
         """Called by generated code for each service.

@@ -85,7 +85,8 @@ class Server:
         self._page: MetricsServer | None = None
         self.metrics_port: int | None = None
         """Where the metrics are; None without them."""
-        self._grpc = grpc.aio.server(interceptors=[self.guard], options=self.settings.options)
+        self._grpc = grpc.aio.server(options=self.settings.options)
+        self._grpc.add_generic_rpc_handlers((self.guard,))
         require_listed(self._register())
 
     async def start(self) -> int:
@@ -146,7 +147,7 @@ class Server:
         return principal
 
     def _register(self) -> frozenset[str]:
-        registrar = Registrar(self._grpc)
+        registrar = Registrar(self.guard)
         attention = AttentionReader(self.readiness, self._reader, self.metrics)
         detector = DetectorService(self.readiness, self.scheduler, attention, self.metrics)
         detector_pb2_grpc.add_DetectorServicer_to_server(detector, registrar)  # type: ignore[no-untyped-call]

@@ -184,8 +184,9 @@ def guarded(**handlers: Any) -> Iterator[tuple[grpc.Channel, Metrics]]:
     metrics, parser = Metrics(), Parser()
 
     async def start() -> tuple[Any, int]:
-        server = grpc.aio.server(interceptors=[Guard(metrics, parser=parser)])
-        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("lapwing.v1.Detector", handlers),))
+        server, guard = grpc.aio.server(), Guard(metrics, parser=parser)
+        server.add_generic_rpc_handlers((guard,))
+        guard.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("lapwing.v1.Detector", handlers),))
         port = server.add_insecure_port("127.0.0.1:0")
         await server.start()
         return server, port

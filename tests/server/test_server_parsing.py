@@ -35,7 +35,7 @@ def nobody(method: str, context: Any) -> Any:
 
 
 @contextmanager
-def counting_server(interceptor: Any) -> Iterator[tuple[grpc.Channel, list[int]]]:
+def counting_server(*interceptors: Any, guard: Guard | None = None) -> Iterator[tuple[grpc.Channel, list[int]]]:
     """A server that notes the sizes of what its parser is given."""
     parsed: list[int] = []
 
@@ -50,12 +50,16 @@ def counting_server(interceptor: Any) -> Iterator[tuple[grpc.Channel, list[int]]
         yield b""
 
     async def start() -> tuple[Any, int]:
-        server = grpc.aio.server(interceptors=[interceptor])
+        server = grpc.aio.server(interceptors=interceptors)
+        if guard is not None:
+            server.add_generic_rpc_handlers((guard,))
         handlers = {
             "Score": grpc.unary_unary_rpc_method_handler(answer, parse),
             "Generate": grpc.unary_stream_rpc_method_handler(answers, parse),
         }
-        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("lapwing.v1.Detector", handlers),))
+        (guard or server).add_generic_rpc_handlers(
+            (grpc.method_handlers_generic_handler("lapwing.v1.Detector", handlers),)
+        )
         port = server.add_insecure_port("127.0.0.1:0")
         await server.start()
         return server, port
@@ -83,12 +87,12 @@ LARGE = detector_pb2.ScoreRequest(probe="x" * 1_000_000).SerializeToString()
 @pytest.mark.parametrize("name", ["Score", "Generate"])
 def test_what_is_refused_at_the_door_is_never_parsed(name: str) -> None:
     path, stream = f"/lapwing.v1.Detector/{name}", name == "Generate"
-    with counting_server(a_guard(nobody)) as (channel, parsed):
+    with counting_server(guard=a_guard(nobody)) as (channel, parsed):
         for _ in range(3):
             error = send_raw(channel, path, LARGE, responses=stream)
             assert told(error).reason == "UNAUTHENTICATED"
         assert parsed == []
-    with counting_server(a_guard()) as (channel, parsed):
+    with counting_server(guard=a_guard()) as (channel, parsed):
         call = channel.unary_stream(path) if stream else channel.unary_unary(path)
         answer = call(LARGE, timeout=WAIT)
         assert (list(answer) if stream else [answer]) == [b""]

@@ -9,7 +9,13 @@ from grpc import StatusCode
 
 from lapwing_server.context import Context, at_end, current_call
 from lapwing_server.refusal import Refusal
-from lapwing_server.security.principals import Principal, certificate_names, current_principal, peer_name
+from lapwing_server.security.principals import (
+    Principal,
+    certificate_names,
+    current_principal,
+    peer_name,
+    somebody,
+)
 from lapwing_server.security.rates import Rates
 from lapwing_server.security.scopes import EVERYTHING, PUBLIC_STREAMS, SCOPES, USERS, Scope
 from lapwing_server.security.tokens import Grant, Tokens
@@ -85,7 +91,7 @@ class Authenticator:
         if self._tokens is None:
             if self._mutual:
                 return Principal(names[0] if names else "certificate without a name", USERS)
-            return Principal(peer_name(context), EVERYTHING if self._trusted else USERS)
+            return somebody(peer_name(context), EVERYTHING if self._trusted else USERS)
         if token is not None:
             return self._valid(self._tokens.bearer(token), "the token")
         if names and (grant := self._tokens.certificate(names)) is not None:
