@@ -46,7 +46,7 @@ def _encodable(value: Any) -> Any:
     if isinstance(value, dict):
         return {_encodable(key): _encodable(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return list(map(_encodable, value))
+        return type(value)(map(_encodable, value))
     return value
 
 
