@@ -105,8 +105,9 @@ def test_a_server_that_does_not_start_shows_its_log() -> None:
 
 
 WATCHED = """
-import os, sys, time
+import signal, time
 from lapwing_client.local_server import running_server
+signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever runs the tests in the background has it ignored
 with running_server([]) as address:
     print(address, flush=True)
     time.sleep(60)
