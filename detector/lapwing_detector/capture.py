@@ -101,7 +101,6 @@ class Captured:
         if self._active is not None:
             raise CaptureError("this capture is active already; leave its context before entering it again")
         with ExitStack() as stack:
-            self._dropping = dropping(self._model)
             self._switch.on()
             stack.callback(self._switch.off)
             stack.callback(self._reader.clear)
@@ -225,6 +224,8 @@ class Captured:
         cache = given.get("past_key_values")
         past = past_length(cache)
         reach = reach_of(given, past) if self._switching else 0
+        if past == 0:  # to look for them takes as long as a part of a layer, which is much of a small model's step
+            self._dropping = dropping(self._model)
         require_evaluation(self._dropping)
         require_unpacked(given)
         if past > 0:
