@@ -46,7 +46,8 @@ def _encodable(value: Any) -> Any:
     if isinstance(value, dict):
         return {_encodable(key): _encodable(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(map(_encodable, value))
+        made = map(_encodable, value)
+        return tuple(made) if isinstance(value, tuple) else list(made)
     return value
 
 

@@ -43,7 +43,7 @@ nothing would come of it."""
 class Guard(grpc.GenericRpcHandler):
     """Answers every call of the server, by the handlers that it was given, each of them wrapped once.
 
-    No interceptor, which gRPC asks again at every call.
+    No interceptor: for one, gRPC makes a continuation at every call, and awaits the answer.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class Guard(grpc.GenericRpcHandler):
         self._parser = parser or Parser()
         self._idle = asyncio.Event()
         self._idle.set()
-        self._services: list[Any] = []
+        self._services: list[grpc.GenericRpcHandler] = []
         self._handlers: dict[str, Handler] = {}
         self._unknown = self._guarded(grpc.stream_stream_rpc_method_handler(unknown), OTHER)
 
@@ -64,7 +64,7 @@ class Guard(grpc.GenericRpcHandler):
         """Waits until no call is in flight."""
         await self._idle.wait()
 
-    def add_generic_rpc_handlers(self, handlers: Sequence[Any]) -> None:
+    def add_generic_rpc_handlers(self, handlers: Sequence[grpc.GenericRpcHandler]) -> None:
         """Takes the handlers of a service, as a server would."""
         self._services += handlers
 

@@ -48,8 +48,9 @@ class Parser:
         self._patience = Patience(self._limits.stream_seconds)
 
     def close(self) -> None:
-        """Ends its thread."""
+        """Ends its thread and its timer."""
         self._worker.close()
+        self._patience.close()
 
     async def only(self, context: Context, method: str, parse: Parse) -> Any:
         """The request of a call that has one.

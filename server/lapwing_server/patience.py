@@ -1,19 +1,28 @@
-"""Ends what waits for too long, where so many wait, and so shortly, that a timer for each would be most of the work."""
+"""Ends what waits for too long, where so many wait, and so shortly, that a timer for each would be much of the work."""
 
 from __future__ import annotations
 
 import asyncio
+from collections import OrderedDict
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 Waiting = asyncio.Task[Any]
 
 
-class Patience:
-    """Everybody waits for equally long, so one timer, for whoever has waited longest, does for all.
+class _Turn(NamedTuple):
+    end: float
+    """As the event loop counts."""
 
-    While a task is inside of `with patience:`, it gets TimeoutError when its time is over. On one event loop only; a
-    task must not enter it twice.
+    cancelled: int
+    """How often its task was cancelled before it came."""
+
+
+class Patience:
+    """`asyncio.timeout` for many: all wait for equally long, so one timer does, for whoever has waited longest.
+
+    A task inside of `with patience:` gets TimeoutError when its time is over. It must leave before it enters again, and
+    all must be on one event loop.
 
     Args:
         seconds: that each may wait.
@@ -21,37 +30,45 @@ class Patience:
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
-        self._ends: dict[Waiting, float] = {}
-        """When each is to end, the first one first: a dict keeps the order in which they came."""
-        self._ended: set[Waiting] = set()
+        self._turns: OrderedDict[Waiting, _Turn] = OrderedDict()
+        """Of those inside whose time is not over; who came first ends first."""
+        self._ended: dict[Waiting, _Turn] = {}
+        """Of those that are being thrown out."""
         self._timer: asyncio.TimerHandle | None = None
+
+    def close(self) -> None:
+        """Nobody is inside any more."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
 
     def __enter__(self) -> None:
         task = current()
-        self._ends[task] = task.get_loop().time() + self._seconds
+        assert task not in self._turns, "it is inside already"
+        self._turns[task] = _Turn(task.get_loop().time() + self._seconds, task.cancelling())
         if self._timer is None:
             self._set_timer()
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         task = current()
-        self._ends.pop(task, None)
-        if task in self._ended:
-            self._ended.remove(task)
-            if task.uncancel() == 0 and kind is asyncio.CancelledError:  # else somebody cancels it as well
-                raise TimeoutError from error
+        self._turns.pop(task, None)
+        turn = self._ended.pop(task, None)
+        # Who was cancelled by somebody else as well stays cancelled.
+        if turn is not None and task.uncancel() <= turn.cancelled and kind is asyncio.CancelledError:
+            raise TimeoutError from error
 
     def _set_timer(self) -> None:
-        """For the first of those that wait; the timer of somebody who has gone stands, since it only looks around."""
-        task, end = next(iter(self._ends.items()))
-        self._timer = task.get_loop().call_at(end, self._look)
+        """For the first of those inside. It stays set when that one leaves, since it only looks around."""
+        task, turn = next(iter(self._turns.items()))
+        self._timer = task.get_loop().call_at(turn.end, self._look)
 
     def _look(self) -> None:
         now, self._timer = asyncio.get_running_loop().time(), None
-        for task, end in list(self._ends.items()):
-            if end > now:
+        while self._turns:
+            task, turn = next(iter(self._turns.items()))
+            if turn.end > now:
                 return self._set_timer()
-            del self._ends[task]
-            self._ended.add(task)
+            self._ended[task] = self._turns.pop(task)
             task.cancel()
 
 

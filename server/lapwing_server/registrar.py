@@ -43,8 +43,8 @@ class Registrar:
         for method, handler in handlers.items():
             if not is_asynchronous(handler):
                 raise TypeError(f"/{service}/{method} is a plain function; make it async")
-        # Not told to the server: it would wait for each method by itself, which makes every call dearer, and it finds
-        # them by the generic handlers as well.
+        # Not told to gRPC, which would wait for each method by itself, so that every call is dearer: the guard finds
+        # them by the generic handlers.
         self._methods |= {f"/{service}/{method}" for method in handlers}
 
 

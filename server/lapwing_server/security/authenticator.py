@@ -75,7 +75,7 @@ class Authenticator:
         return principal
 
     def _visitor(self, method: str, context: Context) -> Principal:
-        principal, visitors = noted(Principal(peer_name(context), frozenset())), self.visitors
+        principal, visitors = noted(somebody(peer_name(context), frozenset())), self.visitors
         if visitors is not None and method in PUBLIC_STREAMS:
             try:
                 visitors.enter(principal.name)

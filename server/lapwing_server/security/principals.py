@@ -39,12 +39,12 @@ current_principal: ContextVar[Principal | None] = ContextVar("current_principal"
 
 def principal_of(context: Context) -> Principal:
     """Whose call this is; outside of a guarded handler somebody who may do nothing, known by the address."""
-    return current_principal.get() or Principal(peer_name(context), frozenset())
+    return current_principal.get() or somebody(peer_name(context), frozenset())
 
 
 @lru_cache(maxsize=4096)
 def somebody(name: str, scopes: frozenset[Scope]) -> Principal:
-    """One of whom no more is known. The same one each time: whoever calls calls often."""
+    """One of whom no more is known. Kept, since whoever calls calls often."""
     return Principal(name, scopes)
 
 
