@@ -78,6 +78,9 @@ class Sequences:
     sums: dict[int, Sums] = field(default_factory=dict)
     """By layer index, of the kept heads; views of `joint` once there is one."""
 
+    _selections: dict[int, Tensor | None] = field(default_factory=dict)
+    """By layer index."""
+
     _rows: list[tuple[AttentionLayer, Tensor]] = field(default_factory=list)
     """Of a forward of one token that is not over: (batch, kept heads, columns) of each layer."""
 
@@ -122,10 +125,19 @@ class Sequences:
         if not self.keeps(layer):
             return
         heads = diagonal.shape[1]
-        kept = self.kept_of(layer, heads)
-        if kept is not None:
-            diagonal, received = diagonal[:, kept], received[:, kept]
+        selection = self._selection(layer, heads, diagonal.device)
+        if selection is not None:
+            diagonal, received = diagonal.index_select(1, selection), received.index_select(1, selection)
         self.add_kept(layer, heads, diagonal, received, tokens)
+
+    def _selection(self, layer: AttentionLayer, heads: int, device: torch.device) -> Tensor | None:
+        """(kept heads,) those of the layer; None for all of them. Made once: every token asks for it."""
+        if self.kept is not None and layer.index not in self._selections:
+            kept = self.kept_of(layer, heads)
+            every = kept == list(range(heads))
+            with torch.inference_mode(False):  # or it could not be used outside of it
+                self._selections[layer.index] = None if every else torch.tensor(kept, dtype=torch.long, device=device)
+        return self._selections.get(layer.index)
 
     def add_kept(self, layer: AttentionLayer, heads: int, diagonal: Tensor, received: Tensor, tokens: int) -> None:
         """The same with (batch, kept heads, ...) of a layer that has so many heads in all."""
