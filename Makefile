@@ -27,7 +27,7 @@ test: $(INSTALLED)  ## all tests, in two processes
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 soak: $(INSTALLED)  ## the tests that go on for long: kills, swaps, restarts, and a quarter of an hour of mixed load
-	LAPWING_SOAK=1 $(BIN)/python -m pytest $(SOAKED)
+	LAPWING_SOAK=1 $(BIN)/python -m pytest --timeout 3600 $(SOAKED)
 
 compat: $(INSTALLED)  ## the client with the oldest and the newest libraries that pyproject.toml admits
 	$(PYTHON) -m venv $(VENV)-oldest
