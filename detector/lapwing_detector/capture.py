@@ -88,6 +88,7 @@ class Captured:
         self._parameters = tuple(inspect.signature(model.forward).parameters)
         self._switching = switching_points(model.config.get_text_config(decoder=True))
         self._dropping: tuple[tuple[str, nn.Module], ...] = ()
+        self._look_again = True
         self._active: ExitStack | None = None
         self._reader = Reader()
         self._sequences = Sequences(self._layers, self._kept)
@@ -101,6 +102,7 @@ class Captured:
         if self._active is not None:
             raise CaptureError("this capture is active already; leave its context before entering it again")
         with ExitStack() as stack:
+            self._look_again = True
             self._switch.on()
             stack.callback(self._switch.off)
             stack.callback(self._reader.clear)
@@ -133,6 +135,8 @@ class Captured:
         """
         self._forward = self._pending = None
         self._sequences, self._mark = sequences, CacheMark(cache)
+        # To look for what drops out takes as long as a part of a layer, which is much of a small model's step.
+        self._look_again = not self._dropping
 
     def forget(self) -> None:
         """Let go of what was captured, so that its memory can be used for other things."""
@@ -224,8 +228,8 @@ class Captured:
         cache = given.get("past_key_values")
         past = past_length(cache)
         reach = reach_of(given, past) if self._switching else 0
-        if past == 0:  # to look for them takes as long as a part of a layer, which is much of a small model's step
-            self._dropping = dropping(self._model)
+        if self._look_again:
+            self._dropping, self._look_again = dropping(self._model), False
         require_evaluation(self._dropping)
         require_unpacked(given)
         if past > 0:

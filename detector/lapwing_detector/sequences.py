@@ -79,7 +79,7 @@ class Sequences:
     """By layer index, of the kept heads; views of `joint` once there is one."""
 
     _selections: dict[int, Tensor | None] = field(default_factory=dict)
-    """By layer index."""
+    """By layer index, as far as they were asked for; see `_selection`."""
 
     _rows: list[tuple[AttentionLayer, Tensor]] = field(default_factory=list)
     """Of a forward of one token that is not over: (batch, kept heads, columns) of each layer."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -180,6 +181,16 @@ def test_training_mode() -> None:
         model(token_ids(1, 5))
     model.transformer.h[1].mlp.dropout.p = 0.0
     assert captured_forward(model, token_ids(1, 5))
+
+
+@pytest.mark.parametrize("p", [0.1, pytest.param(0.0, id="control: it drops nothing")])
+def test_dropout_that_comes_between_two_contexts(p: float) -> None:
+    model, ids = new_model("gpt2").eval(), token_ids(1, 5)
+    with capture_attention(model) as captured:
+        cache = model(ids, use_cache=True).past_key_values
+    model.transformer.h[1].mlp.dropout = nn.Dropout(p).train()
+    with captured.resume(), nullcontext() if p == 0 else pytest.raises(CaptureError, match=r"h\.1\.mlp\.dropout is in"):
+        model(ids[:, :1], past_key_values=cache, use_cache=True)
 
 
 @pytest.mark.parametrize(
