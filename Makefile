@@ -67,7 +67,7 @@ atlas: $(INSTALLED)  ## make the embedded model again from nothing and put it in
 clean:  ## remove the environment and what the demo wrote
 	rm -rf $(VENV) $(VENV)-oldest $(VENV)-newest lapwing-demo
 
-$(INSTALLED): pyproject.toml constraints.txt
+$(INSTALLED): pyproject.toml constraints.txt detector/build_native.py detector/lapwing_detector/native/attention.c
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
 		{ echo "lapwing needs Python 3.11 to 3.13, $(PYTHON) is $$($(PYTHON) --version 2>&1); try: make PYTHON=python3.11"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lapwing_detector import native
 from lapwing_detector.scratch import Scratch
 from lapwing_detector.strips import Strip, strips
 
@@ -58,8 +59,15 @@ def attend(
         received (batch, heads, columns), float32.
     """
     with _summing_exactly(query.device.type):
+        plain = scratch is not None and softcap is None and sinks is None
         if query.shape[2] == 1:
+            if plain and mask is None and native.supports_row(query, key, value):
+                return native.attend_row(query, key, value, counted=counted, scaling=scaling, scratch=scratch)
             return _attend_row(query, key, value, mask, counted, scaling, softcap, sinks)
+        if plain and (mask is None or starts is not None) and native.supports(query, key, value):
+            if not _multiplies(query.dtype, query.device):
+                rows = {"starts": starts, "counted": counted}
+                return native.attend(query, key, value, first=first, scaling=scaling, scratch=scratch, **rows)
         layer = _Layer(
             query,
             mask,

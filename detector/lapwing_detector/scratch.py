@@ -19,11 +19,16 @@ class Scratch:
 
     def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         """An uninitialised tensor."""
-        held, size = self._memory.get(name), math.prod(shape)
+        size = math.prod(shape)
+        return self.room(name, size, dtype, device)[:size].view(shape)
+
+    def room(self, name: str, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """The memory itself, flat: at least so many numbers."""
+        held = self._memory.get(name)
         if held is None or held.numel() < size or held.dtype != dtype or held.device != device:
             with torch.inference_mode(False):  # or it could not be written outside of it
                 held = self._memory[name] = torch.empty(size, dtype=dtype, device=device)
-        return held[:size].view(shape)
+        return held
 
     def clear(self) -> None:
         """Gives the memory back."""

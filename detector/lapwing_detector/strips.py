@@ -101,7 +101,7 @@ def _strips(
         # Two at least: threads that each have a head of their own do not wait for each other.
         pair = min(2, STRIP_BYTES // (row_bytes * height))
         together = max(pair, TOGETHER_BYTES // (row_bytes * height))
-    for sequences, served in _parts(batch, shared, together):
+    for sequences, served in parts(batch, shared, together):
         # From the widest strip to the narrowest: what each needs fits where the last one was.
         for start in reversed(range(0, rows, height)):
             stop = min(start + height, rows)
@@ -113,7 +113,7 @@ def _strips(
             yield Strip(sequences, served, queries, here, low, seen, first + start, first + stop)
 
 
-def _parts(batch: int, shared: int, together: int) -> Iterator[tuple[slice, slice]]:
+def parts(batch: int, shared: int, together: int) -> Iterator[tuple[slice, slice]]:
     """Sequences and key-value heads that are taken at once: some heads of one sequence, or all heads of several."""
     if together >= shared:
         several = together // shared

@@ -1,0 +1,350 @@
+/* Causal attention of some rows, with the sums that are kept of each map, in one pass over tiles that fit a CPU's cache.
+ *
+ * A block is a few rows of all the heads that share their keys. Tile by tile of its columns, as many rows as fit the
+ * registers are multiplied by the keys, their weights taken relative to the largest score so far (Milakov and
+ * Gimelshein, arXiv:1805.02867), and multiplied by the values. The weights stay until the block is done: then each
+ * row's denominator is known, and with it what every tile's weights are worth in the sums of the columns.
+ *
+ * Built once for each instruction set, with LANES (floats of a register), ROWS (rows whose sums fit the registers, two
+ * registers each) and BUILT_FROM (a digest of this file). Knows floats and sizes only; __init__.py describes each one.
+ */
+#include <math.h>
+#include <stdatomic.h>
+#include <string.h>
+
+enum { PANEL = 2 * LANES, TILE = 128, SKEW = 16, STRIDE = TILE + SKEW };  /* SKEW: rows must not all lie on one set of the cache */
+
+typedef float lanes __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef int whole __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+
+const char built_from[] = BUILT_FROM;
+const int lanes_of_register = LANES;
+
+#define EACH_ROW _Pragma("GCC unroll 16") for (int i = 0; i < ROWS; i++)
+
+struct job {
+  const float *query;            /* [batch][heads][rows][width], by the three strides */
+  const float *keys;             /* [batch * shared][panels][width][PANEL], the columns laid side by side; of one
+                                    row [batch][shared][columns][width], by three strides */
+  const float *values;           /* [batch * shared][value_panels][columns][PANEL]; of one row as the keys */
+  const int *starts;             /* [batch][rows], by a stride; or none: 0 */
+  const unsigned char *counted;  /* [batch][rows]; or none: all */
+  float *output;                 /* [batch][rows][heads][value_width], by two strides */
+  float *diagonal;               /* [batch][heads][rows], by two strides */
+  float *received;               /* [shares][batch * shared * group][columns], added to */
+  float *scratch;                /* [threads][scratch_each] */
+  long query_batch, starts_batch, output_batch, diagonal_batch, query_head, query_row, output_row, diagonal_head;
+  long key_batch, key_head, key_row, value_batch, value_head, value_row;
+  long batch, shared, group, rows, first, columns, width, value_width, panels, value_panels;
+  long shares, block_rows, threads, scratch_each;
+  float scale;                   /* of the scores, more than 0, log2(e) included */
+  atomic_long joined, next;
+};
+
+/* What a block needs; sizes in LAYOUT. */
+struct block {
+  float *query;    /* [groups of ROWS][width][ROWS] */
+  float *output;   /* [rows][value_panels * PANEL], not yet divided by the denominators */
+  float *highest;  /* [rows] largest score so far */
+  float *total;    /* [rows] sum of the weights */
+  float *worth;    /* [tiles][rows] first the highest score that a tile's weights are relative to */
+  float *weights;  /* [tiles][rows][STRIDE] */
+  long pair, begin, rows, padded, low, stop;
+};
+
+static long least(long a, long b) { return a < b ? a : b; }
+static long most(long a, long b) { return a > b ? a : b; }
+static long up(long size, long unit) { return (size + unit - 1) / unit * unit; }
+
+/* 2^x for x <= 0, to 8e-8 of it; below 2^-126 nothing. NaN stays NaN. The polynomial is the one of its degree that is
+ * nowhere further from 2^x, for x from -1/2 to 1/2, than 2e-9 of it. */
+static inline lanes power_of_two(lanes x) {
+  whole normal = ~(x < -126.0f);
+  lanes shifted = x + 12583039.0f; /* 1.5 * 2^23 + 127: no bits are left for fractions, and the last are an exponent */
+  lanes rest = x - (shifted - 12583039.0f);
+  lanes power = rest * 1.535336206e-4f + 1.339887456e-3f;
+  power = power * rest + 9.618437358e-3f;
+  power = power * rest + 5.550332471e-2f;
+  power = power * rest + 2.402264791e-1f;
+  power = power * rest + 6.931472029e-1f;
+  power = power * rest + 1.0f;
+  power *= (lanes)((whole)shifted << 23);
+  return (lanes)((whole)power & normal);
+}
+
+static inline lanes higher(lanes a, lanes b) {
+  whole more = a > b;
+  return (lanes)((more & (whole)a) | (~more & (whole)b));
+}
+
+/* scores[ROWS][STRIDE] = query[width][ROWS] times keys[width][PANEL] */
+static inline void multiply_keys(const float *query, const float *keys, long width, float *scores) {
+  lanes left[ROWS], right[ROWS];
+  EACH_ROW left[i] = right[i] = (lanes){0};
+  for (long d = 0; d < width; d++, query += ROWS, keys += PANEL) {
+    lanes a = *(const lanes *)keys, b = *(const lanes *)(keys + LANES);
+    EACH_ROW left[i] += query[i] * a, right[i] += query[i] * b;
+  }
+  EACH_ROW *(lanes *)(scores + i * STRIDE) = left[i], *(lanes *)(scores + i * STRIDE + LANES) = right[i];
+}
+
+/* output[ROWS][by stride] += weights[ROWS][by stride] times values[columns][by stride], PANEL of these at a time */
+static inline __attribute__((always_inline)) void multiply_values(
+    const float *weights, long weight_stride, const float *values, long value_stride, long columns, float *output,
+    long stride) {
+  lanes left[ROWS], right[ROWS];
+  EACH_ROW left[i] = *(lanes *)(output + i * stride), right[i] = *(lanes *)(output + i * stride + LANES);
+  for (long c = 0; c < columns; c++, weights++, values += value_stride) {
+    lanes a = *(const lanes *)values, b = *(const lanes *)(values + LANES);
+    EACH_ROW left[i] += weights[i * weight_stride] * a, right[i] += weights[i * weight_stride] * b;
+  }
+  EACH_ROW *(lanes *)(output + i * stride) = left[i], *(lanes *)(output + i * stride + LANES) = right[i];
+}
+
+static inline float widest(lanes x) {
+  float found = x[0];
+  for (int i = 1; i < LANES; i++) found = x[i] > found ? x[i] : found;
+  return found;
+}
+
+static inline float sum(lanes x) {
+  float parts[LANES];
+  memcpy(parts, &x, sizeof parts);
+  _Pragma("GCC unroll 4") for (int half = LANES / 2; half > 0; half /= 2)
+    _Pragma("GCC unroll 8") for (int i = 0; i < half; i++) parts[i] += parts[i + half];
+  return parts[0];
+}
+
+/* One row's scores [begin, end) of a tile become weights, zero but in [low, stop); the row's output is kept in step. */
+static void weigh(struct block *b, long row, long tile, float *scores, long begin, long end, long low, long stop,
+                  float scale, long value_stride) {
+  low = most(low, begin), stop = least(stop, end);
+  if (low >= stop) {
+    memset(scores + begin, 0, 4 * (end - begin));
+    b->worth[tile * b->padded + row] = b->highest[row];
+    return;
+  }
+  for (long c = begin; c < low; c++) scores[c] = -INFINITY;
+  for (long c = stop; c < end; c++) scores[c] = -INFINITY;
+  lanes high = *(lanes *)(scores + begin);
+  for (long c = begin + LANES; c < end; c += LANES) high = higher(*(lanes *)(scores + c), high);
+  float before = b->highest[row], now = widest(high) * scale;
+  if (now > before) {
+    float shrunk = exp2f(before - now), *output = b->output + row * value_stride;
+    b->highest[row] = now, b->total[row] *= shrunk;
+    for (long d = 0; d < value_stride; d += LANES) *(lanes *)(output + d) *= shrunk;
+  } else {
+    now = before;
+  }
+  lanes total = {0};
+  for (long c = begin; c < end; c += LANES) {
+    lanes weights = power_of_two(*(lanes *)(scores + c) * scale - now);
+    *(lanes *)(scores + c) = weights;
+    total += weights;
+  }
+  b->total[row] += sum(total);
+  b->worth[tile * b->padded + row] = now;
+}
+
+static long start_of(const struct job *job, long batch, long row) {
+  return job->starts ? job->starts[batch * job->starts_batch + row] : 0;
+}
+
+static void pack_query(const struct job *job, struct block *b, long batch, long heads) {
+  for (long r = 0; r < b->padded; r++) {
+    float *packed = b->query + r / ROWS * ROWS * job->width + r % ROWS;
+    const float *row = job->query + batch * job->query_batch + (heads + r % job->group) * job->query_head +
+                       (b->begin + r / job->group) * job->query_row;
+    for (long d = 0; d < job->width; d++) packed[d * ROWS] = r < b->rows ? row[d] : 0;
+  }
+}
+
+/* Weights and output of ROWS rows over one tile. */
+static void attend_tile(const struct job *job, struct block *b, long batch, long group, long tile) {
+  const long from = tile * TILE, value_stride = job->value_panels * PANEL;
+  float *weights = b->weights + (tile - b->low / TILE) * b->padded * STRIDE + group * STRIDE;
+  long low = job->columns, stop = 0;
+  for (long r = group; r < least(group + ROWS, b->rows); r++) {
+    long row = b->begin + r / job->group;
+    low = least(low, start_of(job, batch, row)), stop = job->first + row + 1;
+  }
+  /* Panels that none of the rows sees are not computed; the sums of the columns read zeros there. */
+  long begin = least(most(low - from, 0) / PANEL * PANEL, TILE), end = most(least(up(stop - from, PANEL), TILE), 0);
+  if (begin > end) begin = end;
+  for (int i = 0; i < ROWS; i++) {
+    memset(weights + i * STRIDE, 0, 4 * begin);
+    memset(weights + i * STRIDE + end, 0, 4 * (TILE - end));
+  }
+  if (begin < end) {
+    const float *keys = job->keys + (b->pair * job->panels + from / PANEL) * job->width * PANEL;
+    for (long c = begin; c < end; c += PANEL)
+      multiply_keys(b->query + group * job->width, keys + c * job->width, job->width, weights + c);
+  }
+  for (long r = group; r < group + ROWS; r++) {
+    long row = b->begin + r / job->group;
+    int real = r < b->rows;
+    weigh(b, r, tile - b->low / TILE, weights + (r - group) * STRIDE, begin, end,
+          real ? start_of(job, batch, row) - from : end, real ? job->first + row + 1 - from : end, job->scale, value_stride);
+  }
+  if (begin < end) {
+    const float *values = job->values + b->pair * job->value_panels * job->columns * PANEL;
+    for (long p = 0; p < job->value_panels; p++)
+      multiply_values(weights + begin, STRIDE, values + (p * job->columns + from + begin) * PANEL, PANEL,
+                      least(end, job->columns - from) - begin, b->output + group * value_stride + p * PANEL,
+                      value_stride);
+  }
+}
+
+/* Divides the output by the denominators, and finds what each tile's weights are worth. */
+static void finish_rows(const struct job *job, struct block *b, long batch, long heads) {
+  const long tiles = up(b->stop, TILE) / TILE - b->low / TILE, value_stride = job->value_panels * PANEL;
+  for (long r = 0; r < b->rows; r++) {
+    long row = b->begin + r / job->group, head = heads + r % job->group, own = job->first + row;
+    float share = b->total[r] == 0 ? 0 : 1 / b->total[r];
+    float *output = job->output + batch * job->output_batch + row * job->output_row + head * job->value_width;
+    for (long d = 0; d < job->value_width; d++) output[d] = b->output[r * value_stride + d] * share;
+    for (long t = 0; t < tiles; t++) {
+      float *worth = b->worth + t * b->padded + r;
+      *worth = exp2f(*worth - b->highest[r]) * share;
+    }
+    long tile = own / TILE - b->low / TILE;
+    job->diagonal[batch * job->diagonal_batch + head * job->diagonal_head + row] =
+        share == 0 ? 0 : b->weights[(tile * b->padded + r) * STRIDE + own % TILE] * b->worth[tile * b->padded + r];
+    if (share == 0 || (job->counted && !job->counted[batch * job->rows + row]))
+      for (long t = 0; t < tiles; t++) b->worth[t * b->padded + r] = 0;
+  }
+}
+
+static void sum_columns(const struct job *job, struct block *b, float *received) {
+  const long first = b->low / TILE, last = up(b->stop, TILE) / TILE;
+  for (long tile = first; tile < last; tile++)
+    for (long g = 0; g < job->group; g++) {
+      const float *weights = b->weights + ((tile - first) * b->padded + g) * STRIDE;
+      const float *worth = b->worth + (tile - first) * b->padded + g;
+      float *sums = received + g * job->columns + tile * TILE;
+      long count = least(b->stop - tile * TILE, TILE);
+      for (long c = 0; c < count; c += 2 * LANES) {
+        lanes left = {0}, right = {0};
+        for (long r = 0; r < b->rows - g; r += job->group) {
+          left += worth[r] * *(const lanes *)(weights + r * STRIDE + c);
+          right += worth[r] * *(const lanes *)(weights + r * STRIDE + c + LANES);
+        }
+        if (c + 2 * LANES <= count) {
+          *(lanes *)(sums + c) += left, *(lanes *)(sums + c + LANES) += right;
+        } else {
+          for (long i = 0; i < count - c; i++) sums[c + i] += i < LANES ? left[i] : right[i - LANES];
+        }
+      }
+    }
+}
+
+static void attend_block(const struct job *job, float *memory, long pair, long share, long block) {
+  const long batch = pair / job->shared, heads = pair % job->shared * job->group;
+  const long value_stride = job->value_panels * PANEL, begin = block * job->block_rows;
+  struct block b = {.pair = pair, .begin = begin};
+  long end = least(begin + job->block_rows, job->rows);
+  b.rows = (end - begin) * job->group, b.padded = up(b.rows, ROWS);
+  b.stop = job->first + end, b.low = b.stop - 1;
+  for (long row = begin; row < end; row++) b.low = least(b.low, start_of(job, batch, row));
+  long tiles = up(b.stop, TILE) / TILE - b.low / TILE;
+  b.query = memory, b.output = b.query + b.padded * job->width;
+  b.highest = b.output + b.padded * value_stride, b.total = b.highest + b.padded;
+  b.worth = b.total + b.padded, b.weights = b.worth + up(tiles * b.padded, 16);
+  memset(b.output, 0, 4 * b.padded * value_stride);
+  memset(b.total, 0, 4 * b.padded);
+  for (long r = 0; r < b.padded; r++) b.highest[r] = -INFINITY;
+  pack_query(job, &b, batch, heads);
+  for (long tile = b.low / TILE; tile < up(b.stop, TILE) / TILE; tile++)
+    for (long group = 0; group < b.padded; group += ROWS) attend_tile(job, &b, batch, group, tile);
+  finish_rows(job, &b, batch, heads);
+  sum_columns(job, &b, job->received + (share * job->batch * job->shared + pair) * job->group * job->columns);
+}
+
+/* Every thread of a team calls this with the same job. */
+void attend(struct job *job) {
+  long thread = atomic_fetch_add(&job->joined, 1);
+  if (thread >= job->threads) return;
+  float *memory = job->scratch + thread * job->scratch_each;
+  const long blocks = (job->rows + job->block_rows - 1) / job->block_rows;
+  /* A share of a head's blocks is one thread's, and the shares are added up in their order: the same sums each time. */
+  for (long unit; (unit = atomic_fetch_add(&job->next, 1)) < job->batch * job->shared * job->shares;) {
+    long pair = unit / job->shares, share = unit % job->shares;
+    for (long block = blocks - 1 - share; block >= 0; block -= job->shares)
+      attend_block(job, memory, pair, share, block);
+  }
+}
+
+enum { HEADS = 4 };
+
+/* scores[HEADS][by stride] of two columns = query[HEADS][width] times keys[2][by stride] */
+static inline void multiply_two_keys(const float *query, const float *keys, long key_stride, long width, float *scores,
+                                     long stride) {
+  lanes left[HEADS] = {0}, right[HEADS] = {0};
+  for (long d = 0; d < width; d += LANES) {
+    lanes a = *(const lanes *)(keys + d), b = *(const lanes *)(keys + key_stride + d);
+    _Pragma("GCC unroll 4") for (int h = 0; h < HEADS; h++) {
+      lanes q = *(const lanes *)(query + h * width + d);
+      left[h] += q * a, right[h] += q * b;
+    }
+  }
+  for (int h = 0; h < HEADS; h++) scores[h * stride] = sum(left[h]), scores[h * stride + 1] = sum(right[h]);
+}
+
+/* Scores[low, columns) of one head become weights, zero before; the columns are filled up to a whole register. */
+static void weigh_row(float *scores, long low, long columns, float scale) {
+  long begin = low / LANES * LANES, end = up(columns, LANES);
+  for (long c = 0; c < low; c++) scores[c] = c < begin ? 0 : -INFINITY;
+  for (long c = columns; c < end; c++) scores[c] = -INFINITY;
+  lanes high = *(lanes *)(scores + begin), total = {0};
+  for (long c = begin + LANES; c < end; c += LANES) high = higher(*(lanes *)(scores + c), high);
+  float most = widest(high) * scale;
+  for (long c = begin; c < end; c += LANES) {
+    lanes weights = power_of_two(*(lanes *)(scores + c) * scale - most);
+    *(lanes *)(scores + c) = weights;
+    total += weights;
+  }
+  float share = 1 / sum(total);
+  for (long c = begin; c < end; c += LANES) *(lanes *)(scores + c) *= share;
+}
+
+/* One row of one key-value head's heads. */
+static void attend_newest(const struct job *job, float *memory, long batch, long shared) {
+  const long columns = job->columns, stride = up(columns, TILE) + SKEW, heads = shared * job->group;
+  const long padded = most(up(job->group, HEADS), up(job->group, ROWS)), value_width = job->value_width;
+  const float *keys = job->keys + batch * job->key_batch + shared * job->key_head;
+  const float *values = job->values + batch * job->value_batch + shared * job->value_head;
+  float *query = memory, *output = query + padded * job->width, *scores = output + padded * value_width;
+  memset(query, 0, 4 * padded * (job->width + value_width));
+  for (long g = 0; g < job->group; g++)
+    memcpy(query + g * job->width, job->query + batch * job->query_batch + (heads + g) * job->query_head,
+           4 * job->width);
+  for (long g = 0; g < job->group; g += HEADS)
+    for (long c = 0; c < columns; c += 2) {
+      long at = columns > 1 ? least(c, columns - 2) : 0;
+      multiply_two_keys(query + g * job->width, keys + at * job->key_row, columns > 1 ? job->key_row : 0, job->width,
+                        scores + g * stride + at, stride);
+    }
+  for (long g = 0; g < job->group; g++) weigh_row(scores + g * stride, start_of(job, batch, 0), columns, job->scale);
+  for (long g = 0; g < job->group; g += ROWS)
+    for (long from = 0; from < columns; from += TILE)
+      for (long d = 0; d < value_width; d += PANEL)
+        multiply_values(scores + g * stride + from, stride, values + from * job->value_row + d, job->value_row,
+                        least(TILE, columns - from), output + g * value_width + d, value_width);
+  for (long g = 0; g < job->group; g++) {
+    const float *weights = scores + g * stride;
+    float *received = job->received + ((batch * job->shared + shared) * job->group + g) * columns;
+    memcpy(job->output + batch * job->output_batch + (heads + g) * value_width, output + g * value_width,
+           4 * value_width);
+    job->diagonal[batch * job->diagonal_batch + (heads + g) * job->diagonal_head] = weights[columns - 1];
+    if (job->counted && !job->counted[batch]) memset(received, 0, 4 * columns);
+    else memcpy(received, weights, 4 * columns);
+  }
+}
+
+/* As `attend`, of one row alone: keys and values are read where they lie. */
+void attend_row(struct job *job) {
+  long thread = atomic_fetch_add(&job->joined, 1);
+  if (thread >= job->threads) return;
+  for (long pair; (pair = atomic_fetch_add(&job->next, 1)) < job->batch * job->shared;)
+    attend_newest(job, job->scratch + thread * job->scratch_each, pair / job->shared, pair % job->shared);
+}
