@@ -1,4 +1,4 @@
-"""Attention in strips: its output and, in the same pass, the two sums that are kept of each map.
+"""Attention with, in the same pass, the two sums that are kept of each map: in C where that can be, else in strips.
 
 Knows tensors only: no model, no cache, no generation.
 """
@@ -9,7 +9,6 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,15 +58,23 @@ def attend(
         received (batch, heads, columns), float32.
     """
     with _summing_exactly(query.device.type):
-        plain = scratch is not None and softcap is None and sinks is None
+        known = softcap is None and sinks is None  # to what is in C
         if query.shape[2] == 1:
-            if plain and mask is None and native.supports_row(query, key, value):
-                return native.attend_row(query, key, value, counted=counted, scaling=scaling, scratch=scratch)
+            if known and mask is None and native.supports_row(query, key, value):
+                room = scratch or Scratch()
+                return native.attend_row(query, key, value, counted=counted, scaling=scaling, scratch=room)
             return _attend_row(query, key, value, mask, counted, scaling, softcap, sinks)
-        if plain and (mask is None or starts is not None) and native.supports(query, key, value):
-            if not _multiplies(query.dtype, query.device):
-                rows = {"starts": starts, "counted": counted}
-                return native.attend(query, key, value, first=first, scaling=scaling, scratch=scratch, **rows)
+        if known and (mask is None or starts is not None) and native.supports(query, key, value):
+            return native.attend(
+                query,
+                key,
+                value,
+                starts=starts,
+                first=first,
+                counted=counted,
+                scaling=scaling,
+                scratch=scratch or Scratch(),
+            )
         layer = _Layer(
             query,
             mask,
@@ -269,11 +276,9 @@ def _ones(sequences: int, heads: int, rows: int, dtype: torch.dtype, device: tor
         return torch.ones(sequences, heads, rows, dtype=dtype, device=device)
 
 
-@lru_cache(maxsize=64)
 def _multiplies(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether matrices of bfloat16 are multiplied by the CPU itself: twice as fast as in float32, or far slower."""
-    known: Any = torch.ops.mkldnn
-    return dtype == torch.bfloat16 and device.type == "cpu" and bool(known._is_mkldnn_bf16_supported())
+    """Whether matrices of this kind are multiplied as they are at full speed, without a copy in float32."""
+    return dtype == torch.bfloat16 and device.type == "cpu" and native.multiplies_bfloat16()
 
 
 def _product(left: Tensor, right: Tensor, out: Tensor | None, factor: float = 1.0) -> Tensor:

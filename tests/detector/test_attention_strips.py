@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lapwing_detector import strips
+from lapwing_detector import native, strips
 from lapwing_detector.attention import attend
 from lapwing_detector.forward import first_seen
 from lapwing_detector.scratch import Scratch
@@ -118,6 +118,11 @@ def _two_threads() -> Iterator[None]:
     torch.set_num_threads(2)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def _by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "available", lambda: False)
 
 
 @pytest.fixture(params=PIECES)

@@ -9,6 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
+from lapwing_detector import native
 from lapwing_detector.attention import attend
 from lapwing_detector.capture import capture_attention
 from lapwing_detector.features import laplacian_diagonal, laplacian_eigenvalues
@@ -36,8 +37,13 @@ LENGTHS = (1, 2, 3, 7, 8, WINDOW - 1, WINDOW, WINDOW + 1, 131, 132, 300)
 # One forward.
 
 
+@pytest.mark.parametrize("by", ["in C", "by torch"])
 @pytest.mark.parametrize("length", LENGTHS)
-def test_summary_equals_eager_attention(model: PreTrainedModel, length: int) -> None:
+def test_summary_equals_eager_attention(
+    model: PreTrainedModel, length: int, by: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if by == "by torch":
+        monkeypatch.setattr(native, "available", lambda: False)
     ids = token_ids(1, length, seed=length)
     assert difference(captured_forward(model, ids)[0], eager_forward(model, ids)) < SAME_MAP
 

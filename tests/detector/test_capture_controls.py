@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from lapwing_detector import attention, capture, forward, generation_run, reading, strips
+from lapwing_detector import attention, capture, forward, generation_run, native, reading, strips
 from lapwing_detector.attention import attend
 from lapwing_detector.capture import Captured, capture_attention
 from lapwing_detector.layers import AttentionLayer
@@ -55,6 +55,7 @@ def with_changed(**changes: object) -> Any:
 
 def test_control_not_causal(breaking: pytest.MonkeyPatch) -> None:
     assert error_of("llama") < SAME_MAP
+    breaking.setattr(native, "available", lambda: False)
     breaking.setattr(attention._Layer, "_hide", lambda self, scores, strip: None)
     assert error_of("llama") > 0.01
 
@@ -106,7 +107,9 @@ def test_control_padding_counted(breaking: pytest.MonkeyPatch, side: str, whole_
         return replace(place, counted=None)
 
     breaking.setattr(forward.Forward, "report", all_count)
-    # On the right, padding looks like real rows; on the left it sees nothing, and attends to everything.
+    # On the right, padding looks like real rows; on the left it sees nothing, and attends to everything: in C only to
+    # what lies before it, which is padding, too.
+    breaking.setattr(native, "available", lambda: False)
     assert padding_error(tiny_model("llama"), side, whole_mask) > 0.01
 
 

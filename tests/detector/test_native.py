@@ -1,4 +1,4 @@
-"""Attention in C against the whole map in float64: of every shape, in pieces of every size, with any number of threads."""
+"""Attention in C against the whole map in float64: of every shape, in pieces of every size, with any threads."""
 
 from __future__ import annotations
 
@@ -10,10 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from lapwing_detector import native
+from lapwing_detector.capture import capture_attention
 from lapwing_detector.native import build, library
 from lapwing_detector.scratch import Scratch
+from tests.detector.tiny_models import captured_forward, tiny_model, token_ids
 
 SAME = 2e-6
 """Of each number, or of itself where it is larger than 1: float32 sums of at most 330, each rounded at 6e-8."""
@@ -165,7 +168,7 @@ def test_equals_the_whole_map(any_build, shape, monkeypatch):
     given = made(of)
     exact = whole(of, given)
     # scores are rounded at 6e-8 of their size, and what is off by that is off by as much of itself
-    largest = float((given.query.abs().amax() * given.key.abs().amax() * of.width * of.scaling))
+    largest = float(given.query.abs().amax() * given.key.abs().amax() * of.width * of.scaling)
     assert max(errors(attended(of, given), exact)) < SAME * max(1.0, of.spread * largest / 4)
 
 
@@ -343,6 +346,38 @@ def test_what_it_takes():
         assert not native.supports(query, key.bfloat16(), value)
         assert not native.supports(query.to("meta"), key.to("meta"), value.to("meta"))
     assert not native.supports(query, key, value)  # gradients are recorded
+
+
+@needs_library
+def test_models_are_read_by_it_where_it_knows_their_attention(monkeypatch):
+    rows: list[int] = []
+
+    def noting(real):
+        def noted(query, *rest, **more):
+            rows.append(query.shape[2])
+            return real(query, *rest, **more)
+
+        return noted
+
+    monkeypatch.setattr(native, "attend", noting(native.attend))
+    monkeypatch.setattr(native, "attend_row", noting(native.attend_row))
+    model, ids = tiny_model("llama"), token_ids(2, 40)
+    layers = model.config.num_hidden_layers
+    captured_forward(model, ids)
+    assert rows == [40] * layers
+    rows.clear()
+    with torch.enable_grad(), capture_attention(model):
+        model(ids)
+    captured_forward(tiny_model("gemma2"), ids)  # caps its scores
+    captured_forward(tiny_model("gpt_oss"), ids)  # has sinks
+    assert rows == []
+    wide = LlamaForCausalLM(
+        LlamaConfig(vocab_size=97, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
+    ).eval()
+    with capture_attention(wide) as captured:
+        wide.generate(ids, max_new_tokens=4, do_sample=False, eos_token_id=None)
+    assert captured.summaries()[0].diagonal.shape[-1] == 44
+    assert rows == [40, 40] + 2 * 4 * [1]  # the row of the last token is computed when it is asked for
 
 
 @needs_compiler

@@ -19,6 +19,19 @@ PANEL_REGISTERS, TILE, STRIDE = 2, 128, 144
 """As in the source: registers to a panel, columns of a tile, and floats from row to row of its weights."""
 
 
+POINTERS = ("query", "keys", "values", "starts", "counted", "output", "diagonal", "received", "scratch")
+STRIDES = (
+    *("query_batch", "starts_batch", "output_batch", "diagonal_batch"),
+    *("query_head", "query_row", "output_row", "diagonal_head"),
+    *("key_batch", "key_head", "key_row", "value_batch", "value_head", "value_row"),
+)
+SIZES = (
+    *("batch", "shared", "group", "rows", "first", "columns", "width", "value_width", "panels", "value_panels"),
+    *("shares", "block_rows", "threads", "scratch_each"),
+)
+COUNTERS = ("joined", "next")
+
+
 class Missing(Exception):
     """The library can't be used; the text says why."""
 
@@ -27,18 +40,10 @@ class Job(ctypes.Structure):
     """`struct job` of the source, which says what each field is."""
 
     _fields_ = (
-        *(
-            (name, ctypes.c_void_p)
-            for name in "query keys values starts counted output diagonal received scratch".split()
-        ),
-        *((f"{name}_batch", ctypes.c_long) for name in ("query", "starts", "output", "diagonal")),
-        *((name, ctypes.c_long) for name in ("query_head", "query_row", "output_row", "diagonal_head")),
-        *((name, ctypes.c_long) for name in "key_batch key_head key_row value_batch value_head value_row".split()),
-        *((name, ctypes.c_long) for name in "batch shared group rows first columns".split()),
-        *((name, ctypes.c_long) for name in "width value_width panels value_panels".split()),
-        *((name, ctypes.c_long) for name in "shares block_rows threads scratch_each".split()),
+        *((name, ctypes.c_void_p) for name in POINTERS),
+        *((name, ctypes.c_long) for name in STRIDES + SIZES),
         ("scale", ctypes.c_float),
-        *((name, ctypes.c_long) for name in ("joined", "next")),
+        *((name, ctypes.c_long) for name in COUNTERS),
     )
 
 
@@ -102,5 +107,5 @@ def load(kind: str, path: Path | None = None) -> Library:
         raise Missing("torch was built without OpenMP") from None
     team.argtypes, team.restype = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint), None
     lanes = ctypes.c_int.in_dll(library, "lanes_of_register").value
-    rows = (ctypes.cast(one, ctypes.c_void_p) for one in (library.attend, library.attend_row))
-    return Library(lanes, *rows, team)
+    many, one = (ctypes.cast(function, ctypes.c_void_p) for function in (library.attend, library.attend_row))
+    return Library(lanes, many, one, team)

@@ -16,7 +16,7 @@ def packed_keys(key: Tensor, panel: int, scratch: Scratch) -> Tensor:
     panels, whole = -(-columns // panel), columns // panel
     packed = take(scratch, "keys", batch, shared, panels, width, panel)
     if whole:
-        packed[:, :, :whole].copy_(key[:, :, : whole * panel].unflatten(2, (whole, panel)).transpose(3, 4))
+        packed[:, :, :whole].copy_(key[:, :, : whole * panel].view(batch, shared, whole, panel, width).transpose(3, 4))
     if whole < panels:
         rest = columns - whole * panel
         packed[:, :, whole, :, :rest].copy_(key[:, :, whole * panel :].transpose(2, 3))
@@ -30,7 +30,7 @@ def packed_values(value: Tensor, panel: int, scratch: Scratch) -> Tensor:
     panels, whole = -(-width // panel), width // panel
     packed = take(scratch, "values", batch, shared, panels, columns, panel)
     if whole:
-        packed[:, :, :whole].copy_(value[..., : whole * panel].unflatten(3, (whole, panel)).movedim(3, 2))
+        packed[:, :, :whole].copy_(value[..., : whole * panel].view(batch, shared, columns, whole, panel).movedim(3, 2))
     if whole < panels:
         packed[:, :, whole, :, : width - whole * panel].copy_(value[..., whole * panel :])
         packed[:, :, whole, :, width - whole * panel :].zero_()
