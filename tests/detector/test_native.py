@@ -298,6 +298,7 @@ ROWS = {
     "no head shares": Case(heads=3, rows=1, first=50, width=16, value_width=32),
     "all share one": Case(heads=71, shared=1, rows=1, first=200, width=16, value_width=32),
     "wide keys": Case(heads=2, shared=1, rows=1, first=140, width=192, value_width=128, scaling=0.07),
+    "odd widths": Case(rows=1, first=77, width=23, value_width=45),
     "sharp": Case(rows=1, first=200, width=32, value_width=32, scaling=1.0, spread=3.0),
 }
 
@@ -328,8 +329,8 @@ def test_one_row_of_few_heads_is_left_to_all_threads():
     with torch.no_grad():
         torch.set_num_threads(4)
         assert native.supports_row(query, key, value)
-        assert not native.supports_row(query, key[..., :31], value)
-        assert not native.supports_row(query, key, value[..., :16])
+        assert not native.supports_row(query, key[..., :3], value)
+        assert not native.supports_row(query, key, value[..., :7])
         assert not native.supports_row(query, key, value.transpose(2, 3).contiguous().transpose(2, 3))
         assert not native.supports_row(query.bfloat16(), key.bfloat16(), value.bfloat16())
         torch.set_num_threads(5)

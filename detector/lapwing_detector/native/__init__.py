@@ -65,7 +65,7 @@ def multiplies_bfloat16() -> bool:
 def supports(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """Whether `attend` takes these tensors, shaped as it says."""
     return (
-        query.device.type == "cpu"
+        query.device == CPU
         and query.shape[2] >= LEAST_ROWS
         and query.dtype == key.dtype == value.dtype
         and query.dtype in (torch.float16, torch.bfloat16, torch.float32)
@@ -77,10 +77,13 @@ def supports(query: Tensor, key: Tensor, value: Tensor) -> bool:
 
 def supports_row(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """Whether `attend_row` takes these tensors, shaped as it says."""
+    library = _library()
     return (
-        query.dtype == key.dtype == value.dtype == torch.float32
+        library is not None
+        and query.dtype == key.dtype == value.dtype == torch.float32
         and query.device == CPU
-        and key.shape[3] % 16 == value.shape[3] % 32 == 0
+        and key.shape[3] >= library.lanes
+        and value.shape[3] >= library.panel
         and query.stride()[3] == key.stride()[3] == value.stride()[3] == 1
         and 2 * key.shape[0] * key.shape[1] >= torch.get_num_threads()  # a head's row is one thread's
         and not torch.is_grad_enabled()
@@ -220,8 +223,8 @@ def attend_row(
 
     Args:
         query: (batch, heads, 1, width), float32, as key and value.
-        key: (batch, key-value heads, columns, width), a multiple of 16 wide.
-        value: (batch, key-value heads, columns, value width), a multiple of 32 wide.
+        key: (batch, key-value heads, columns, width), at least a register wide.
+        value: (batch, key-value heads, columns, value width), at least a panel wide.
         counted: (batch, 1) bool, as for `attend`.
         scaling: of the scores.
         scratch: memory to be used again from call to call.

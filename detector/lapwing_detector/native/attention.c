@@ -276,14 +276,16 @@ void attend(struct job *job) {
 
 enum { HEADS = 4 };
 
-/* scores[HEADS][by stride] of two columns = query[HEADS][width] times keys[2][by stride] */
-static inline void multiply_two_keys(const float *query, const float *keys, long key_stride, long width, float *scores,
-                                     long stride) {
+/* scores[HEADS][by stride] of two columns = query[HEADS][padded] times keys[2][by stride]. The last numbers of a key that
+ * are no whole register are read together with some before them, for which the query holds zeros. */
+static inline void multiply_two_keys(const float *query, long padded, const float *keys, long key_stride, long width,
+                                     float *scores, long stride) {
   lanes left[HEADS] = {0}, right[HEADS] = {0};
-  for (long d = 0; d < width; d += LANES) {
-    lanes a = *(const lanes *)(keys + d), b = *(const lanes *)(keys + key_stride + d);
+  for (long d = 0; d < padded; d += LANES) {
+    const float *key = keys + least(d, width - LANES);
+    lanes a = *(const lanes *)key, b = *(const lanes *)(key + key_stride);
     _Pragma("GCC unroll 4") for (int h = 0; h < HEADS; h++) {
-      lanes q = *(const lanes *)(query + h * width + d);
+      lanes q = *(const lanes *)(query + h * padded + d);
       left[h] += q * a, right[h] += q * b;
     }
   }
@@ -310,31 +312,37 @@ static void weigh_row(float *scores, long low, long columns, float scale) {
 /* One row of one key-value head's heads. */
 static void attend_newest(const struct job *job, float *memory, long batch, long shared) {
   const long columns = job->columns, stride = up(columns, TILE) + SKEW, heads = shared * job->group;
-  const long padded = most(up(job->group, HEADS), up(job->group, ROWS)), value_width = job->value_width;
+  const long rows = most(up(job->group, HEADS), up(job->group, ROWS));
+  const long width = job->width, padded = up(width, LANES), rest = width % LANES;
+  const long value_width = job->value_width, value_stride = up(value_width, PANEL), value_rest = value_width % PANEL;
   const float *keys = job->keys + batch * job->key_batch + shared * job->key_head;
   const float *values = job->values + batch * job->value_batch + shared * job->value_head;
-  float *query = memory, *output = query + padded * job->width, *scores = output + padded * value_width;
-  memset(query, 0, 4 * padded * (job->width + value_width));
-  for (long g = 0; g < job->group; g++)
-    memcpy(query + g * job->width, job->query + batch * job->query_batch + (heads + g) * job->query_head,
-           4 * job->width);
+  float *query = memory, *output = query + rows * padded, *scores = output + rows * value_stride;
+  memset(query, 0, 4 * rows * (padded + value_stride));
+  for (long g = 0; g < job->group; g++) {
+    const float *row = job->query + batch * job->query_batch + (heads + g) * job->query_head;
+    memcpy(query + g * padded, row, 4 * (width - rest));
+    memcpy(query + (g + 1) * padded - rest, row + width - rest, 4 * rest);
+  }
   for (long g = 0; g < job->group; g += HEADS)
     for (long c = 0; c < columns; c += 2) {
-      long at = columns > 1 ? least(c, columns - 2) : 0;
-      multiply_two_keys(query + g * job->width, keys + at * job->key_row, columns > 1 ? job->key_row : 0, job->width,
+      long at = most(least(c, columns - 2), 0);
+      multiply_two_keys(query + g * padded, padded, keys + at * job->key_row, columns > 1 ? job->key_row : 0, width,
                         scores + g * stride + at, stride);
     }
   for (long g = 0; g < job->group; g++) weigh_row(scores + g * stride, start_of(job, batch, 0), columns, job->scale);
   for (long g = 0; g < job->group; g += ROWS)
     for (long from = 0; from < columns; from += TILE)
-      for (long d = 0; d < value_width; d += PANEL)
-        multiply_values(scores + g * stride + from, stride, values + from * job->value_row + d, job->value_row,
-                        least(TILE, columns - from), output + g * value_width + d, value_width);
+      for (long d = 0; d < value_width; d += PANEL) /* the last panel reads numbers of the one before again */
+        multiply_values(scores + g * stride + from, stride,
+                        values + from * job->value_row + least(d, value_width - PANEL), job->value_row,
+                        least(TILE, columns - from), output + g * value_stride + d, value_stride);
   for (long g = 0; g < job->group; g++) {
-    const float *weights = scores + g * stride;
+    const float *weights = scores + g * stride, *row = output + g * value_stride;
+    float *written = job->output + batch * job->output_batch + (heads + g) * value_width;
     float *received = job->received + ((batch * job->shared + shared) * job->group + g) * columns;
-    memcpy(job->output + batch * job->output_batch + (heads + g) * value_width, output + g * value_width,
-           4 * value_width);
+    memcpy(written, row, 4 * (value_width - value_rest));
+    memcpy(written + value_width - value_rest, row + value_stride - value_rest, 4 * value_rest);
     job->diagonal[batch * job->diagonal_batch + (heads + g) * job->diagonal_head] = weights[columns - 1];
     if (job->counted && !job->counted[batch]) memset(received, 0, 4 * columns);
     else memcpy(received, weights, 4 * columns);

@@ -69,7 +69,7 @@ class Library:
     def scratch_floats(self, rows: int, columns: int, width: int, value_width: int) -> int:
         """What one thread needs for as many rows of the query at once, those of all heads counted."""
         padded, tiles = rows + self.lanes, -(-columns // TILE) + 1
-        return 16 + padded * (width + value_width + self.panel + 2 + tiles * (STRIDE + 1)) // 16 * 16
+        return 16 + padded * (width + value_width + 2 * self.panel + 2 + tiles * (STRIDE + 1)) // 16 * 16
 
     def run(self, function: Any, job: Job) -> None:
         """Does the job with the threads that it names, those of torch's other operations."""
