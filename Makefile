@@ -67,7 +67,9 @@ atlas: $(INSTALLED)  ## make the embedded model again from nothing and put it in
 clean:  ## remove the environment and what the demo wrote
 	rm -rf $(VENV) $(VENV)-oldest $(VENV)-newest lapwing-demo
 
-$(INSTALLED): pyproject.toml constraints.txt detector/build_native.py detector/lapwing_detector/native/attention.c
+BUILT := $(addprefix detector/,build_native.py lapwing_detector/native/attention.c lapwing_detector/native/build.py)
+
+$(INSTALLED): pyproject.toml constraints.txt $(BUILT)
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
 		{ echo "lapwing needs Python 3.11 to 3.13, $(PYTHON) is $$($(PYTHON) --version 2>&1); try: make PYTHON=python3.11"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

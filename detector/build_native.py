@@ -19,13 +19,12 @@ class NativeBuild(BuildHookInterface[Any]):
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         """Called by hatchling before it collects the files of the package."""
         native = runpy.run_path(str(Path(self.root) / BUILD))  # the package itself can't be imported yet
-        if not native["here"]():
-            return
-        try:
-            built = [native["build"](kind) for kind in native["BUILDS"]]
-        except native["CannotBuild"] as error:
-            print(f"lapwing is installed without attention in C, which is faster: {error}", file=sys.stderr)
-            return
-        build_data["artifacts"] += [f"/{path.relative_to(self.root).as_posix()}" for path in built]
-        build_data["pure_python"] = False
-        build_data["tag"] = f"py3-none-linux_{platform.machine()}"
+        for kind, options in native["KINDS"].items() if native["here"]() else ():
+            try:
+                built = native["build"](options, native["library_path"](kind))
+            except native["CannotBuild"] as error:
+                print(f"lapwing is installed without attention in C for {kind}: {error}", file=sys.stderr)
+                continue
+            build_data["artifacts"].append(f"/{built.relative_to(self.root).as_posix()}")
+            build_data["pure_python"] = False
+            build_data["tag"] = f"py3-none-linux_{platform.machine()}"

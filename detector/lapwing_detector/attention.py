@@ -50,7 +50,8 @@ def attend(
         softcap: scores become softcap * tanh(scores / softcap), before the mask.
         sinks: (heads,) learned logits that take part in the denominator and are dropped from the map.
         starts: (batch or 1, rows) with a mask: the first column of each row, if every row that counts sees all
-            columns from there up to its own; None: not known.
+            columns from there up to its own; None: not known. What the others see is then not looked up in the mask,
+            and their output is not that of another route.
         scratch: memory to be used again from call to call.
 
     Returns:

@@ -107,9 +107,9 @@ def test_control_padding_counted(breaking: pytest.MonkeyPatch, side: str, whole_
         return replace(place, counted=None)
 
     breaking.setattr(forward.Forward, "report", all_count)
-    # On the right, padding looks like real rows; on the left it sees nothing, and attends to everything: in C only to
-    # what lies before it, which is padding, too.
-    breaking.setattr(native, "available", lambda: False)
+    # On the right, padding looks like real rows; on the left it sees nothing, and attends to everything.
+    if side == "left":  # in C only to what lies before it, which is padding, too
+        breaking.setattr(native, "available", lambda: False)
     assert padding_error(tiny_model("llama"), side, whole_mask) > 0.01
 
 

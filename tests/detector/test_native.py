@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,131 +12,22 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lapwing_detector import native
 from lapwing_detector.capture import capture_attention
-from lapwing_detector.native import build, library
+from lapwing_detector.native import attending, build, library
 from lapwing_detector.scratch import Scratch
-from tests.detector.tiny_models import captured_forward, tiny_model, token_ids
-
-SAME = 2e-6
-"""Of each number, or of itself where it is larger than 1: float32 sums of at most 330, each rounded at 6e-8."""
-
-needs_library = pytest.mark.skipif(not native.available(), reason="attention in C is not built, or not for this CPU")
-needs_compiler = pytest.mark.skipif(
-    not (build.here() and any(map(shutil.which, ("cc", "gcc", "clang")))), reason="there is no C compiler"
+from tests.detector.native_cases import (
+    BUILDS,
+    SAME,
+    SHAPES,
+    Case,
+    Inputs,
+    attended,
+    errors,
+    made,
+    needs_compiler,
+    needs_library,
+    whole,
 )
-
-BUILDS = {
-    "installed": None,
-    "wide": ("-mavx2", "-mfma", "-Wno-psabi", "-DLANES=16", "-DROWS=12"),
-    "narrow": ("-DLANES=4", "-DROWS=2"),
-}
-"""The widths of other CPUs, in instructions that this one has."""
-
-
-@dataclass(frozen=True)
-class Case:
-    batch: int = 2
-    heads: int = 6
-    shared: int = 3
-    rows: int = 90
-    first: int = 0
-    width: int = 8
-    value_width: int = 8
-    kind: str = "plain"
-    scaling: float = 0.3
-    spread: float = 1.0
-    """Of the numbers in query, key and value."""
-
-
-SHAPES = {
-    "plain": Case(),
-    "one sequence": Case(batch=1, rows=330, width=64, value_width=64, scaling=0.125),
-    "behind a cache": Case(first=211, rows=64),
-    "one row more than a tile": Case(rows=129),
-    "as many as a tile": Case(rows=128),
-    "no head shares": Case(heads=3, rows=100),
-    "all share one": Case(heads=71, shared=1, rows=40, first=3),
-    "a group of five": Case(heads=5, shared=1, rows=77),
-    "wide keys": Case(batch=1, heads=2, shared=1, rows=150, width=192, value_width=128, scaling=0.07),
-    "odd widths": Case(width=7, value_width=21),
-    "one number wide": Case(width=1, value_width=1),
-    "window": Case(kind="window", rows=330),
-    "padding on the left": Case(kind="left"),
-    "padding on the right": Case(kind="right"),
-    "rows that see nothing": Case(kind="blind"),
-    "sharp": Case(rows=200, width=32, scaling=1.0, spread=3.0),
-    "flat": Case(rows=330, scaling=1e-4),
-}
-
-
-@dataclass(frozen=True)
-class Inputs:
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    starts: Tensor | None
-    counted: Tensor | None
-
-    def to(self, dtype: torch.dtype) -> Inputs:
-        return Inputs(self.query.to(dtype), self.key.to(dtype), self.value.to(dtype), self.starts, self.counted)
-
-
-def made(of: Case, seed: int = 0) -> Inputs:
-    generator = torch.Generator().manual_seed(seed)
-
-    def random(heads: int, tokens: int, width: int) -> Tensor:  # laid out as projections give them
-        return torch.randn(of.batch, tokens, heads, width, generator=generator).transpose(1, 2) * of.spread
-
-    own = torch.arange(of.first, of.first + of.rows)
-    starts, counted = None, None
-    if of.kind == "window":
-        starts = (own - 150).clamp(min=0)[None].int()  # one for all sequences
-    elif of.kind == "left":
-        padding = torch.tensor([0, 37])
-        counted = own >= padding[:, None]
-        starts = torch.where(counted, padding[:, None], 0).int()
-    elif of.kind == "right":
-        counted = own < torch.tensor([[of.rows], [31]])
-    elif of.kind == "blind":
-        starts = torch.where(own % 5 == 2, own + 1, 0).int()[None]
-    columns = of.first + of.rows
-    return Inputs(
-        random(of.heads, of.rows, of.width),
-        random(of.shared, columns, of.width),
-        random(of.shared, columns, of.value_width),
-        starts,
-        counted,
-    )
-
-
-def whole(of: Case, given: Inputs) -> tuple[Tensor, Tensor, Tensor]:
-    """The same three from the whole map in float64."""
-    group = of.heads // of.shared
-    query, key, value = given.query.double(), given.key.double(), given.value.double()
-    scores = query @ key.repeat_interleave(group, 1).transpose(-1, -2) * of.scaling
-    rows, columns = scores.shape[-2:]
-    own, seen = torch.arange(of.first, columns)[:, None], torch.arange(columns)
-    starts = torch.zeros(1, rows) if given.starts is None else given.starts
-    visible = (seen <= own) & (seen >= starts[:, None, :, None])
-    maps = scores.masked_fill(~visible, -torch.inf).softmax(-1).nan_to_num(0.0)
-    counted = maps if given.counted is None else maps * given.counted[:, None, :, None]
-    output = (maps @ value.repeat_interleave(group, 1)).transpose(1, 2)
-    return output, maps.diagonal(offset=of.first, dim1=-2, dim2=-1), counted.sum(-2)
-
-
-def attended(of: Case, given: Inputs, scratch: Scratch | None = None, **changes: object) -> tuple[Tensor, ...]:
-    options: dict[str, object] = {
-        "starts": given.starts,
-        "first": of.first,
-        "counted": given.counted,
-        "scaling": of.scaling,
-        **changes,
-    }
-    return native.attend(given.query, given.key, given.value, scratch=scratch or Scratch(), **options)  # type: ignore[arg-type]
-
-
-def errors(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> list[float]:
-    pairs = zip(found, expected, strict=True)
-    return [float(((one - other) / other.abs().clamp(min=1)).abs().max()) for one, other in pairs]
+from tests.detector.tiny_models import captured_forward, tiny_model, token_ids
 
 
 @pytest.fixture(autouse=True)
@@ -151,11 +40,10 @@ def _two_threads() -> Iterator[None]:
 
 @pytest.fixture(scope="module", params=BUILDS)
 def any_build(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Callable[[], object]:
-    flags, kind = BUILDS[request.param], library.fitting()
-    if flags is None or kind is None:
-        return native._library
-    path = build.build(kind, tmp_path_factory.mktemp("built") / f"{request.param}.so", flags)
-    loaded = library.load(kind, path)
+    options = BUILDS[request.param]
+    if options is None:
+        return library.installed
+    loaded = library.load(build.build(options, tmp_path_factory.mktemp("built") / "library.so"), options)
     return lambda: loaded
 
 
@@ -163,13 +51,16 @@ def any_build(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 @needs_compiler
 @pytest.mark.parametrize("shape", SHAPES)
 def test_equals_the_whole_map(any_build, shape, monkeypatch):
-    monkeypatch.setattr(native, "_library", any_build)
+    monkeypatch.setattr(library, "installed", any_build)
     of = SHAPES[shape]
     given = made(of)
-    exact = whole(of, given)
-    # scores are rounded at 6e-8 of their size, and what is off by that is off by as much of itself
-    largest = float(given.query.abs().amax() * given.key.abs().amax() * of.width * of.scaling)
-    assert max(errors(attended(of, given), exact)) < SAME * max(1.0, of.spread * largest / 4)
+    # Scores are rounded at 6e-8 of their size, and weights are off by as much of themselves as scores are.
+    assert max(errors(attended(of, given), whole(of, given))) < SAME * max(1.0, largest_score(of, given))
+
+
+def largest_score(of: Case, given: Inputs) -> float:
+    key = given.key.repeat_interleave(of.heads // of.shared, 1)
+    return float((given.query @ key.transpose(-1, -2)).abs().max()) * abs(of.scaling)
 
 
 @needs_library
@@ -189,18 +80,19 @@ def test_the_control_of_each_argument_is_far_from_the_whole_map():
 @pytest.mark.parametrize(
     "sizes",
     [
-        {"TOGETHER_BYTES": 1},
-        {"TOGETHER_BYTES": 2 * 90 * 3 * 16 * 4},
+        {"PACKED_BYTES": 1},
+        {"PACKED_BYTES": 2 * 90 * 16 * 4},
         {"WEIGHTS_BYTES": 1},
         {"BLOCK_ROWS": 10_000},
         {"UNITS": 1},
         {"UNITS": 1000},
+        {"UNITS": 1000, "SUMS_BYTES": 1},
     ],
     ids=str,
 )
 def test_pieces_of_every_size_and_any_number_of_threads(sizes, threads, monkeypatch):
     for name, size in sizes.items():
-        monkeypatch.setattr(native, name, size)
+        monkeypatch.setattr(attending, name, size)
     torch.set_num_threads(threads)
     scratch = Scratch()
     # Growing and shrinking shapes over the same memory.
@@ -210,8 +102,10 @@ def test_pieces_of_every_size_and_any_number_of_threads(sizes, threads, monkeypa
 
 
 @needs_library
+@pytest.mark.parametrize("rounded", [attending.ROUNDED_BYTES, 100_000, 1])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_rounds_the_output_only(dtype):
+def test_half_precision_rounds_the_output_only(dtype, rounded, monkeypatch):
+    monkeypatch.setattr(attending, "ROUNDED_BYTES", rounded)
     of = SHAPES["one sequence"]
     given = made(of).to(dtype)
     output, *sums = attended(of, given)
@@ -278,6 +172,49 @@ def row_by_row(of: Case, given: Inputs) -> Tensor:
 
 
 @needs_library
+@pytest.mark.parametrize("scaling", [0.0, -0.3])
+def test_scores_without_or_with_the_other_sign(scaling):
+    of = Case(rows=150, kind="left", scaling=scaling)
+    given = made(of)
+    assert max(errors(attended(of, given), whole(of, given))) < SAME
+
+
+@needs_library
+@pytest.mark.parametrize("rows", [1, 40])
+def test_scores_far_beyond_what_exp_can_take(rows):
+    of = Case(batch=1, heads=1, shared=1, rows=rows, first=40 - rows, width=32, value_width=32, scaling=1.0)
+    given = made(of)
+    given.query[:] = 65536.0
+    given.key[:] = 65536.0 * torch.linspace(0.1, 1.0, 40)[:, None]  # each is far above all before it
+    if rows == 1:
+        found = native.attend_row(
+            given.query, given.key, given.value, counted=None, scaling=of.scaling, scratch=Scratch()
+        )
+    else:
+        found = attended(of, given)
+    assert torch.equal(found[0], given.value[:, :, of.first :].transpose(1, 2))
+    assert bool((found[1] == 1).all())
+    assert found[2].tolist() == [[[0.0] * of.first + [1.0] * rows]]
+
+
+@needs_library
+@pytest.mark.parametrize("lanes", [8, 16])
+@pytest.mark.parametrize("threads", [1, 2, 16, 128])
+@pytest.mark.parametrize("columns", [512, 8192, 32768])
+@pytest.mark.parametrize(("heads", "shared", "width"), [(32, 8, 128), (32, 32, 128), (71, 1, 64), (16, 4, 64)])
+def test_what_it_keeps_for_itself_is_bounded(lanes, threads, columns, heads, shared, width):
+    built, group = replace(library.installed(), lanes=lanes, rows={8: 6, 16: 12}[lanes]), heads // shared
+    together = max(1, min(shared, attending.PACKED_BYTES // (4 * columns * 2 * width)))
+    how = attending.plan(built, threads, together, group, columns, columns, width, width)
+    packed = together * columns * 2 * width
+    assert 1 <= how.threads <= threads
+    assert how.shares >= 1
+    numbers = packed + how.threads * how.each + how.shares * together * group * columns
+    assert 4 * numbers < 64e6 - attending.ROUNDED_BYTES
+    assert packed > 4e6 or together == shared  # and it is not divided further than it must be
+
+
+@needs_library
 def test_weights_too_small_for_a_number_are_zero():
     of = Case(batch=1, heads=1, shared=1, rows=40, width=2, value_width=2, scaling=1.0)
     given = made(of)
@@ -308,7 +245,7 @@ ROWS = {
 @pytest.mark.parametrize("shape", ROWS)
 @pytest.mark.parametrize("counts", [None, True, False])
 def test_one_row_equals_the_whole_map(any_build, shape, counts, monkeypatch):
-    monkeypatch.setattr(native, "_library", any_build)
+    monkeypatch.setattr(library, "installed", any_build)
     of = ROWS[shape]
     counted = None if counts is None else torch.tensor([[counts]] * of.batch)
     given = replace(made(of), counted=counted)
@@ -316,7 +253,8 @@ def test_one_row_equals_the_whole_map(any_build, shape, counts, monkeypatch):
     key, value = cache[0, :, :, : of.first + 1, : of.width], cache[1, :, :, : of.first + 1, : of.value_width]
     key.copy_(given.key)
     value.copy_(given.value)
-    assert native.supports_row(given.query, key, value) is not torch.is_grad_enabled()
+    with torch.no_grad():
+        assert native.supports_row(given.query, key, value) is (of.width >= 16 and of.value_width >= 32)
     found = native.attend_row(given.query, key, value, counted=counted, scaling=of.scaling, scratch=Scratch())
     assert max(errors(found, whole(of, given))) < SAME * of.spread**2
     other = native.attend_row(given.query, key, value, counted=counted, scaling=of.scaling * 1.1, scratch=Scratch())
@@ -338,7 +276,7 @@ def test_one_row_of_few_heads_is_left_to_all_threads():
 
 
 @needs_library
-def test_what_it_takes():
+def test_what_it_takes(monkeypatch):
     query, key, value = (torch.randn(1, 2, native.LEAST_ROWS, 8) for _ in range(3))
     with torch.no_grad():
         assert native.supports(query, key, value)
@@ -346,6 +284,10 @@ def test_what_it_takes():
         assert not native.supports(query.double(), key.double(), value.double())
         assert not native.supports(query, key.bfloat16(), value)
         assert not native.supports(query.to("meta"), key.to("meta"), value.to("meta"))
+        for instructions, taken in ((False, True), (True, False)):
+            monkeypatch.setattr(native, "multiplies_bfloat16", lambda found=instructions: found)
+            assert native.supports(query.bfloat16(), key.bfloat16(), value.bfloat16()) is taken
+            assert native.supports(query.half(), key.half(), value.half())
     assert not native.supports(query, key, value)  # gradients are recorded
 
 
@@ -379,61 +321,3 @@ def test_models_are_read_by_it_where_it_knows_their_attention(monkeypatch):
         wide.generate(ids, max_new_tokens=4, do_sample=False, eos_token_id=None)
     assert captured.summaries()[0].diagonal.shape[-1] == 44
     assert rows == [40, 40] + 2 * 4 * [1]  # the row of the last token is computed when it is asked for
-
-
-@needs_compiler
-def test_a_compiler_means_a_library():
-    assert native.available() or library.fitting() is None
-
-
-def test_a_library_of_another_source_is_refused(tmp_path, monkeypatch):
-    with pytest.raises(library.Missing, match=r"is not built .*-m lapwing_detector.native does so"):
-        library.load("avx2", tmp_path / "none.so")
-    if not build.here():
-        return
-    path = build.build("avx2", tmp_path / "built.so", BUILDS["narrow"])
-    assert library.load("avx2", path).lanes == 4
-    monkeypatch.setattr(library, "digest", lambda: "0" * 64)
-    with pytest.raises(library.Missing, match="built from another version of its source"):
-        library.load("avx2", path)
-
-
-def test_without_a_library_torch_does_the_same_and_says_so_once(monkeypatch, recwarn):
-    monkeypatch.setattr(native, "fitting", lambda: "avx2")
-    monkeypatch.setattr(native, "load", _missing)
-    native._library.cache_clear()
-    native.available.cache_clear()
-    try:
-        assert not native.available()
-        assert not native.available()
-    finally:
-        native._library.cache_clear()
-        native.available.cache_clear()
-    assert [str(one.message) for one in recwarn if one.category is native.NativeMissing] == [
-        "not built, so torch alone captures attention, more slowly"
-    ]
-
-
-def _missing(kind: str) -> library.Library:
-    raise library.Missing("not built")
-
-
-@pytest.mark.parametrize(
-    ("compiler", "message"),
-    [("no-such-compiler", "no-such-compiler does not start: No such file"), ("false", "false refuses attention.c")],
-)
-def test_a_failed_build_leaves_what_was_there(compiler, message, tmp_path, monkeypatch):
-    monkeypatch.setenv("CC", compiler)
-    path = tmp_path / "built.so"
-    path.write_text("as it was")
-    with pytest.raises(build.CannotBuild, match=message):
-        build.build("avx2", path)
-    assert path.read_text() == "as it was"
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_without_a_compiler_it_says_what_to_install(tmp_path, monkeypatch):
-    monkeypatch.delenv("CC", raising=False)
-    monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(build.CannotBuild, match="install gcc, or set CC"):
-        build.build("avx2", Path(tmp_path, "built.so"))

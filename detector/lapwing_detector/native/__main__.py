@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import sys
 
-from lapwing_detector.native.build import BUILDS, CannotBuild, build, here
+from lapwing_detector.native.build import KINDS, CannotBuild, build, here, library_path
 
 
 def main() -> int:
@@ -13,13 +13,15 @@ def main() -> int:
     if not here():
         print(f"nothing to build: for Linux on x86_64 only, not {platform.system()} on {platform.machine()}")
         return 1
-    try:
-        for kind in BUILDS:
-            print(build(kind))
-    except CannotBuild as error:
-        print(error, file=sys.stderr)
-        return 1
-    return 0
+    failed = False
+    for kind, options in KINDS.items():
+        try:
+            print(build(options, library_path(kind)))
+        except CannotBuild as error:
+            print(f"{kind}: {error}", file=sys.stderr)
+            failed = True
+    return int(failed)
 
 
-sys.exit(main())
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,4 +1,4 @@
-/* Causal attention of some rows, with the sums that are kept of each map, in one pass over tiles that fit a CPU's cache.
+/* Causal attention of some rows, with the sums that are kept of each map, in one pass over tiles that fit the caches.
  *
  * A block is a few rows of all the heads that share their keys. Tile by tile of its columns, as many rows as fit the
  * registers are multiplied by the keys, their weights taken relative to the largest score so far (Milakov and
@@ -6,19 +6,22 @@
  * row's denominator is known, and with it what every tile's weights are worth in the sums of the columns.
  *
  * Built once for each instruction set, with LANES (floats of a register), ROWS (rows whose sums fit the registers, two
- * registers each) and BUILT_FROM (a digest of this file). Knows floats and sizes only; __init__.py describes each one.
+ * registers each) and BUILT_FROM (a digest of this file and of how it is built). Knows floats and sizes only;
+ * attending.py fills them in.
  */
 #include <math.h>
 #include <stdatomic.h>
 #include <string.h>
 
-enum { PANEL = 2 * LANES, TILE = 128, SKEW = 16, STRIDE = TILE + SKEW };  /* SKEW: rows must not all lie on one set of the cache */
+/* SKEW: else all rows of a tile would lie on the same few lines of the cache */
+enum { PANEL = 2 * LANES, TILE = 128, SKEW = 16, STRIDE = TILE + SKEW, HEADS = 4 };
+_Static_assert(TILE % PANEL == 0 && SKEW % LANES == 0, "a tile is some panels, and panels some registers");
 
 typedef float lanes __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef int whole __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
 const char built_from[] = BUILT_FROM;
-const int lanes_of_register = LANES;
+const int sizes[] = {LANES, ROWS, TILE, STRIDE, HEADS};
 
 #define EACH_ROW _Pragma("GCC unroll 16") for (int i = 0; i < ROWS; i++)
 
@@ -31,13 +34,14 @@ struct job {
   const unsigned char *counted;  /* [batch][rows]; or none: all */
   float *output;                 /* [batch][rows][heads][value_width], by two strides */
   float *diagonal;               /* [batch][heads][rows], by two strides */
-  float *received;               /* [shares][batch * shared * group][columns], added to */
-  float *scratch;                /* [threads][scratch_each] */
+  float *received;               /* [shares][batch * shared * group][columns], added to; of one row
+                                    written, without shares */
+  float *scratch;                /* [threads][scratch_each]; how much that is: library.py */
   long query_batch, starts_batch, output_batch, diagonal_batch, query_head, query_row, output_row, diagonal_head;
   long key_batch, key_head, key_row, value_batch, value_head, value_row;
   long batch, shared, group, rows, first, columns, width, value_width, panels, value_panels;
   long shares, block_rows, threads, scratch_each;
-  float scale;                   /* of the scores, more than 0, log2(e) included */
+  float scale;                   /* of the scores, log2(e) included */
   atomic_long joined, next;
 };
 
@@ -77,15 +81,18 @@ static inline lanes higher(lanes a, lanes b) {
   return (lanes)((more & (whole)a) | (~more & (whole)b));
 }
 
-/* scores[ROWS][STRIDE] = query[width][ROWS] times keys[width][PANEL] */
-static inline void multiply_keys(const float *query, const float *keys, long width, float *scores) {
+/* scores[ROWS][STRIDE] = scale times query[width][ROWS] times keys[width][PANEL] */
+static inline void multiply_keys(const float *query, const float *keys, long width, float scale, float *scores) {
   lanes left[ROWS], right[ROWS];
   EACH_ROW left[i] = right[i] = (lanes){0};
   for (long d = 0; d < width; d++, query += ROWS, keys += PANEL) {
     lanes a = *(const lanes *)keys, b = *(const lanes *)(keys + LANES);
     EACH_ROW left[i] += query[i] * a, right[i] += query[i] * b;
   }
-  EACH_ROW *(lanes *)(scores + i * STRIDE) = left[i], *(lanes *)(scores + i * STRIDE + LANES) = right[i];
+  EACH_ROW {
+    *(lanes *)(scores + i * STRIDE) = left[i] * scale;
+    *(lanes *)(scores + i * STRIDE + LANES) = right[i] * scale;
+  }
 }
 
 /* output[ROWS][by stride] += weights[ROWS][by stride] times values[columns][by stride], PANEL of these at a time */
@@ -117,7 +124,7 @@ static inline float sum(lanes x) {
 
 /* One row's scores [begin, end) of a tile become weights, zero but in [low, stop); the row's output is kept in step. */
 static void weigh(struct block *b, long row, long tile, float *scores, long begin, long end, long low, long stop,
-                  float scale, long value_stride) {
+                  long value_stride) {
   low = most(low, begin), stop = least(stop, end);
   if (low >= stop) {
     memset(scores + begin, 0, 4 * (end - begin));
@@ -128,7 +135,7 @@ static void weigh(struct block *b, long row, long tile, float *scores, long begi
   for (long c = stop; c < end; c++) scores[c] = -INFINITY;
   lanes high = *(lanes *)(scores + begin);
   for (long c = begin + LANES; c < end; c += LANES) high = higher(*(lanes *)(scores + c), high);
-  float before = b->highest[row], now = widest(high) * scale;
+  float before = b->highest[row], now = widest(high);
   if (now > before) {
     float shrunk = exp2f(before - now), *output = b->output + row * value_stride;
     b->highest[row] = now, b->total[row] *= shrunk;
@@ -138,7 +145,7 @@ static void weigh(struct block *b, long row, long tile, float *scores, long begi
   }
   lanes total = {0};
   for (long c = begin; c < end; c += LANES) {
-    lanes weights = power_of_two(*(lanes *)(scores + c) * scale - now);
+    lanes weights = power_of_two(*(lanes *)(scores + c) - now);
     *(lanes *)(scores + c) = weights;
     total += weights;
   }
@@ -147,7 +154,7 @@ static void weigh(struct block *b, long row, long tile, float *scores, long begi
 }
 
 static long start_of(const struct job *job, long batch, long row) {
-  return job->starts ? job->starts[batch * job->starts_batch + row] : 0;
+  return job->starts ? most(job->starts[batch * job->starts_batch + row], 0) : 0;
 }
 
 static void pack_query(const struct job *job, struct block *b, long batch, long heads) {
@@ -178,13 +185,13 @@ static void attend_tile(const struct job *job, struct block *b, long batch, long
   if (begin < end) {
     const float *keys = job->keys + (b->pair * job->panels + from / PANEL) * job->width * PANEL;
     for (long c = begin; c < end; c += PANEL)
-      multiply_keys(b->query + group * job->width, keys + c * job->width, job->width, weights + c);
+      multiply_keys(b->query + group * job->width, keys + c * job->width, job->width, job->scale, weights + c);
   }
   for (long r = group; r < group + ROWS; r++) {
     long row = b->begin + r / job->group;
     int real = r < b->rows;
     weigh(b, r, tile - b->low / TILE, weights + (r - group) * STRIDE, begin, end,
-          real ? start_of(job, batch, row) - from : end, real ? job->first + row + 1 - from : end, job->scale, value_stride);
+          real ? start_of(job, batch, row) - from : end, real ? job->first + row + 1 - from : end, value_stride);
   }
   if (begin < end) {
     const float *values = job->values + b->pair * job->value_panels * job->columns * PANEL;
@@ -266,7 +273,8 @@ void attend(struct job *job) {
   if (thread >= job->threads) return;
   float *memory = job->scratch + thread * job->scratch_each;
   const long blocks = (job->rows + job->block_rows - 1) / job->block_rows;
-  /* A share of a head's blocks is one thread's, and the shares are added up in their order: the same sums each time. */
+  /* A share of a head's blocks is one thread's, and the shares are added up in their order: with as many threads the
+   * same sums each time. */
   for (long unit; (unit = atomic_fetch_add(&job->next, 1)) < job->batch * job->shared * job->shares;) {
     long pair = unit / job->shares, share = unit % job->shares;
     for (long block = blocks - 1 - share; block >= 0; block -= job->shares)
@@ -274,12 +282,10 @@ void attend(struct job *job) {
   }
 }
 
-enum { HEADS = 4 };
-
-/* scores[HEADS][by stride] of two columns = query[HEADS][padded] times keys[2][by stride]. The last numbers of a key that
- * are no whole register are read together with some before them, for which the query holds zeros. */
+/* scores[HEADS][by stride] of two columns = scale times query[HEADS][padded] times keys[2][by stride]. The last numbers
+ * of a key that are no whole register are read with some before them, for which the query holds zeros. */
 static inline void multiply_two_keys(const float *query, long padded, const float *keys, long key_stride, long width,
-                                     float *scores, long stride) {
+                                     float scale, float *scores, long stride) {
   lanes left[HEADS] = {0}, right[HEADS] = {0};
   for (long d = 0; d < padded; d += LANES) {
     const float *key = keys + least(d, width - LANES);
@@ -289,19 +295,19 @@ static inline void multiply_two_keys(const float *query, long padded, const floa
       left[h] += q * a, right[h] += q * b;
     }
   }
-  for (int h = 0; h < HEADS; h++) scores[h * stride] = sum(left[h]), scores[h * stride + 1] = sum(right[h]);
+  for (int h = 0; h < HEADS; h++, scores += stride) scores[0] = sum(left[h]) * scale, scores[1] = sum(right[h]) * scale;
 }
 
 /* Scores[low, columns) of one head become weights, zero before; the columns are filled up to a whole register. */
-static void weigh_row(float *scores, long low, long columns, float scale) {
+static void weigh_row(float *scores, long low, long columns) {
   long begin = low / LANES * LANES, end = up(columns, LANES);
   for (long c = 0; c < low; c++) scores[c] = c < begin ? 0 : -INFINITY;
   for (long c = columns; c < end; c++) scores[c] = -INFINITY;
   lanes high = *(lanes *)(scores + begin), total = {0};
   for (long c = begin + LANES; c < end; c += LANES) high = higher(*(lanes *)(scores + c), high);
-  float most = widest(high) * scale;
+  float highest = widest(high);
   for (long c = begin; c < end; c += LANES) {
-    lanes weights = power_of_two(*(lanes *)(scores + c) * scale - most);
+    lanes weights = power_of_two(*(lanes *)(scores + c) - highest);
     *(lanes *)(scores + c) = weights;
     total += weights;
   }
@@ -328,9 +334,9 @@ static void attend_newest(const struct job *job, float *memory, long batch, long
     for (long c = 0; c < columns; c += 2) {
       long at = most(least(c, columns - 2), 0);
       multiply_two_keys(query + g * padded, padded, keys + at * job->key_row, columns > 1 ? job->key_row : 0, width,
-                        scores + g * stride + at, stride);
+                        job->scale, scores + g * stride + at, stride);
     }
-  for (long g = 0; g < job->group; g++) weigh_row(scores + g * stride, start_of(job, batch, 0), columns, job->scale);
+  for (long g = 0; g < job->group; g++) weigh_row(scores + g * stride, start_of(job, batch, 0), columns);
   for (long g = 0; g < job->group; g += ROWS)
     for (long from = 0; from < columns; from += TILE)
       for (long d = 0; d < value_width; d += PANEL) /* the last panel reads numbers of the one before again */

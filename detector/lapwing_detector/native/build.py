@@ -19,20 +19,15 @@ SOURCE = FOLDER / "attention.c"
 
 FLAGS = ("-O3", "-std=gnu11", "-ffp-contract=fast", "-fPIC", "-shared")
 
-BUILDS = {
+KINDS = {
     "avx2": ("-mavx2", "-mfma", "-DLANES=8", "-DROWS=6"),
     "avx512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-DLANES=16", "-DROWS=12"),
 }
-"""By kind of CPU: its instructions, the floats of its registers, and of how many rows the sums fit into them."""
+"""Of CPUs: their instructions, the floats of their registers, and of how many rows the sums fit into these."""
 
 
 class CannotBuild(Exception):
     """The text says why."""
-
-
-def library_path(kind: str) -> Path:
-    """Where the library for a kind of CPU lies once it is built."""
-    return FOLDER / f"attention_{kind}.so"
 
 
 def here() -> bool:
@@ -40,31 +35,38 @@ def here() -> bool:
     return (platform.system(), platform.machine()) == ("Linux", "x86_64")
 
 
-def digest() -> str:
-    """Of the source: every library holds the one that it was built from."""
-    return hashlib.sha256(SOURCE.read_bytes()).hexdigest()
+def library_path(kind: str) -> Path:
+    """Where the library for a kind of CPU lies once it is built."""
+    return FOLDER / f"attention_{kind}.so"
 
 
-def build(kind: str, path: Path | None = None, flags: tuple[str, ...] | None = None) -> Path:
-    """Builds the library for a kind of CPU; it takes the place of an older one only when it is whole.
+def digest(options: tuple[str, ...]) -> str:
+    """Of the source and of how it is built: every library holds its own."""
+    return hashlib.sha256(SOURCE.read_bytes() + " ".join(FLAGS + options).encode()).hexdigest()
+
+
+def build(options: tuple[str, ...], path: Path) -> Path:
+    """Builds a library; it takes the place of an older one only when it is whole.
+
+    Args:
+        options: for the compiler, such as one of `KINDS`.
+        path: of the library.
 
     Raises:
-        CannotBuild: there is no compiler, or it refuses.
+        CannotBuild: there is no compiler, or it refuses, or the folder can't be written.
     """
-    path = path or library_path(kind)
     compiler = shlex.split(os.environ.get("CC", "")) or [_compiler()]
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".building-") as folder:
-        built = Path(folder, path.name)
-        options = (*FLAGS, *(BUILDS[kind] if flags is None else flags), f'-DBUILT_FROM="{digest()}"')
-        try:
-            subprocess.run(
-                [*compiler, *options, str(SOURCE), "-o", str(built), "-lm"], check=True, capture_output=True, text=True
-            )
-        except OSError as error:
-            raise CannotBuild(f"{compiler[0]} does not start: {error.strerror}") from None
-        except subprocess.CalledProcessError as error:
-            raise CannotBuild(f"{compiler[0]} refuses {SOURCE.name}: {error.stderr.strip()}") from None
-        built.replace(path)
+    try:
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".building-") as folder:
+            built = Path(folder, path.name)
+            defined = f'-DBUILT_FROM="{digest(options)}"'
+            command = [*compiler, *FLAGS, *options, defined, str(SOURCE), "-o", str(built), "-lm"]
+            subprocess.run(command, check=True, capture_output=True, text=True, errors="replace")
+            built.replace(path)
+    except subprocess.CalledProcessError as error:
+        raise CannotBuild(f"{compiler[0]} refuses {SOURCE.name}: {error.stderr.strip()}") from None
+    except OSError as error:
+        raise CannotBuild(str(error)) from None
     return path
 
 

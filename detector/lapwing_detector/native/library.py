@@ -1,23 +1,21 @@
-"""The shared library that `attention.c` was built into when the package was installed: found, loaded, called."""
+"""The shared library that `attention.c` was built into: found, loaded, called."""
 
 from __future__ import annotations
 
 import ctypes
 import sys
+import warnings
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lapwing_detector.native.build import BUILDS, digest, here, library_path
+from lapwing_detector.native.build import KINDS, digest, here, library_path
 
 BUILD = f"{Path(sys.executable).name} -m lapwing_detector.native"
-
-PANEL_REGISTERS, TILE, STRIDE = 2, 128, 144
-"""As in the source: registers to a panel, columns of a tile, and floats from row to row of its weights."""
-
 
 POINTERS = ("query", "keys", "values", "starts", "counted", "output", "diagonal", "received", "scratch")
 STRIDES = (
@@ -32,8 +30,12 @@ SIZES = (
 COUNTERS = ("joined", "next")
 
 
+class NativeMissing(UserWarning):
+    """Attention could be captured faster on this CPU."""
+
+
 class Missing(Exception):
-    """The library can't be used; the text says why."""
+    """A library can't be used; the text says why."""
 
 
 class Job(ctypes.Structure):
@@ -54,6 +56,18 @@ class Library:
     lanes: int
     """Floats of a register."""
 
+    rows: int
+    """Rows that are multiplied at once."""
+
+    tile: int
+    """Columns of a tile."""
+
+    stride: int
+    """Floats from row to row of a tile's weights."""
+
+    heads: int
+    """Heads that are multiplied at once for one row."""
+
     many_rows: Any
     one_row: Any
     """Functions of the library."""
@@ -64,12 +78,19 @@ class Library:
     @property
     def panel(self) -> int:
         """Columns of keys, or of values, that are laid side by side."""
-        return PANEL_REGISTERS * self.lanes
+        return 2 * self.lanes
 
-    def scratch_floats(self, rows: int, columns: int, width: int, value_width: int) -> int:
-        """What one thread needs for as many rows of the query at once, those of all heads counted."""
-        padded, tiles = rows + self.lanes, -(-columns // TILE) + 1
-        return 16 + padded * (width + value_width + 2 * self.panel + 2 + tiles * (STRIDE + 1)) // 16 * 16
+    def floats_for_block(self, rows: int, columns: int, width: int, value_width: int) -> int:
+        """That one thread needs for a block of as many rows of the query, those of all heads counted."""
+        tiles = -(-columns // self.tile)
+        each = width + _up(value_width, self.panel) + 2 + tiles * (self.stride + 1)
+        return _up(_up(rows, self.rows) * each + 16, 16)
+
+    def floats_for_row(self, group: int, columns: int, width: int, value_width: int) -> int:
+        """That one thread needs for one row of the heads that share their keys."""
+        rows = max(_up(group, self.heads), _up(group, self.rows))
+        stride = _up(columns, self.tile) + self.stride - self.tile
+        return _up(rows * (_up(width, self.lanes) + _up(value_width, self.panel) + stride), 16)
 
     def run(self, function: Any, job: Job) -> None:
         """Does the job with the threads that it names, those of torch's other operations."""
@@ -81,31 +102,44 @@ def address(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-def fitting() -> str | None:
-    """The kind of CPU that this is, as `BUILDS` calls it; None if there is no library for it."""
+@cache
+def installed() -> Library | None:
+    """The library for this CPU; a warning says once why there is none where there could be."""
+    kind = kind_of_cpu()
+    try:
+        return None if kind is None else load(library_path(kind), KINDS[kind])
+    except Missing as error:
+        warnings.warn(f"{error}, so torch alone captures attention, more slowly", NativeMissing, stacklevel=2)
+        return None
+
+
+def kind_of_cpu() -> str | None:
+    """As `KINDS` calls it; None if there is no library for it."""
     kind = torch.backends.cpu.get_cpu_capability().lower()
-    return kind if here() and kind in BUILDS else None
+    return kind if here() and kind in KINDS else None
 
 
-def load(kind: str, path: Path | None = None) -> Library:
-    """The library for a kind of CPU.
+def load(path: Path, options: tuple[str, ...]) -> Library:
+    """A library that was built with these options.
 
     Raises:
-        Missing: it was not built, or from another source, or torch has other threads than it can use.
+        Missing: it was not built, or from another source or otherwise, or it or torch's threads can't be used.
     """
-    path = path or library_path(kind)
     if not path.is_file():
         raise Missing(f"attention in C is not built ({BUILD} does so; it needs a C compiler)")
-    library = ctypes.CDLL(str(path))
-    if (ctypes.c_char * 64).in_dll(library, "built_from").value.decode() != digest():
-        raise Missing(f"{path.name} was built from another version of its source ({BUILD} builds it anew)")
-    # Torch's own OpenMP: threads of another would wait for the cores until torch's stop spinning.
-    of_torch = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
     try:
-        team = of_torch.GOMP_parallel
-    except AttributeError:
-        raise Missing("torch was built without OpenMP") from None
+        library = ctypes.CDLL(str(path))
+        if (ctypes.c_char * 64).in_dll(library, "built_from").value.decode() != digest(options):
+            raise Missing(f"{path.name} was built from another version of its source ({BUILD} builds it anew)")
+        many, one = (ctypes.cast(function, ctypes.c_void_p) for function in (library.attend, library.attend_row))
+        # Torch's own OpenMP: threads of another would wait for the cores until torch's stop spinning.
+        team = ctypes.CDLL("libtorch_cpu.so").GOMP_parallel
+    except (OSError, ValueError, AttributeError) as error:
+        raise Missing(f"attention in C can't be used: {error}") from None
     team.argtypes, team.restype = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint), None
-    lanes = ctypes.c_int.in_dll(library, "lanes_of_register").value
-    many, one = (ctypes.cast(function, ctypes.c_void_p) for function in (library.attend, library.attend_row))
-    return Library(lanes, many, one, team)
+    lanes, rows, tile, stride, heads = (ctypes.c_int * 5).in_dll(library, "sizes")
+    return Library(lanes, rows, tile, stride, heads, many, one, team)
+
+
+def _up(size: int, unit: int) -> int:
+    return -(-size // unit) * unit

@@ -1,0 +1,270 @@
+"""Divides a layer into jobs for the library, such that little memory is taken and no thread waits long."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import ceil, e, log2
+
+import torch
+from torch import Tensor
+
+from lapwing_detector.native import library
+from lapwing_detector.native.library import Job, Library, address
+from lapwing_detector.native.packing import CPU, packed_keys, packed_values, take
+from lapwing_detector.scratch import Scratch
+from lapwing_detector.strips import parts
+
+BLOCK_ROWS = 48
+"""Rows of a block, those of all heads that share their keys counted: a multiple of what the registers take."""
+
+UNITS = 4
+"""Pieces of work for each thread, so that none waits long for the last."""
+
+PACKED_BYTES = 20 * 2**20
+"""Most that keys and values take in the order in which they are read, if those of one key-value head do."""
+
+ROUNDED_BYTES = 4 * 2**20
+"""Most that queries and outputs of half precision take in float32, if those of one row do."""
+
+WEIGHTS_BYTES = 20 * 2**20
+"""Most that the weights of all threads take while the denominators of their rows are not known; fewer threads work
+where each has too many columns."""
+
+SUMS_BYTES = 4 * 2**20
+"""Most that the sums of columns take before those of all pieces of work are added up, if those of one do."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a part of a layer is divided; see `struct job`."""
+
+    block_rows: int
+    threads: int
+    each: int
+    """Floats of scratch for each thread."""
+
+    shares: int
+
+
+def plan(
+    built: Library, threads: int, pairs: int, group: int, rows: int, columns: int, width: int, value_width: int
+) -> Plan:
+    """Divides the rows of some key-value heads, `pairs` of them in all sequences.
+
+    Args:
+        built: that is to do it.
+        threads: at most.
+        pairs: key-value heads of all sequences.
+        group: heads that share a key-value head.
+        rows: of each head.
+        columns: that they see at most.
+        width: of keys.
+        value_width: of values.
+    """
+
+    def floats(block_rows: int) -> int:
+        return built.floats_for_block(block_rows * group, columns, width, value_width)
+
+    block_rows = max(1, BLOCK_ROWS // group)
+    while block_rows > 1 and 4 * threads * floats(block_rows) > WEIGHTS_BYTES:
+        block_rows -= 1
+    each = floats(block_rows)
+    threads = max(1, min(threads, WEIGHTS_BYTES // (4 * each)))
+    fitting = max(1, SUMS_BYTES // (4 * pairs * group * columns))
+    shares = min(ceil(rows / block_rows), ceil(UNITS * threads / pairs), fitting)
+    return Plan(block_rows, threads, each, shares)
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    starts: Tensor | None,
+    first: int,
+    counted: Tensor | None,
+    scaling: float,
+    scratch: Scratch,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Causal attention of some rows of the map, with the sums of these rows.
+
+    Args:
+        query: (batch, heads, rows, width).
+        key: (batch, key-value heads, columns, width); each serves heads / key-value heads consecutive heads.
+        value: (batch, key-value heads, columns, value width).
+        starts: (batch or 1, rows) int32, the first column that each row sees; it sees those from there to its own, and
+            none if it starts behind its own: its output is then zero. None: every row sees all to its own.
+        first: column of the first row's own token; row j is column first + j, and the last row is the last column.
+        counted: (batch, rows) bool, the rows that take part in `received`; None: all.
+        scaling: of the scores.
+        scratch: memory to be used again from call to call.
+
+    Returns:
+        output (batch, rows, heads, value width) in the dtype of `value`; diagonal (batch, heads, rows) and
+        received (batch, heads, columns), float32.
+    """
+    batch, heads, rows, width = query.shape
+    shared, columns, value_width = value.shape[1:]
+    group, panel = heads // shared, _library().panel
+    output = value.new_empty(batch, rows, heads, value_width)
+    diagonal = query.new_empty(batch, heads, rows, dtype=torch.float32)
+    received = query.new_zeros(batch, heads, columns, dtype=torch.float32)
+    starts = None if starts is None else starts.int().contiguous().expand(batch, rows)
+    for sequences, served in parts(batch, shared, PACKED_BYTES // (4 * columns * (width + value_width))):
+        of_group = slice(served.start * group, served.stop * group)
+        keys = packed_keys(key[sequences, served], panel, scratch)
+        values = packed_values(value[sequences, served], panel, scratch)
+        for part in _rows_together(query[sequences, of_group], value_width):
+            received[sequences, of_group] += _attend(
+                query[sequences, of_group, part],
+                keys,
+                values,
+                None if starts is None else starts[sequences, part],
+                first + part.start,
+                None if counted is None else counted[sequences, part].contiguous(),
+                scaling,
+                scratch,
+                output[sequences, part, of_group],
+                diagonal[sequences, of_group, part],
+                columns,
+            )
+    return output, diagonal, received
+
+
+def _rows_together(query: Tensor, value_width: int) -> list[slice]:
+    batch, heads, rows, width = query.shape
+    fitting = rows if query.dtype == torch.float32 else ROUNDED_BYTES // (4 * batch * heads * (width + value_width))
+    return [slice(start, min(start + max(1, fitting), rows)) for start in range(0, rows, max(1, fitting))]
+
+
+def _attend(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    starts: Tensor | None,
+    first: int,
+    counted: Tensor | None,
+    scaling: float,
+    scratch: Scratch,
+    output: Tensor,
+    diagonal: Tensor,
+    columns: int,
+) -> Tensor:
+    """Received, (batch, heads, columns); writes output and diagonal."""
+    batch, heads, rows, width = query.shape
+    shared, group, value_width = keys.shape[1], heads // keys.shape[1], output.shape[3]
+    built = _library()
+    how = plan(built, torch.get_num_threads(), batch * shared, group, rows, columns, width, value_width)
+    if query.dtype != torch.float32 or query.stride(3) != 1:
+        query = take(scratch, "query", *query.shape).copy_(query)
+    exact = output if output.dtype == torch.float32 else take(scratch, "output", *output.shape)
+    received = take(scratch, "received", how.shares, batch, heads, columns).zero_()
+    built.run(
+        built.many_rows,
+        Job(
+            query=address(query),
+            query_batch=query.stride(0),
+            query_head=query.stride(1),
+            query_row=query.stride(2),
+            keys=address(keys),
+            panels=keys.shape[2],
+            values=address(values),
+            value_panels=values.shape[2],
+            starts=address(starts),
+            starts_batch=0 if starts is None else starts.stride(0),
+            counted=address(counted),
+            output=address(exact),
+            output_batch=exact.stride(0),
+            output_row=exact.stride(1),
+            diagonal=address(diagonal),
+            diagonal_batch=diagonal.stride(0),
+            diagonal_head=diagonal.stride(1),
+            received=address(received),
+            batch=batch,
+            shared=shared,
+            group=group,
+            rows=rows,
+            first=first,
+            columns=columns,
+            width=width,
+            value_width=value_width,
+            shares=how.shares,
+            block_rows=how.block_rows,
+            threads=how.threads,
+            scratch=address(_room(scratch, how.threads * how.each)),
+            scratch_each=how.each,
+            scale=scaling * log2(e),
+        ),
+    )
+    if exact is not output:
+        output.copy_(exact)
+    return received.sum(0)
+
+
+def attend_row(
+    query: Tensor, key: Tensor, value: Tensor, *, counted: Tensor | None, scaling: float, scratch: Scratch
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Attention of the newest token, which sees all: as `attend`, but keys and values are read where they lie.
+
+    Args:
+        query: (batch, heads, 1, width), float32, as key and value.
+        key: (batch, key-value heads, columns, width), at least a register wide.
+        value: (batch, key-value heads, columns, value width), at least a panel wide.
+        counted: (batch, 1) bool, as for `attend`.
+        scaling: of the scores.
+        scratch: memory to be used again from call to call.
+
+    Returns:
+        output (batch, 1, heads, value width); diagonal (batch, heads, 1) and received (batch, heads, columns).
+    """
+    batch, heads, _, width = query.shape
+    shared, columns, value_width = value.shape[1:]
+    built, threads = _library(), min(torch.get_num_threads(), batch * shared)
+    output = query.new_empty(batch, 1, heads, value_width)
+    diagonal, received = query.new_empty(batch, heads, 1), query.new_empty(batch, heads, columns)
+    counted = None if counted is None else counted.contiguous()
+    each = built.floats_for_row(heads // shared, columns, width, value_width)
+    built.run(
+        built.one_row,
+        Job(
+            query=address(query),
+            query_batch=query.stride(0),
+            query_head=query.stride(1),
+            keys=address(key),
+            key_batch=key.stride(0),
+            key_head=key.stride(1),
+            key_row=key.stride(2),
+            values=address(value),
+            value_batch=value.stride(0),
+            value_head=value.stride(1),
+            value_row=value.stride(2),
+            counted=address(counted),
+            output=address(output),
+            output_batch=output.stride(0),
+            diagonal=address(diagonal),
+            diagonal_batch=heads,
+            diagonal_head=1,
+            received=address(received),
+            batch=batch,
+            shared=shared,
+            group=heads // shared,
+            columns=columns,
+            width=width,
+            value_width=value_width,
+            threads=threads,
+            scratch=address(_room(scratch, threads * each)),
+            scratch_each=each,
+            scale=scaling * log2(e),
+        ),
+    )
+    return output, diagonal, received
+
+
+def _room(scratch: Scratch, size: int) -> Tensor:
+    return scratch.room("native weights", size, torch.float32, CPU)
+
+
+def _library() -> Library:
+    found = library.installed()
+    assert found is not None
+    return found
