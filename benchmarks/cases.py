@@ -87,7 +87,8 @@ def maps_mb(tokens: int) -> float:
 def claimed(dtype: DType) -> tuple[TimeCase, ...]:
     """What is claimed of captured to plain time, the same for every dtype."""
     return (
-        *(TimeCase("prefill", tokens, dtype=dtype, at_most=1.03) for tokens in (128, 512, 1024, 2048)),
+        *(TimeCase("prefill", tokens, dtype=dtype, at_most=1.03, seconds=60) for tokens in (128, 512, 1024)),
+        TimeCase("prefill", 2048, dtype=dtype, at_most=1.03),
         *(TimeCase("prefill", tokens, dtype=dtype, at_most=1.08) for tokens in (4096, 8192)),
         *(TimeCase("decode", tokens, dtype=dtype, at_most=1.03) for tokens in (64, 1024)),
         TimeCase("batch", 512, dtype=dtype, at_most=1.05),
