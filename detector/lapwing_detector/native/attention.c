@@ -45,7 +45,7 @@ struct job {
   atomic_long joined, next;
 };
 
-/* What a block needs; sizes in LAYOUT. */
+/* What a block needs, one after another in a thread's scratch. */
 struct block {
   float *query;    /* [groups of ROWS][width][ROWS] */
   float *output;   /* [rows][value_panels * PANEL], not yet divided by the denominators */
@@ -298,21 +298,20 @@ static inline void multiply_two_keys(const float *query, long padded, const floa
   for (int h = 0; h < HEADS; h++, scores += stride) scores[0] = sum(left[h]) * scale, scores[1] = sum(right[h]) * scale;
 }
 
-/* Scores[low, columns) of one head become weights, zero before; the columns are filled up to a whole register. */
-static void weigh_row(float *scores, long low, long columns) {
-  long begin = low / LANES * LANES, end = up(columns, LANES);
-  for (long c = 0; c < low; c++) scores[c] = c < begin ? 0 : -INFINITY;
+/* The scores of one head become weights; the columns are filled up to a whole register. */
+static void weigh_row(float *scores, long columns) {
+  long end = up(columns, LANES);
   for (long c = columns; c < end; c++) scores[c] = -INFINITY;
-  lanes high = *(lanes *)(scores + begin), total = {0};
-  for (long c = begin + LANES; c < end; c += LANES) high = higher(*(lanes *)(scores + c), high);
+  lanes high = *(lanes *)scores, total = {0};
+  for (long c = LANES; c < end; c += LANES) high = higher(*(lanes *)(scores + c), high);
   float highest = widest(high);
-  for (long c = begin; c < end; c += LANES) {
+  for (long c = 0; c < end; c += LANES) {
     lanes weights = power_of_two(*(lanes *)(scores + c) - highest);
     *(lanes *)(scores + c) = weights;
     total += weights;
   }
   float share = 1 / sum(total);
-  for (long c = begin; c < end; c += LANES) *(lanes *)(scores + c) *= share;
+  for (long c = 0; c < end; c += LANES) *(lanes *)(scores + c) *= share;
 }
 
 /* One row of one key-value head's heads. */
@@ -336,7 +335,7 @@ static void attend_newest(const struct job *job, float *memory, long batch, long
       multiply_two_keys(query + g * padded, padded, keys + at * job->key_row, columns > 1 ? job->key_row : 0, width,
                         job->scale, scores + g * stride + at, stride);
     }
-  for (long g = 0; g < job->group; g++) weigh_row(scores + g * stride, start_of(job, batch, 0), columns);
+  for (long g = 0; g < job->group; g++) weigh_row(scores + g * stride, columns);
   for (long g = 0; g < job->group; g += ROWS)
     for (long from = 0; from < columns; from += TILE)
       for (long d = 0; d < value_width; d += PANEL) /* the last panel reads numbers of the one before again */
