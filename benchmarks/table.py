@@ -16,7 +16,8 @@ KEY = f"""\
 time: captured: entering the context, the model's work, leaving it, and summaries(); eager: the forward with
 output_attentions=True and the same sums of its maps. Logits of the last position only. The two ways of a row take
 turns in one process; ratio of medians, beside it the middle half of the ratios within a turn. decode: the steps
-alone, without reading the prompt; generate: all of it, and the captured way runs one more step, for the last row.
+alone, without reading the prompt, in turns step by step; generate: all of it, and the captured way runs one more
+step, for the last row.
 memory: peak of one prefill above the loaded model, each in a fresh process; MB = 10^6 bytes; glibc: see memory.py.
 Limits: of prefill, decode and batch against SDPA, of the eager route, and of memory; "?" where one lies within the
 middle half.

@@ -11,7 +11,7 @@ import torch
 from cases import TimeCase, Way
 from torch import Tensor
 from transformers import LlamaForCausalLM
-from workload import Sums, make_inputs, make_model, run
+from workload import Sums, decode, make_inputs, make_model, run, twin_of
 
 from lapwing_detector.doctor.clock import without_collection
 
@@ -26,20 +26,28 @@ def measure(model: LlamaForCausalLM, case: TimeCase) -> dict[str, list[float]]:
         AssertionError: the two ways do not give the same sums, so their times must not be compared.
     """
     inputs = make_inputs(case.work, case.tokens)
-    _warm_up(model, case, inputs)
+    twin = twin_of(model) if case.work == "decode" else None
+    _warm_up(model, twin, case, inputs)
     seconds: dict[str, list[float]] = {way: [] for way in case.ways}
     start = time.perf_counter()
     for repetition in range(MOST_REPETITIONS):
         if repetition >= case.repetitions and time.perf_counter() - start > case.seconds:
             break
+        if twin is not None:
+            for way, taken in _decode(model, twin, case, inputs).items():
+                seconds[way].append(taken)
+            continue
         # Each way goes first as often as the other: what the first leaves in cache and heap is the second's start.
         for way in case.ways if repetition % 2 else case.ways[::-1]:
             seconds[way].append(_once(model, way, case, inputs)[0])
     return seconds
 
 
-def _warm_up(model: LlamaForCausalLM, case: TimeCase, inputs: dict[str, Tensor]) -> None:
+def _warm_up(model: LlamaForCausalLM, twin: LlamaForCausalLM | None, case: TimeCase, inputs: dict[str, Tensor]) -> None:
     start = time.perf_counter()
+    if twin is not None:
+        _decode(model, twin, case, inputs)
+        return
     while True:
         first, second = (_once(model, way, case, inputs)[1] for way in case.ways)
         if "eager" in case.ways:
@@ -51,6 +59,13 @@ def _warm_up(model: LlamaForCausalLM, case: TimeCase, inputs: dict[str, Tensor])
 def _once(model: LlamaForCausalLM, way: Way, case: TimeCase, inputs: dict[str, Tensor]) -> tuple[float, Sums]:
     with without_collection():
         return run(model, way, case.work, inputs, case.new_tokens)
+
+
+def _decode(
+    model: LlamaForCausalLM, twin: LlamaForCausalLM, case: TimeCase, inputs: dict[str, Tensor]
+) -> dict[Way, float]:
+    with without_collection():
+        return decode(dict(zip(case.ways, (model, twin), strict=True)), inputs, case.new_tokens)
 
 
 def _require_same(first: Sums, second: Sums) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 
 import torch
 from cases import BATCH, HEADS, HIDDEN, INTERMEDIATE, KEY_VALUE_HEADS, LAYERS, VOCABULARY, Way, Work
@@ -12,7 +13,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.cache_utils import DynamicCache
 
-from lapwing_detector.capture import capture_attention
+from lapwing_detector.capture import Captured, capture_attention
 
 Sums = list[tuple[Tensor, Tensor]]
 """For each sequence, diagonal and received (layers, heads, tokens), float32."""
@@ -69,27 +70,22 @@ def make_inputs(work: Work, tokens: int) -> dict[str, Tensor]:
     return {"input_ids": ids * mask, "attention_mask": mask}
 
 
-def prefill(model: LlamaForCausalLM, inputs: dict[str, Tensor], new_tokens: int, clock: Clock) -> None:
+def twin_of(model: LlamaForCausalLM) -> LlamaForCausalLM:
+    """A second model with the same weights in memory, so that one can run plainly while the other is captured."""
+    return copy.deepcopy(model, {id(weights): weights for weights in model.parameters()})
+
+
+def prefill(model: LlamaForCausalLM, inputs: dict[str, Tensor], new_tokens: int) -> None:
     model(**inputs, logits_to_keep=1)
 
 
-def decode(model: LlamaForCausalLM, inputs: dict[str, Tensor], new_tokens: int, clock: Clock) -> None:
-    """Greedy steps with a growing cache. Reading the prompt does not count: `prefill` measures that."""
-    cache = DynamicCache(config=model.config)
-    with clock.paused():
-        logits = model(**inputs, past_key_values=cache, logits_to_keep=1).logits
-    for _ in range(new_tokens):
-        logits = model(logits[:, -1].argmax(-1, keepdim=True), past_key_values=cache, logits_to_keep=1).logits
-
-
-def generate(model: LlamaForCausalLM, inputs: dict[str, Tensor], new_tokens: int, clock: Clock) -> None:
+def generate(model: LlamaForCausalLM, inputs: dict[str, Tensor], new_tokens: int) -> None:
     model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False)
 
 
-WORK: dict[Work, Callable[[LlamaForCausalLM, dict[str, Tensor], int, Clock], None]] = {
+WORK: dict[Work, Callable[[LlamaForCausalLM, dict[str, Tensor], int], None]] = {
     "prefill": prefill,
     "batch": prefill,
-    "decode": decode,
     "generate": generate,
 }
 
@@ -106,18 +102,55 @@ def run(
     model.set_attn_implementation("eager" if way == "eager" else "sdpa")
     clock = Clock()
     if way == "sdpa":
-        WORK[work](model, inputs, new_tokens, clock)
+        WORK[work](model, inputs, new_tokens)
         return clock.seconds, []
     if way == "eager":
         if work != "prefill":
             raise ValueError(f"the eager route is measured at prefill only, not at {work}")
         sums = _reduced(model(**inputs, logits_to_keep=1, output_attentions=True).attentions)
         return clock.seconds, sums
-    with capture_attention(model, **({"heads": SELECTED} if way == "selected" else {})) as captured:
-        WORK[work](model, inputs, new_tokens, clock)
+    with _captured(model, way) as captured:
+        WORK[work](model, inputs, new_tokens)
     summaries = captured.summaries()
     seconds = clock.seconds
     return seconds, [(torch.from_numpy(one.diagonal), torch.from_numpy(one.received)) for one in summaries]
+
+
+@torch.inference_mode()
+def decode(ways: Mapping[Way, LlamaForCausalLM], inputs: dict[str, Tensor], new_tokens: int) -> dict[Way, float]:
+    """Seconds of greedy steps with a growing cache in each way, by the model that it has; the prompt does not count.
+
+    The ways take turns step by step: a machine that others use is seldom the same for as long as all steps take.
+    """
+    for model in ways.values():
+        model.set_attn_implementation("sdpa")
+    parts = {way: _steps(model, way, inputs, new_tokens) for way, model in ways.items()}
+    seconds = dict.fromkeys(ways, 0.0)
+    for turn in range(new_tokens + 2):
+        for way in ways if turn % 2 else reversed(ways):
+            seconds[way] += next(parts[way])
+    return seconds
+
+
+def _steps(model: LlamaForCausalLM, way: Way, inputs: dict[str, Tensor], new_tokens: int) -> Iterator[float]:
+    """Seconds of entering the context, of every step, and of leaving the context and the summaries."""
+    clock = Clock()
+    with nullcontext() if way == "sdpa" else _captured(model, way) as captured:
+        yield clock.seconds
+        cache = DynamicCache(config=model.config)
+        logits = model(**inputs, past_key_values=cache, logits_to_keep=1).logits
+        for _ in range(new_tokens):
+            clock = Clock()
+            logits = model(logits[:, -1].argmax(-1, keepdim=True), past_key_values=cache, logits_to_keep=1).logits
+            yield clock.seconds
+        clock = Clock()
+    if captured is not None:
+        captured.summaries()
+    yield clock.seconds
+
+
+def _captured(model: LlamaForCausalLM, way: Way) -> Captured:
+    return capture_attention(model, heads=SELECTED if way == "selected" else None)
 
 
 def _reduced(maps: tuple[Tensor, ...]) -> Sums:

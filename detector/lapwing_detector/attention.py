@@ -59,13 +59,10 @@ def attend(
         received (batch, heads, columns), float32.
     """
     with _summing_exactly(query.device.type):
-        known = softcap is None and sinks is None  # to what is in C
         if query.shape[2] == 1:
-            if known and mask is None and native.supports_row(query, key, value):
-                room = scratch or Scratch()
-                return native.attend_row(query, key, value, counted=counted, scaling=scaling, scratch=room)
             return _attend_row(query, key, value, mask, counted, scaling, softcap, sinks)
-        if known and (mask is None or starts is not None) and native.supports(query, key, value):
+        plain = softcap is None and sinks is None and (mask is None or starts is not None)
+        if plain and native.supports(query, key, value):
             return native.attend(
                 query,
                 key,

@@ -73,7 +73,7 @@ class CacheMark:
             )
         # Cropping, reordering, repeating or selecting sequences replaces the keys; a static cache keeps the tensor.
         replaced = self._keys is not None and self._keys() is not _keys(cache)
-        written = _written(cache)
+        written = None if self._written is None else _written(cache)
         if replaced or (self._written is not None and written is not None and not self._written.equal(written)):
             raise CaptureError(
                 "the cache was cropped, reordered or filled since the captured forward, so the sums would mix "
@@ -92,10 +92,9 @@ def _keys(cache: Cache) -> Tensor | None:
     return None
 
 
-@torch.no_grad()
 def _written(cache: Cache) -> Tensor | None:
     """(batch, columns) sums over the keys of a cache that is written in place."""
     keys = _keys(cache)
     if keys is None or not cache.is_compileable:
         return None
-    return keys.sum(dim=(1, 3), dtype=torch.float32)
+    return keys.detach().sum(dim=(1, 3), dtype=torch.float32)

@@ -88,6 +88,7 @@ class Captured:
         self._parameters = tuple(inspect.signature(model.forward).parameters)
         self._switching = switching_points(model.config.get_text_config(decoder=True))
         self._dropping: tuple[tuple[str, nn.Module], ...] = ()
+        self._causal: set[int] = set()
         self._look_again = True
         self._active: ExitStack | None = None
         self._reader = Reader()
@@ -230,6 +231,7 @@ class Captured:
         reach = reach_of(given, past) if self._switching else 0
         if self._look_again:
             self._dropping, self._look_again = dropping(self._model), False
+            self._causal.clear()
         require_evaluation(self._dropping)
         require_unpacked(given)
         if past > 0:
@@ -294,7 +296,7 @@ class Captured:
                 f"{type(module).__name__} computed attention outside of a forward of the captured "
                 f"{type(self._model).__name__}; call the model itself, not a part of it"
             )
-        require_plain(layer, dropout, is_causal, others)
+        require_plain(layer, dropout, is_causal, others, self._causal)
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
         if not self._sequences.keeps(layer) and softcap is None and s_aux is None:
             return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling)

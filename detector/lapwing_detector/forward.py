@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lapwing_detector import kernels
+from lapwing_detector import kernels, native
 from lapwing_detector.errors import CaptureError
 from lapwing_detector.layers import AttentionLayer
 
@@ -62,11 +62,8 @@ class Mask:
 
     mask: Tensor | None
     keys: int
-    starts: Tensor | None
-    """See `Place`."""
-
-    plain: bool
-    """Whether every row that counts sees all up to its own token, so that no mask is needed: padding on the right."""
+    place: Place
+    """Of the rows of every layer that has this mask and as many keys."""
 
 
 @dataclass
@@ -118,20 +115,12 @@ class Forward:
         batch, _, rows, _ = query.shape
         self._agree(layer, batch, rows)
         keys = key.shape[2]
-        columns = min(keys, self.tokens)
-        first = self.past - (self.tokens - columns)
-        if first < 0:
-            raise CaptureError(
-                f"{layer.name} has {rows} queries, but only {keys} keys; every token must keep its own key: "
-                "leave out what shortens or shares the cache, or score the text in one forward with use_cache=False"
-            )
-        known = self._checked(layer, mask, batch, rows, keys, first)
-        if self._counted is None:
-            every = (mask is None and self.ends is None) or bool(self.counted.all())
-            self._counted = (None if every else self.counted,)
-        mask = None if known.plain else mask
-        cropped = mask if mask is None or columns == keys else mask[..., :columns]
-        return Place(first, columns, self.tokens, cropped, None if known.plain else known.starts, self._counted[0])
+        for known in self._seen:
+            if known.mask is mask and known.keys == keys:
+                return known.place
+        place = self._place(layer, mask, batch, rows, keys)
+        self._seen.append(Mask(mask, keys, place))
+        return place
 
     def _agree(self, layer: AttentionLayer, batch: int, rows: int) -> None:
         if (self.batch or batch, self.rows or rows) != (batch, rows):
@@ -141,12 +130,28 @@ class Forward:
             )
         self.batch, self.rows = batch, rows
 
+    def _place(self, layer: AttentionLayer, mask: Tensor | None, batch: int, rows: int, keys: int) -> Place:
+        columns = min(keys, self.tokens)
+        first = self.past - (self.tokens - columns)
+        if first < 0:
+            raise CaptureError(
+                f"{layer.name} has {rows} queries, but only {keys} keys; every token must keep its own key: "
+                "leave out what shortens or shares the cache, or score the text in one forward with use_cache=False"
+            )
+        starts = self._checked(layer, mask, batch, rows, keys, first)
+        if self._counted is None:
+            every = (mask is None and self.ends is None) or bool(self.counted.all())
+            self._counted = (None if every else self.counted,)
+        # Padding on the right: every row that counts sees all up to its own token, so that no mask is needed.
+        if starts is not None and not bool(starts.any()):
+            mask = starts = None
+        cropped = mask if mask is None or columns == keys else mask[..., :columns]
+        return Place(first, columns, self.tokens, cropped, starts, self._counted[0])
+
     def _checked(
         self, layer: AttentionLayer, mask: Tensor | None, batch: int, rows: int, keys: int, first: int
-    ) -> Mask:
-        for known in self._seen:
-            if known.mask is mask and known.keys == keys:
-                return known
+    ) -> Tensor | None:
+        """The first column that each row sees, as `first_seen`; takes note of which tokens are no padding."""
         if mask is None:
             visible, starts = self._all_visible(layer, batch, rows, keys), None
         else:
@@ -161,8 +166,7 @@ class Forward:
                 f"{layer.name} has padding in other places than the layers before it; give one attention_mask "
                 "in which each token sees itself in every layer or in none"
             )
-        self._seen.append(Mask(mask, keys, starts, starts is not None and not bool(starts.any())))
-        return self._seen[-1]
+        return starts
 
     def _all_visible(self, layer: AttentionLayer, batch: int, rows: int, keys: int) -> Tensor:
         if rows == 1 and keys > self.tokens:  # a static cache has more keys, but a mask that hides them
@@ -179,17 +183,25 @@ class Forward:
         return torch.ones(batch, rows, dtype=torch.bool, device=device)
 
 
-def require_plain(layer: AttentionLayer, dropout: float, is_causal: bool | None, others: Mapping[str, Any]) -> None:
+def require_plain(
+    layer: AttentionLayer, dropout: float, is_causal: bool | None, others: Mapping[str, Any], causal: set[int]
+) -> None:
     """The call must be causal attention without anything that is not known here.
+
+    Args:
+        causal: indices of the layers that were found to be so before, which is added to: to look it up in a config
+            takes as long as a part of a layer.
 
     Raises:
         CaptureError: it is not; names the argument.
     """
-    module: nn.Module = layer.module
-    config = module.config
-    causal = (is_causal, getattr(module, "is_causal", None), getattr(config, "is_causal", None))
-    if any(flag is not None and not flag for flag in causal):
+    marks = [is_causal]
+    if layer.index not in causal:
+        module: nn.Module = layer.module
+        marks += [getattr(marked, "is_causal", None) for marked in (module, module.config)]
+    if any(mark is not None and not mark for mark in marks):
         raise CaptureError(f"{layer.name} is not causal, so its map is not triangular and has other eigenvalues")
+    causal.add(layer.index)
     if dropout:
         raise CaptureError(f"{layer.name} drops out attention ({dropout}); call model.eval() first")
     if others.get("output_attentions"):
@@ -271,13 +283,13 @@ def first_seen(mask: Tensor, own: Tensor, first: int) -> Tensor | None:
 
     Returns:
         (batch or 1, rows) int32, 0 for padding; None for masks of another kind, and where it is of no use: for one
-        row without kernels, and where heads have masks of their own.
+        row that torch alone attends for, and where heads have masks of their own.
     """
-    rows = mask.shape[-2]
-    if (rows == 1 and not kernels.available(mask.device)) or mask.shape[1] > 1:
+    by_torch = not (kernels.available(mask.device) or (mask.device == native.CPU and native.available()))
+    if (mask.shape[-2] == 1 and by_torch) or mask.shape[1] > 1:
         return None
     parts = []
-    for start in range(0, rows, MASK_ROWS):
+    for start in range(0, mask.shape[-2], MASK_ROWS):
         part, seen = mask[:, 0, start : start + MASK_ROWS].to(torch.int8), own[:, start : start + MASK_ROWS]
         starts = part.argmax(-1)  # of several largest the first
         columns = torch.arange(first + start, first + start + part.shape[1], device=mask.device)

@@ -1,4 +1,7 @@
-"""Attends for one layer and adds its rows to the sums: by kernels on a GPU, in tiles elsewhere. Knows no model."""
+"""Attends for one layer and adds its rows to the sums: by kernels on a GPU, in C on a CPU, by torch elsewhere.
+
+Knows no model.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lapwing_detector import kernels
+from lapwing_detector import kernels, native
 from lapwing_detector.attention import attend
 from lapwing_detector.forward import Place
 from lapwing_detector.layers import AttentionLayer
@@ -53,6 +56,22 @@ class Reader:
         by_intervals = place.mask is None or place.starts is not None
         if by_intervals and kernels.available(query.device) and kernels.supports(query, key, value):
             return self._by_kernels(sequences, layer, query, key, value, place, rows)
+        if by_intervals and _newest_in_c(query, key, value, mechanism):
+            known = sequences.room(layer, place.tokens)
+            if known is not None:
+                return native.attend_row(
+                    query,
+                    key,
+                    value,
+                    diagonal=known.diagonal,
+                    received=known.received,
+                    own=place.tokens - 1,
+                    starts=place.starts,
+                    counted=counted,
+                    scaling=mechanism["scaling"],
+                    heads=self._heads(sequences, layer, query),
+                    scratch=self._scratch,
+                )
         output, diagonal, received = attend(
             query, key, value, mask=place.mask, first=place.first, scratch=self._scratch, **rows
         )
@@ -92,3 +111,9 @@ class Reader:
             kept = sequences.kept_of(layer, query.shape[1]) or [0]  # the kernels read one at least
             self._indices[layer.index] = torch.tensor(kept, dtype=torch.int32, device=query.device)
         return self._indices[layer.index]
+
+
+def _newest_in_c(query: Tensor, key: Tensor, value: Tensor, mechanism: dict[str, Any]) -> bool:
+    """Whether this is one row, of attention that `native.attend_row` knows."""
+    plain = mechanism["softcap"] is None and mechanism["sinks"] is None
+    return query.shape[2] == 1 and plain and native.supports_row(query, key, value)

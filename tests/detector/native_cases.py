@@ -21,7 +21,7 @@ needs_compiler = pytest.mark.skipif(
     not (build.here() and any(map(shutil.which, ("cc", "gcc", "clang")))), reason="there is no C compiler"
 )
 
-NARROW = ("-DLANES=4", "-DROWS=2")
+NARROW = ("-DLANES=4", "-DROWS=5")
 
 BUILDS = {"installed": None, "wide": ("-mavx2", "-mfma", "-Wno-psabi", "-DLANES=16", "-DROWS=12"), "narrow": NARROW}
 """The widths of other CPUs, in instructions that this one has."""
@@ -89,6 +89,9 @@ def made(of: Case, seed: int = 0) -> Inputs:
         padding = torch.tensor([0, 37])
         counted = own >= padding[:, None]
         starts = torch.where(counted, padding[:, None], 0).int()
+    elif of.kind == "newest":  # one row of several sequences, the last of which is padding
+        starts = torch.linspace(0, of.first, of.batch).int()[:, None]
+        starts[-1], counted = of.first + 1, torch.tensor([[True]] * (of.batch - 1) + [[False]])
     elif of.kind == "right":
         counted = own < torch.tensor([[of.rows], [31]])
     elif of.kind == "blind":
@@ -127,6 +130,36 @@ def attended(of: Case, given: Inputs, scratch: Scratch | None = None, **changes:
         **changes,
     }
     return native.attend(given.query, given.key, given.value, scratch=scratch or Scratch(), **options)  # type: ignore[arg-type]
+
+
+def attended_row(of: Case, given: Inputs, **changes: object) -> tuple[Tensor, Tensor, Tensor]:
+    """As `attended`, of the newest row: what it adds to sums that are there, with room for other tokens around."""
+    before = torch.rand(2, of.batch, of.heads, of.first + 10, generator=torch.Generator().manual_seed(1))
+    diagonal, received = before.clone()
+    own = of.first + 3
+    options: dict[str, object] = {
+        "starts": given.starts,
+        "counted": given.counted,
+        "scaling": of.scaling,
+        "heads": None,
+        **changes,
+    }
+    output = native.attend_row(
+        given.query,
+        given.key,
+        given.value,
+        diagonal=diagonal,
+        received=received,
+        own=own,
+        scratch=Scratch(),
+        **options,  # type: ignore[arg-type]
+    )
+    inside = slice(own - of.first, own + 1)
+    for now, then, where in ((diagonal, before[0], slice(own, own + 1)), (received, before[1], inside)):
+        untouched = torch.ones(now.shape[-1], dtype=torch.bool)
+        untouched[where] = False
+        assert torch.equal(now[..., untouched], then[..., untouched])
+    return output, diagonal[..., own : own + 1], (received - before[1])[..., inside]
 
 
 def errors(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> list[float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from tests.detector.native_cases import (
     Case,
     Inputs,
     attended,
+    attended_row,
     errors,
     made,
     needs_compiler,
@@ -186,15 +188,11 @@ def test_scores_far_beyond_what_exp_can_take(rows):
     given = made(of)
     given.query[:] = 65536.0
     given.key[:] = 65536.0 * torch.linspace(0.1, 1.0, 40)[:, None]  # each is far above all before it
-    if rows == 1:
-        found = native.attend_row(
-            given.query, given.key, given.value, counted=None, scaling=of.scaling, scratch=Scratch()
-        )
-    else:
-        found = attended(of, given)
-    assert torch.equal(found[0], given.value[:, :, of.first :].transpose(1, 2))
-    assert bool((found[1] == 1).all())
-    assert found[2].tolist() == [[[0.0] * of.first + [1.0] * rows]]
+    output, diagonal, received = attended_row(of, given) if rows == 1 else attended(of, given)
+    assert torch.equal(output, given.value[:, :, of.first :].transpose(1, 2))
+    assert bool((diagonal == 1).all())
+    assert received[..., : of.first].abs().max() == 0 if of.first else True
+    torch.testing.assert_close(received[0, 0, of.first :], torch.ones(rows))
 
 
 @needs_library
@@ -237,6 +235,7 @@ ROWS = {
     "wide keys": Case(heads=2, shared=1, rows=1, first=140, width=192, value_width=128, scaling=0.07),
     "odd widths": Case(rows=1, first=77, width=23, value_width=45),
     "sharp": Case(rows=1, first=200, width=32, value_width=32, scaling=1.0, spread=3.0),
+    "padded": Case(batch=4, rows=1, first=150, width=16, value_width=32, kind="newest"),
 }
 
 
@@ -248,17 +247,48 @@ def test_one_row_equals_the_whole_map(any_build, shape, counts, monkeypatch):
     monkeypatch.setattr(library, "installed", any_build)
     of = ROWS[shape]
     counted = None if counts is None else torch.tensor([[counts]] * of.batch)
-    given = replace(made(of), counted=counted)
+    given = made(of)
+    given = given if of.kind == "newest" else replace(given, counted=counted)
     cache = torch.zeros(2, of.batch, of.shared, of.first + 5, max(of.width, of.value_width))  # of a larger one, a part
     key, value = cache[0, :, :, : of.first + 1, : of.width], cache[1, :, :, : of.first + 1, : of.value_width]
     key.copy_(given.key)
     value.copy_(given.value)
     with torch.no_grad():
         assert native.supports_row(given.query, key, value) is (of.width >= 16 and of.value_width >= 32)
-    found = native.attend_row(given.query, key, value, counted=counted, scaling=of.scaling, scratch=Scratch())
-    assert max(errors(found, whole(of, given))) < SAME * of.spread**2
-    other = native.attend_row(given.query, key, value, counted=counted, scaling=of.scaling * 1.1, scratch=Scratch())
-    assert of.first == 0 or max(errors(other, whole(of, given))) > 100 * SAME
+    given, exact = replace(given, key=key, value=value), whole(of, given)
+    assert max(errors(attended_row(of, given), exact)) < SAME * of.spread**2
+    other = attended_row(of, given, scaling=of.scaling * 1.1)
+    assert of.first == 0 or max(errors(other, exact)) > 100 * SAME
+    if of.kind == "newest":
+        assert max(errors(attended_row(of, given, starts=None), exact)) > 100 * SAME
+        assert max(errors(attended_row(of, given, counted=None), exact)) < SAME  # the only such row sees nothing
+        every = torch.zeros(1, 1, dtype=torch.int32)  # one for all sequences
+        assert max(errors(attended_row(of, given, starts=every), whole(of, replace(given, starts=every)))) < SAME
+
+
+@needs_library
+@pytest.mark.parametrize("heads", [[5], [0, 1, 4], [3, 2], list(range(6))])
+def test_sums_of_some_heads_of_one_row(heads):
+    of = Case(rows=1, first=60, width=16, value_width=32)
+    given = made(of)
+    output, diagonal, received = whole(of, given)
+    sums = torch.zeros(2, of.batch, len(heads), of.first + 1)
+    found = native.attend_row(
+        given.query,
+        given.key,
+        given.value,
+        diagonal=sums[0],
+        received=sums[1],
+        own=of.first,
+        starts=None,
+        counted=None,
+        scaling=of.scaling,
+        heads=torch.tensor(heads, dtype=torch.int32),
+        scratch=Scratch(),
+    )
+    exact = (output, diagonal[:, heads], received[:, heads])
+    assert max(errors((found, sums[0, :, :, -1:], sums[1]), exact)) < SAME
+    assert max(errors((sums[1],), (received[:, [(head + 1) % 6 for head in heads]],))) > 100 * SAME
 
 
 @needs_library
@@ -314,10 +344,48 @@ def test_models_are_read_by_it_where_it_knows_their_attention(monkeypatch):
     captured_forward(tiny_model("gemma2"), ids)  # caps its scores
     captured_forward(tiny_model("gpt_oss"), ids)  # has sinks
     assert rows == []
-    wide = LlamaForCausalLM(
-        LlamaConfig(vocab_size=97, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
-    ).eval()
-    with capture_attention(wide) as captured:
-        wide.generate(ids, max_new_tokens=4, do_sample=False, eos_token_id=None)
-    assert captured.summaries()[0].diagonal.shape[-1] == 44
-    assert rows == [40, 40] + 2 * 4 * [1]  # the row of the last token is computed when it is asked for
+    wide = wide_model()
+    padded = torch.ones_like(ids)
+    padded[1, :7] = 0
+    for mask in (None, padded):
+        rows.clear()
+        with capture_attention(wide) as captured:
+            wide.generate(ids, attention_mask=mask, max_new_tokens=4, do_sample=False, eos_token_id=None)
+        assert captured.summaries()[0].diagonal.shape[-1] == 44
+        assert rows == [40, 40] + 2 * 4 * [1]  # the row of the last token is computed when it is asked for
+
+
+def wide_model() -> LlamaForCausalLM:
+    config = LlamaConfig(
+        vocab_size=97,
+        hidden_size=128,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.3,
+        pad_token_id=0,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+@needs_library
+@pytest.mark.parametrize("heads", [None, {0: [1], 1: [0, 3]}])
+def test_what_a_model_writes_with_padding_equals_the_same_text_read_by_torch(heads, monkeypatch):
+    model, ids = wide_model(), token_ids(2, 30)
+    mask = torch.ones_like(ids)
+    mask[1, :7] = 0
+    with capture_attention(model, heads=heads) as captured:
+        written = model.generate(ids, attention_mask=mask, max_new_tokens=20, do_sample=False, eos_token_id=None)
+    found = captured.summaries()
+    monkeypatch.setattr(native, "available", lambda: False)
+    for place, padding in ((0, 0), (1, 7)):
+        with capture_attention(model, heads=heads) as captured:
+            model(written[place : place + 1, padding:])
+        [expected] = captured.summaries()
+        np.testing.assert_allclose(found[place].diagonal, expected.diagonal, rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(found[place].received, expected.received, rtol=1e-4, atol=1e-5)
+    with capture_attention(model, heads=heads) as captured:
+        model(written[1:])  # the control: padding is read as text
+    other = captured.summaries()[0].diagonal[:, :, 7:]
+    assert not np.allclose(found[1].diagonal, other, rtol=1e-2, equal_nan=True)

@@ -17,7 +17,7 @@ from lapwing_detector.native.attending import attend, attend_row
 from lapwing_detector.native.library import NativeMissing
 from lapwing_detector.native.packing import CPU
 
-__all__ = ["NativeMissing", "attend", "attend_row", "available", "supports", "supports_row"]
+__all__ = ["CPU", "NativeMissing", "attend", "attend_row", "available", "supports", "supports_row"]
 
 LEAST_ROWS = 16
 """Rows from which on it pays to lay out all keys and values anew."""
@@ -43,20 +43,17 @@ def supports(query: Tensor, key: Tensor, value: Tensor) -> bool:
 
 def supports_row(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """Whether `attend_row` takes these tensors, shaped as it says."""
+    if not (query.device == CPU and query.dtype == key.dtype == value.dtype == torch.float32):
+        return False
+    built, (batch, shared, _, width) = library.installed(), key.shape
     return (
-        query.device == CPU
-        and query.dtype == key.dtype == value.dtype == torch.float32
+        built is not None
         and query.stride()[3] == key.stride()[3] == value.stride()[3] == 1
-        and 2 * key.shape[0] * key.shape[1] >= torch.get_num_threads()  # a head's row is one thread's
+        and width >= built.lanes
+        and value.shape[3] >= built.panel
+        and 2 * batch * shared >= torch.get_num_threads()  # a head's row is one thread's
         and not torch.is_grad_enabled()
-        and available()
-        and _registers_wide(key, value)
     )
-
-
-def _registers_wide(key: Tensor, value: Tensor) -> bool:
-    found = library.installed()
-    return found is not None and key.shape[3] >= found.lanes and value.shape[3] >= found.panel
 
 
 @cache

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lapwing_detector.native import library
-from lapwing_detector.native.library import Job, Library, address
+from lapwing_detector.native.library import Library, address
 from lapwing_detector.native.packing import CPU, packed_keys, packed_values, take
 from lapwing_detector.scratch import Scratch
 from lapwing_detector.strips import parts
@@ -161,40 +161,38 @@ def _attend(
     received = take(scratch, "received", how.shares, batch, heads, columns).zero_()
     built.run(
         built.many_rows,
-        Job(
-            query=address(query),
-            query_batch=query.stride(0),
-            query_head=query.stride(1),
-            query_row=query.stride(2),
-            keys=address(keys),
-            panels=keys.shape[2],
-            values=address(values),
-            value_panels=values.shape[2],
-            starts=address(starts),
-            starts_batch=0 if starts is None else starts.stride(0),
-            counted=address(counted),
-            output=address(exact),
-            output_batch=exact.stride(0),
-            output_row=exact.stride(1),
-            diagonal=address(diagonal),
-            diagonal_batch=diagonal.stride(0),
-            diagonal_head=diagonal.stride(1),
-            received=address(received),
-            batch=batch,
-            shared=shared,
-            group=group,
-            rows=rows,
-            first=first,
-            columns=columns,
-            width=width,
-            value_width=value_width,
-            shares=how.shares,
-            block_rows=how.block_rows,
-            threads=how.threads,
-            scratch=address(_room(scratch, how.threads * how.each)),
-            scratch_each=how.each,
-            scale=scaling * log2(e),
-        ),
+        query=address(query),
+        query_batch=query.stride(0),
+        query_head=query.stride(1),
+        query_row=query.stride(2),
+        keys=address(keys),
+        panels=keys.shape[2],
+        values=address(values),
+        value_panels=values.shape[2],
+        starts=address(starts),
+        starts_batch=0 if starts is None else starts.stride(0),
+        counted=address(counted),
+        output=address(exact),
+        output_batch=exact.stride(0),
+        output_row=exact.stride(1),
+        diagonal=address(diagonal),
+        diagonal_batch=diagonal.stride(0),
+        diagonal_head=diagonal.stride(1),
+        received=address(received),
+        batch=batch,
+        shared=shared,
+        group=group,
+        rows=rows,
+        first=first,
+        columns=columns,
+        width=width,
+        value_width=value_width,
+        shares=how.shares,
+        block_rows=how.block_rows,
+        threads=how.threads,
+        scratch=address(_room(scratch, how.threads * how.each)),
+        scratch_each=how.each,
+        scale=scaling * log2(e),
     )
     if exact is not output:
         output.copy_(exact)
@@ -202,62 +200,83 @@ def _attend(
 
 
 def attend_row(
-    query: Tensor, key: Tensor, value: Tensor, *, counted: Tensor | None, scaling: float, scratch: Scratch
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Attention of the newest token, which sees all: as `attend`, but keys and values are read where they lie.
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    diagonal: Tensor,
+    received: Tensor,
+    own: int,
+    starts: Tensor | None,
+    counted: Tensor | None,
+    scaling: float,
+    heads: Tensor | None,
+    scratch: Scratch,
+) -> Tensor:
+    """Attention of the newest token, added to sums that are there already; keys and values are read where they lie.
 
     Args:
         query: (batch, heads, 1, width), float32, as key and value.
         key: (batch, key-value heads, columns, width), at least a register wide.
         value: (batch, key-value heads, columns, value width), at least a panel wide.
-        counted: (batch, 1) bool, as for `attend`.
+        diagonal: (batch, heads read, capacity) float32, whose column `own` is written; the last stride is 1.
+        received: (batch, heads read, capacity) float32, whose columns up to `own` are added to; the last stride is 1.
+        own: the token's column there.
+        starts: (batch or 1, 1) int32 and counted: (batch, 1) bool, as for `attend`.
         scaling: of the scores.
+        heads: (heads read,) int32, those whose sums are wanted; None: all.
         scratch: memory to be used again from call to call.
 
     Returns:
-        output (batch, 1, heads, value width); diagonal (batch, heads, 1) and received (batch, heads, columns).
+        output (batch, 1, heads, value width).
     """
-    batch, heads, _, width = query.shape
+    batch, all_heads, _, width = query.shape
     shared, columns, value_width = value.shape[1:]
     built, threads = _library(), min(torch.get_num_threads(), batch * shared)
-    output = query.new_empty(batch, 1, heads, value_width)
-    diagonal, received = query.new_empty(batch, heads, 1), query.new_empty(batch, heads, columns)
+    output = query.new_empty(batch, 1, all_heads, value_width)
+    starts = None if starts is None else starts.int()
     counted = None if counted is None else counted.contiguous()
-    each = built.floats_for_row(heads // shared, columns, width, value_width)
+    each = built.floats_for_row(all_heads // shared, columns, width, value_width)
+    query_strides, key_strides, value_strides = query.stride(), key.stride(), value.stride()
+    diagonal_strides, received_strides = diagonal.stride(), received.stride()
     built.run(
         built.one_row,
-        Job(
-            query=address(query),
-            query_batch=query.stride(0),
-            query_head=query.stride(1),
-            keys=address(key),
-            key_batch=key.stride(0),
-            key_head=key.stride(1),
-            key_row=key.stride(2),
-            values=address(value),
-            value_batch=value.stride(0),
-            value_head=value.stride(1),
-            value_row=value.stride(2),
-            counted=address(counted),
-            output=address(output),
-            output_batch=output.stride(0),
-            diagonal=address(diagonal),
-            diagonal_batch=heads,
-            diagonal_head=1,
-            received=address(received),
-            batch=batch,
-            shared=shared,
-            group=heads // shared,
-            columns=columns,
-            width=width,
-            value_width=value_width,
-            threads=threads,
-            scratch=address(_room(scratch, threads * each)),
-            scratch_each=each,
-            scale=scaling * log2(e),
-        ),
+        query=query.data_ptr(),
+        query_batch=query_strides[0],
+        query_head=query_strides[1],
+        keys=key.data_ptr(),
+        key_batch=key_strides[0],
+        key_head=key_strides[1],
+        key_row=key_strides[2],
+        values=value.data_ptr(),
+        value_batch=value_strides[0],
+        value_head=value_strides[1],
+        value_row=value_strides[2],
+        starts=address(starts),
+        starts_batch=0 if starts is None or len(starts) == 1 else starts.stride(0),
+        counted=address(counted),
+        read=address(heads),
+        reads=0 if heads is None else len(heads),
+        output=output.data_ptr(),
+        output_batch=all_heads * value_width,
+        diagonal=diagonal.data_ptr() + 4 * own,
+        diagonal_batch=diagonal_strides[0],
+        diagonal_head=diagonal_strides[1],
+        received=received.data_ptr() + 4 * (own + 1 - columns),
+        received_batch=received_strides[0],
+        received_head=received_strides[1],
+        batch=batch,
+        shared=shared,
+        group=all_heads // shared,
+        columns=columns,
+        width=width,
+        value_width=value_width,
+        threads=threads,
+        scratch=_room(scratch, threads * each).data_ptr(),
+        scratch_each=each,
+        scale=scaling * log2(e),
     )
-    return output, diagonal, received
+    return output
 
 
 def _room(scratch: Scratch, size: int) -> Tensor:

@@ -14,8 +14,13 @@
 #include <string.h>
 
 /* SKEW: else all rows of a tile would lie on the same few lines of the cache */
-enum { PANEL = 2 * LANES, TILE = 128, SKEW = 16, STRIDE = TILE + SKEW, HEADS = 4 };
+enum { PANEL = 2 * LANES, TILE = 128, SKEW = 16, STRIDE = TILE + SKEW };
 _Static_assert(TILE % PANEL == 0 && SKEW % LANES == 0, "a tile is some panels, and panels some registers");
+
+/* Of one row of the map: heads that are multiplied at once, and columns whose values are read panel by panel. With
+ * more of them that are not in the cache, a part of each at a time, nothing fetches them ahead. */
+enum { HEADS = 4, NEAR = 16 };
+_Static_assert(HEADS <= ROWS, "their sums fit the registers, too");
 
 typedef float lanes __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef int whole __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
@@ -23,24 +28,26 @@ typedef int whole __attribute__((vector_size(4 * LANES), aligned(4), may_alias))
 const char built_from[] = BUILT_FROM;
 const int sizes[] = {LANES, ROWS, TILE, STRIDE, HEADS};
 
-#define EACH_ROW _Pragma("GCC unroll 16") for (int i = 0; i < ROWS; i++)
+#define EACH(count) _Pragma("GCC unroll 16") for (int i = 0; i < count; i++)
+#define EACH_ROW EACH(ROWS)
 
 struct job {
   const float *query;            /* [batch][heads][rows][width], by the three strides */
-  const float *keys;             /* [batch * shared][panels][width][PANEL], the columns laid side by side; of one
+  const float *keys;             /* [batch * shared][panels][width][PANEL], the columns laid side by side; for one
                                     row [batch][shared][columns][width], by three strides */
-  const float *values;           /* [batch * shared][value_panels][columns][PANEL]; of one row as the keys */
+  const float *values;           /* [batch * shared][value_panels][columns][PANEL]; for one row as the keys */
   const int *starts;             /* [batch][rows], by a stride; or none: 0 */
   const unsigned char *counted;  /* [batch][rows]; or none: all */
+  const int *read;               /* [reads] heads whose sums are wanted, of one row only; or none: all */
   float *output;                 /* [batch][rows][heads][value_width], by two strides */
-  float *diagonal;               /* [batch][heads][rows], by two strides */
+  float *diagonal;               /* [batch][heads][rows], by two strides; of one row [batch][reads] */
   float *received;               /* [shares][batch * shared * group][columns], added to; of one row
-                                    written, without shares */
+                                    [batch][reads][columns], by two strides */
   float *scratch;                /* [threads][scratch_each]; how much that is: library.py */
   long query_batch, starts_batch, output_batch, diagonal_batch, query_head, query_row, output_row, diagonal_head;
-  long key_batch, key_head, key_row, value_batch, value_head, value_row;
+  long key_batch, key_head, key_row, value_batch, value_head, value_row, received_batch, received_head;
   long batch, shared, group, rows, first, columns, width, value_width, panels, value_panels;
-  long shares, block_rows, threads, scratch_each;
+  long reads, shares, block_rows, threads, scratch_each;
   float scale;                   /* of the scores, log2(e) included */
   atomic_long joined, next;
 };
@@ -95,17 +102,17 @@ static inline void multiply_keys(const float *query, const float *keys, long wid
   }
 }
 
-/* output[ROWS][by stride] += weights[ROWS][by stride] times values[columns][by stride], PANEL of these at a time */
+/* output[rows][by stride] += weights[rows][by stride] times values[columns][by stride], PANEL of these at a time */
 static inline __attribute__((always_inline)) void multiply_values(
-    const float *weights, long weight_stride, const float *values, long value_stride, long columns, float *output,
-    long stride) {
+    const int rows, const float *weights, long weight_stride, const float *values, long value_stride, long columns,
+    float *output, long stride) {
   lanes left[ROWS], right[ROWS];
-  EACH_ROW left[i] = *(lanes *)(output + i * stride), right[i] = *(lanes *)(output + i * stride + LANES);
+  EACH(rows) left[i] = *(lanes *)(output + i * stride), right[i] = *(lanes *)(output + i * stride + LANES);
   for (long c = 0; c < columns; c++, weights++, values += value_stride) {
     lanes a = *(const lanes *)values, b = *(const lanes *)(values + LANES);
-    EACH_ROW left[i] += weights[i * weight_stride] * a, right[i] += weights[i * weight_stride] * b;
+    EACH(rows) left[i] += weights[i * weight_stride] * a, right[i] += weights[i * weight_stride] * b;
   }
-  EACH_ROW *(lanes *)(output + i * stride) = left[i], *(lanes *)(output + i * stride + LANES) = right[i];
+  EACH(rows) *(lanes *)(output + i * stride) = left[i], *(lanes *)(output + i * stride + LANES) = right[i];
 }
 
 static inline float widest(lanes x) {
@@ -196,7 +203,7 @@ static void attend_tile(const struct job *job, struct block *b, long batch, long
   if (begin < end) {
     const float *values = job->values + b->pair * job->value_panels * job->columns * PANEL;
     for (long p = 0; p < job->value_panels; p++)
-      multiply_values(weights + begin, STRIDE, values + (p * job->columns + from + begin) * PANEL, PANEL,
+      multiply_values(ROWS, weights + begin, STRIDE, values + (p * job->columns + from + begin) * PANEL, PANEL,
                       least(end, job->columns - from) - begin, b->output + group * value_stride + p * PANEL,
                       value_stride);
   }
@@ -314,14 +321,22 @@ static void weigh_row(float *scores, long columns) {
   for (long c = 0; c < end; c += LANES) *(lanes *)(scores + c) *= share;
 }
 
+/* The place of a head among those whose sums are wanted; -1 if it is not among them. */
+static long place_of(const struct job *job, long head) {
+  if (!job->read) return head;
+  for (long i = 0; i < job->reads; i++)
+    if (job->read[i] == head) return i;
+  return -1;
+}
+
 /* One row of one key-value head's heads. */
 static void attend_newest(const struct job *job, float *memory, long batch, long shared) {
-  const long columns = job->columns, stride = up(columns, TILE) + SKEW, heads = shared * job->group;
-  const long rows = most(up(job->group, HEADS), up(job->group, ROWS));
+  const long low = least(start_of(job, batch, 0), job->columns), columns = job->columns - low;
+  const long stride = up(columns, TILE) + SKEW, heads = shared * job->group, rows = up(job->group, HEADS);
   const long width = job->width, padded = up(width, LANES), rest = width % LANES;
   const long value_width = job->value_width, value_stride = up(value_width, PANEL), value_rest = value_width % PANEL;
-  const float *keys = job->keys + batch * job->key_batch + shared * job->key_head;
-  const float *values = job->values + batch * job->value_batch + shared * job->value_head;
+  const float *keys = job->keys + batch * job->key_batch + shared * job->key_head + low * job->key_row;
+  const float *values = job->values + batch * job->value_batch + shared * job->value_head + low * job->value_row;
   float *query = memory, *output = query + rows * padded, *scores = output + rows * value_stride;
   memset(query, 0, 4 * rows * (padded + value_stride));
   for (long g = 0; g < job->group; g++) {
@@ -335,26 +350,32 @@ static void attend_newest(const struct job *job, float *memory, long batch, long
       multiply_two_keys(query + g * padded, padded, keys + at * job->key_row, columns > 1 ? job->key_row : 0, width,
                         job->scale, scores + g * stride + at, stride);
     }
-  for (long g = 0; g < job->group; g++) weigh_row(scores + g * stride, columns);
-  for (long g = 0; g < job->group; g += ROWS)
-    for (long from = 0; from < columns; from += TILE)
+  for (long g = 0; g < job->group; g++)
+    if (columns) weigh_row(scores + g * stride, columns);
+  for (long g = 0; g < job->group; g += HEADS)
+    for (long from = 0; from < columns; from += NEAR)
       for (long d = 0; d < value_width; d += PANEL) /* the last panel reads numbers of the one before again */
-        multiply_values(scores + g * stride + from, stride,
+        multiply_values(HEADS, scores + g * stride + from, stride,
                         values + from * job->value_row + least(d, value_width - PANEL), job->value_row,
-                        least(TILE, columns - from), output + g * value_stride + d, value_stride);
+                        least(NEAR, columns - from), output + g * value_stride + d, value_stride);
   for (long g = 0; g < job->group; g++) {
-    const float *weights = scores + g * stride, *row = output + g * value_stride;
+    const float *row = output + g * value_stride;
     float *written = job->output + batch * job->output_batch + (heads + g) * value_width;
-    float *received = job->received + ((batch * job->shared + shared) * job->group + g) * columns;
     memcpy(written, row, 4 * (value_width - value_rest));
     memcpy(written + value_width - value_rest, row + value_stride - value_rest, 4 * value_rest);
-    job->diagonal[batch * job->diagonal_batch + (heads + g) * job->diagonal_head] = weights[columns - 1];
-    if (job->counted && !job->counted[batch]) memset(received, 0, 4 * columns);
-    else memcpy(received, weights, 4 * columns);
+  }
+  for (long g = 0; g < job->group; g++) {
+    const float *weights = scores + g * stride;
+    const long place = place_of(job, heads + g);
+    if (place < 0) continue;
+    job->diagonal[batch * job->diagonal_batch + place * job->diagonal_head] = columns ? weights[columns - 1] : 0;
+    if (job->counted && !job->counted[batch]) continue;
+    float *received = job->received + batch * job->received_batch + place * job->received_head + low;
+    for (long c = 0; c < columns; c++) received[c] += weights[c];
   }
 }
 
-/* As `attend`, of one row alone: keys and values are read where they lie. */
+/* As `attend`, of the newest row alone, which is added to the sums: keys and values are read where they lie. */
 void attend_row(struct job *job) {
   long thread = atomic_fetch_add(&job->joined, 1);
   if (thread >= job->threads) return;

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import struct
 import sys
 import warnings
 from dataclasses import dataclass
@@ -17,17 +18,23 @@ from lapwing_detector.native.build import KINDS, digest, here, library_path
 
 BUILD = f"{Path(sys.executable).name} -m lapwing_detector.native"
 
-POINTERS = ("query", "keys", "values", "starts", "counted", "output", "diagonal", "received", "scratch")
+POINTERS = ("query", "keys", "values", "starts", "counted", "read", "output", "diagonal", "received", "scratch")
 STRIDES = (
     *("query_batch", "starts_batch", "output_batch", "diagonal_batch"),
     *("query_head", "query_row", "output_row", "diagonal_head"),
     *("key_batch", "key_head", "key_row", "value_batch", "value_head", "value_row"),
+    *("received_batch", "received_head"),
 )
 SIZES = (
     *("batch", "shared", "group", "rows", "first", "columns", "width", "value_width", "panels", "value_panels"),
-    *("shares", "block_rows", "threads", "scratch_each"),
+    *("reads", "shares", "block_rows", "threads", "scratch_each"),
 )
 COUNTERS = ("joined", "next")
+FIELDS = (*POINTERS, *STRIDES, *SIZES, "scale", *COUNTERS)
+ZEROS = (0,) * len(FIELDS)
+LAYOUT = struct.Struct(f"@{len(POINTERS)}P{len(STRIDES + SIZES)}lf{len(COUNTERS)}l")
+"""Of `struct job` in the source, which says what each field is."""
+MEMORY = ctypes.c_char * LAYOUT.size
 
 
 class NativeMissing(UserWarning):
@@ -36,17 +43,6 @@ class NativeMissing(UserWarning):
 
 class Missing(Exception):
     """A library can't be used; the text says why."""
-
-
-class Job(ctypes.Structure):
-    """`struct job` of the source, which says what each field is."""
-
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in POINTERS),
-        *((name, ctypes.c_long) for name in STRIDES + SIZES),
-        ("scale", ctypes.c_float),
-        *((name, ctypes.c_long) for name in COUNTERS),
-    )
 
 
 @dataclass(frozen=True)
@@ -88,18 +84,25 @@ class Library:
 
     def floats_for_row(self, group: int, columns: int, width: int, value_width: int) -> int:
         """That one thread needs for one row of the heads that share their keys."""
-        rows = max(_up(group, self.heads), _up(group, self.rows))
         stride = _up(columns, self.tile) + self.stride - self.tile
-        return _up(rows * (_up(width, self.lanes) + _up(value_width, self.panel) + stride), 16)
+        return _up(_up(group, self.heads) * (_up(width, self.lanes) + _up(value_width, self.panel) + stride), 16)
 
-    def run(self, function: Any, job: Job) -> None:
-        """Does the job with the threads that it names, those of torch's other operations."""
-        self.team(function, ctypes.addressof(job), job.threads, 0)
+    def run(self, function: Any, **fields: float) -> None:
+        """Does a job with the threads that it names, those of torch's other operations.
+
+        Args:
+            function: one of the library's.
+            fields: of `struct job` in the source, which says what each is; those that are left out are 0.
+        """
+        # A Structure would look each field up in its class: slow for every layer of every step of decoding.
+        job = MEMORY()
+        LAYOUT.pack_into(job, 0, *map(fields.get, FIELDS, ZEROS))
+        self.team(function, job, fields["threads"], 0)
 
 
-def address(tensor: Tensor | None) -> int | None:
-    """Of its first number; the tensor must outlive its use."""
-    return None if tensor is None else tensor.data_ptr()
+def address(tensor: Tensor | None) -> int:
+    """Of its first number, 0 for None; the tensor must outlive its use."""
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 @cache
