@@ -44,10 +44,10 @@ def measure(model: LlamaForCausalLM, case: TimeCase) -> dict[str, list[float]]:
 
 
 def _warm_up(model: LlamaForCausalLM, twin: LlamaForCausalLM | None, case: TimeCase, inputs: dict[str, Tensor]) -> None:
-    start = time.perf_counter()
     if twin is not None:
         _decode(model, twin, case, inputs)
         return
+    start = time.perf_counter()
     while True:
         first, second = (_once(model, way, case, inputs)[1] for way in case.ways)
         if "eager" in case.ways:

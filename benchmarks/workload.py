@@ -94,7 +94,7 @@ WORK: dict[Work, Callable[[LlamaForCausalLM, dict[str, Tensor], int], None]] = {
 def run(
     model: LlamaForCausalLM, way: Way, work: Work, inputs: dict[str, Tensor], new_tokens: int = 64
 ) -> tuple[float, Sums]:
-    """Seconds that a user waits, and the sums if the way gives any.
+    """Seconds that a user waits, and the sums if the way gives any; of all work but decoding.
 
     For the captured ways that is entering the context, the model's work, leaving the context and the summaries;
     for the eager route the forward and the reduction of its maps to the same arrays.

@@ -136,7 +136,7 @@ class Captured:
         """
         self._forward = self._pending = None
         self._sequences, self._mark = sequences, CacheMark(cache)
-        # To look for what drops out takes as long as a part of a layer, which is much of a small model's step.
+        # To look for what drops out, or is not causal, takes as long as a part of a layer: much for a small model.
         self._look_again = not self._dropping
 
     def forget(self) -> None:

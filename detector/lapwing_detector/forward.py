@@ -189,8 +189,8 @@ def require_plain(
     """The call must be causal attention without anything that is not known here.
 
     Args:
-        causal: indices of the layers that were found to be so before, which is added to: to look it up in a config
-            takes as long as a part of a layer.
+        causal: indices of the layers whose marks were looked at before; added to. Looking them up in a config takes as
+            long as a part of a small layer.
 
     Raises:
         CaptureError: it is not; names the argument.
@@ -283,7 +283,7 @@ def first_seen(mask: Tensor, own: Tensor, first: int) -> Tensor | None:
 
     Returns:
         (batch or 1, rows) int32, 0 for padding; None for masks of another kind, and where it is of no use: for one
-        row that torch alone attends for, and where heads have masks of their own.
+        row where there are neither kernels nor attention in C, and where heads have masks of their own.
     """
     by_torch = not (kernels.available(mask.device) or (mask.device == native.CPU and native.available()))
     if (mask.shape[-2] == 1 and by_torch) or mask.shape[1] > 1:

@@ -57,15 +57,13 @@ class Reader:
         if by_intervals and kernels.available(query.device) and kernels.supports(query, key, value):
             return self._by_kernels(sequences, layer, query, key, value, place, rows)
         if by_intervals and _newest_in_c(query, key, value, mechanism):
-            known = sequences.room(layer, place.tokens)
-            if known is not None:
+            row = sequences.newest(layer, key.shape[2], place.tokens)
+            if row is not None:
                 return native.attend_row(
                     query,
                     key,
                     value,
-                    diagonal=known.diagonal,
-                    received=known.received,
-                    own=place.tokens - 1,
+                    received=row,
                     starts=place.starts,
                     counted=counted,
                     scaling=mechanism["scaling"],
@@ -93,10 +91,10 @@ class Reader:
         rows: dict[str, Any],
     ) -> Tensor:
         heads, tokens = self._heads(sequences, layer, query), place.tokens
-        known = sequences.room(layer, tokens)
-        if known is not None and query.shape[2] == 1:  # a step of decoding writes right into the sums
-            diagonal = known.diagonal[:, :, tokens - 1 : tokens]
-            received = known.received[:, :, tokens - key.shape[2] : tokens]
+        row = sequences.newest(layer, key.shape[2], tokens) if query.shape[2] == 1 else None
+        if row is not None:
+            received = row[:, :, : key.shape[2]].zero_()
+            diagonal = row.new_empty(*row.shape[:2], 1)  # the last column of the row, too
             return kernels.attend_row(query, key, value, diagonal=diagonal, received=received, heads=heads, **rows)
         output, diagonal, received = kernels.attend(query, key, value, first=place.first, heads=heads, **rows)
         if sequences.keeps(layer):

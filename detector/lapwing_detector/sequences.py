@@ -84,6 +84,15 @@ class Sequences:
     _rows: list[tuple[AttentionLayer, Tensor]] = field(default_factory=list)
     """Of a forward of one token that is not over: (batch, kept heads, columns) of each layer."""
 
+    _newest: dict[int, Tensor] = field(default_factory=dict)
+    """By layer index, room for such a row: (batch, kept heads, capacity), views of `_side_by_side`."""
+
+    _side_by_side: list[Tensor] = field(default_factory=list)
+    """(batch, kept heads of all layers, capacity), one for each of `joint`."""
+
+    _written: list[tuple[AttentionLayer, int]] = field(default_factory=list)
+    """Of a forward of one token that is not over: layers whose row is in `_newest`, and its columns."""
+
     joint: list[Sums] = field(default_factory=list)
     """All layers that are on one device side by side, in the order of the layers; empty during the first forward."""
 
@@ -156,7 +165,14 @@ class Sequences:
         Args:
             tokens: sequence length with the new token.
         """
+        written, self._written = self._written, []
+        lengths = {columns for _, columns in written}
+        if len(self.joint) == 1 == len(lengths) and tuple(layer for layer, _ in written) == self.layers:
+            row = self._side_by_side[0][:, :, : lengths.pop()]
+            self.joint[0].add(row[:, :, -1:], row, tokens)
+            return
         rows, self._rows = self._rows, []
+        rows += [(layer, self._newest[layer.index][:, :, :length]) for layer, length in written]
         columns = {received.shape[2] for _, received in rows}
         if len(self.joint) == 1 == len(columns) and tuple(layer for layer, _ in rows) == self.layers:
             together = torch.cat([received for _, received in rows], 1)
@@ -164,6 +180,22 @@ class Sequences:
             return
         for layer, received in rows:
             self.sums[layer.index].add(received[:, :, -1:], received, tokens)
+
+    def newest(self, layer: AttentionLayer, columns: int, tokens: int) -> Tensor | None:
+        """Where the row of the newest token is to be written, until `close` adds it: the forward may still fail.
+
+        Args:
+            layer: one that is kept.
+            columns: of the row; its last one is the diagonal.
+            tokens: sequence length with the new token.
+
+        Returns:
+            (batch, kept heads, columns or more), not cleared; None before the layer's first rows.
+        """
+        if self.room(layer, tokens) is None:
+            return None
+        self._written.append((layer, columns))
+        return self._newest[layer.index]
 
     def room(self, layer: AttentionLayer, tokens: int) -> Sums | None:
         """The sums of a layer so far, with room for so many tokens; None before its first rows."""
@@ -176,6 +208,7 @@ class Sequences:
     def join(self, capacity: int) -> None:
         """Move the sums of all layers into one memory for each device, with room for so many tokens."""
         devices = dict.fromkeys(self.sums[layer.index].diagonal.device for layer in self.layers)
+        self._side_by_side = []
         self.joint = [self._joined(device, capacity) for device in devices]
 
     def _joined(self, device: torch.device, capacity: int) -> Sums:
@@ -194,6 +227,9 @@ class Sequences:
         sizes = list(heads.values())
         parts = zip(torch.split(joint.diagonal, sizes, 1), torch.split(joint.received, sizes, 1), strict=True)
         self.sums |= {index: Sums(*of_layer) for index, of_layer in zip(heads, parts, strict=True)}
+        with torch.inference_mode(False):
+            self._side_by_side.append(torch.empty_like(joint.received))
+        self._newest |= zip(heads, torch.split(self._side_by_side[-1], sizes, 1), strict=True)
 
     def summaries(self) -> list[AttentionSummary]:
         """One for each sequence, of its counted tokens only.

@@ -132,11 +132,11 @@ def attended(of: Case, given: Inputs, scratch: Scratch | None = None, **changes:
     return native.attend(given.query, given.key, given.value, scratch=scratch or Scratch(), **options)  # type: ignore[arg-type]
 
 
-def attended_row(of: Case, given: Inputs, **changes: object) -> tuple[Tensor, Tensor, Tensor]:
-    """As `attended`, of the newest row: what it adds to sums that are there, with room for other tokens around."""
-    before = torch.rand(2, of.batch, of.heads, of.first + 10, generator=torch.Generator().manual_seed(1))
-    diagonal, received = before.clone()
-    own = of.first + 3
+def attended_row(
+    of: Case, given: Inputs, scratch: Scratch | None = None, **changes: object
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `attended`, of the newest row; nothing is written but the row."""
+    received = torch.full((of.batch, of.heads, of.first + 10), torch.nan)
     options: dict[str, object] = {
         "starts": given.starts,
         "counted": given.counted,
@@ -148,18 +148,19 @@ def attended_row(of: Case, given: Inputs, **changes: object) -> tuple[Tensor, Te
         given.query,
         given.key,
         given.value,
-        diagonal=diagonal,
         received=received,
-        own=own,
-        scratch=Scratch(),
+        scratch=scratch or Scratch(),
         **options,  # type: ignore[arg-type]
     )
-    inside = slice(own - of.first, own + 1)
-    for now, then, where in ((diagonal, before[0], slice(own, own + 1)), (received, before[1], inside)):
-        untouched = torch.ones(now.shape[-1], dtype=torch.bool)
-        untouched[where] = False
-        assert torch.equal(now[..., untouched], then[..., untouched])
-    return output, diagonal[..., own : own + 1], (received - before[1])[..., inside]
+    row, beyond = received.split([of.first + 1, 9], -1)
+    assert beyond.isnan().all()
+    return output, row[..., -1:], row
+
+
+def whole_row(of: Case, given: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+    """The same from the whole map in float64; the diagonal of a row that does not count is 0."""
+    output, _, received = whole(of, given)
+    return output, received[..., -1:], received
 
 
 def errors(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> list[float]:

@@ -121,6 +121,15 @@ def test_attention_made_bidirectional() -> None:
     require_nothing(captured)
 
 
+def test_attention_made_bidirectional_between_two_contexts() -> None:
+    model = new_model("llama")
+    with capture_attention(model) as captured:
+        model(token_ids(1, 5))
+    model.model.layers[1].self_attn.is_causal = False
+    with captured.resume(), pytest.raises(CaptureError, match="not causal"):
+        model(token_ids(1, 5))
+
+
 @pytest.mark.parametrize("static", [False, True])
 def test_masks_that_cannot_be_read(static: bool) -> None:
     model = tiny_model("llama")

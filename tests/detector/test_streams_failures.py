@@ -103,9 +103,14 @@ def test_the_first_prompt_of_all_may_fail(first: bool) -> None:
     assert max(rows for rows, _ in seen) == 2  # the others share their steps
 
 
+WIDTHS = {"narrow": {}, "wide": {"hidden_size": 128, "initializer_range": 0.2}}
+"""Of the model: attention in C takes the wide one's steps."""
+
+
+@pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("layer", [0, 2])
-def test_a_token_that_cannot_be_fed_ends_its_answer_alone(layer: int) -> None:
-    model, probe = language_model(), a_probe()
+def test_a_token_that_cannot_be_fed_ends_its_answer_alone(layer: int, width: str) -> None:
+    model, probe = language_model(**WIDTHS[width]), a_probe()
     expected = written(model, probe, 20, LENGTHS)
     streams, answers = begun(model, probe)
     victim = list(answers)[1]
@@ -125,10 +130,12 @@ def test_a_token_that_cannot_be_fed_ends_its_answer_alone(layer: int) -> None:
     assert not any(stream.alone for stream in rest)
 
 
-def test_answers_that_only_fail_together_go_on_apart() -> None:
-    model, probe = language_model(), a_probe()
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("layer", [0, 2])
+def test_answers_that_only_fail_together_go_on_apart(layer: int, width: str) -> None:
+    model, probe = language_model(**WIDTHS[width]), a_probe()
     streams, answers = begun(model, probe)
-    with failing(model, lambda ids: len(ids) > 1) as failures, forwards_of(model.model) as seen:
+    with failing(model, lambda ids: len(ids) > 1, layer) as failures, forwards_of(model.model) as seen:
         go_on(streams, answers)
     assert failures == [3]  # once, and then no more
     assert {rows for rows, _ in seen[1:]} == {1}

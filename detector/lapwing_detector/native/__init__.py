@@ -47,7 +47,8 @@ def supports_row(query: Tensor, key: Tensor, value: Tensor) -> bool:
         return False
     built, (batch, shared, _, width) = library.installed(), key.shape
     return (
-        built is not None
+        available()
+        and built is not None
         and query.stride()[3] == key.stride()[3] == value.stride()[3] == 1
         and width >= built.lanes
         and value.shape[3] >= built.panel

@@ -204,27 +204,24 @@ def attend_row(
     key: Tensor,
     value: Tensor,
     *,
-    diagonal: Tensor,
     received: Tensor,
-    own: int,
     starts: Tensor | None,
     counted: Tensor | None,
     scaling: float,
     heads: Tensor | None,
     scratch: Scratch,
 ) -> Tensor:
-    """Attention of the newest token, added to sums that are there already; keys and values are read where they lie.
+    """Attention of the newest token, and its row of the map; keys and values are read where they lie.
 
     Args:
         query: (batch, heads, 1, width), float32, as key and value.
         key: (batch, key-value heads, columns, width), at least a register wide.
         value: (batch, key-value heads, columns, value width), at least a panel wide.
-        diagonal: (batch, heads read, capacity) float32, whose column `own` is written; the last stride is 1.
-        received: (batch, heads read, capacity) float32, whose columns up to `own` are added to; the last stride is 1.
-        own: the token's column there.
+        received: (batch, heads read, columns or more) float32, whose first columns are written: what `attend` returns
+            as such, the last of them being the diagonal; the last stride is 1.
         starts: (batch or 1, 1) int32 and counted: (batch, 1) bool, as for `attend`.
         scaling: of the scores.
-        heads: (heads read,) int32, those whose sums are wanted; None: all.
+        heads: (heads read,) int32, those whose rows are wanted; None: all.
         scratch: memory to be used again from call to call.
 
     Returns:
@@ -238,7 +235,7 @@ def attend_row(
     counted = None if counted is None else counted.contiguous()
     each = built.floats_for_row(all_heads // shared, columns, width, value_width)
     query_strides, key_strides, value_strides = query.stride(), key.stride(), value.stride()
-    diagonal_strides, received_strides = diagonal.stride(), received.stride()
+    received_strides = received.stride()
     built.run(
         built.one_row,
         query=query.data_ptr(),
@@ -259,10 +256,7 @@ def attend_row(
         reads=0 if heads is None else len(heads),
         output=output.data_ptr(),
         output_batch=all_heads * value_width,
-        diagonal=diagonal.data_ptr() + 4 * own,
-        diagonal_batch=diagonal_strides[0],
-        diagonal_head=diagonal_strides[1],
-        received=received.data_ptr() + 4 * (own + 1 - columns),
+        received=received.data_ptr(),
         received_batch=received_strides[0],
         received_head=received_strides[1],
         batch=batch,

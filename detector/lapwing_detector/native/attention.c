@@ -17,8 +17,8 @@
 enum { PANEL = 2 * LANES, TILE = 128, SKEW = 16, STRIDE = TILE + SKEW };
 _Static_assert(TILE % PANEL == 0 && SKEW % LANES == 0, "a tile is some panels, and panels some registers");
 
-/* Of one row of the map: heads that are multiplied at once, and columns whose values are read panel by panel. With
- * more of them that are not in the cache, a part of each at a time, nothing fetches them ahead. */
+/* For one row of the map: heads that are multiplied at once, and columns whose values are read, panel by panel, before
+ * those of the next. Where a part of many columns' values is read at a time, the CPU fetches nothing ahead. */
 enum { HEADS = 4, NEAR = 16 };
 _Static_assert(HEADS <= ROWS, "their sums fit the registers, too");
 
@@ -40,9 +40,9 @@ struct job {
   const unsigned char *counted;  /* [batch][rows]; or none: all */
   const int *read;               /* [reads] heads whose sums are wanted, of one row only; or none: all */
   float *output;                 /* [batch][rows][heads][value_width], by two strides */
-  float *diagonal;               /* [batch][heads][rows], by two strides; of one row [batch][reads] */
-  float *received;               /* [shares][batch * shared * group][columns], added to; of one row
-                                    [batch][reads][columns], by two strides */
+  float *diagonal;               /* [batch][heads][rows], by two strides; not of one row */
+  float *received;               /* [shares][batch * shared * group][columns], added to; of one row, written,
+                                    [batch][heads read][columns], by two strides */
   float *scratch;                /* [threads][scratch_each]; how much that is: library.py */
   long query_batch, starts_batch, output_batch, diagonal_batch, query_head, query_row, output_row, diagonal_head;
   long key_batch, key_head, key_row, value_batch, value_head, value_row, received_batch, received_head;
@@ -368,14 +368,14 @@ static void attend_newest(const struct job *job, float *memory, long batch, long
     const float *weights = scores + g * stride;
     const long place = place_of(job, heads + g);
     if (place < 0) continue;
-    job->diagonal[batch * job->diagonal_batch + place * job->diagonal_head] = columns ? weights[columns - 1] : 0;
-    if (job->counted && !job->counted[batch]) continue;
-    float *received = job->received + batch * job->received_batch + place * job->received_head + low;
-    for (long c = 0; c < columns; c++) received[c] += weights[c];
+    const long begin = job->counted && !job->counted[batch] ? job->columns : low;
+    float *received = job->received + batch * job->received_batch + place * job->received_head;
+    memset(received, 0, 4 * begin);
+    memcpy(received + begin, weights + (begin - low), 4 * (job->columns - begin));
   }
 }
 
-/* As `attend`, of the newest row alone, which is added to the sums: keys and values are read where they lie. */
+/* As `attend`, of the newest row alone, whose last weight is the diagonal: keys and values are read where they lie. */
 void attend_row(struct job *job) {
   long thread = atomic_fetch_add(&job->joined, 1);
   if (thread >= job->threads) return;
