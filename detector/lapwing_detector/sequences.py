@@ -44,7 +44,7 @@ class Sums:
             tokens: sequence length with the new tokens.
         """
         self.diagonal[:, :, tokens - diagonal.shape[2] : tokens] = diagonal
-        self.received[:, :, tokens - received.shape[2] : tokens] += received
+        self.received[:, :, tokens - received.shape[2] : tokens].add_(received)  # `+=` would copy them as well
 
 
 @dataclass

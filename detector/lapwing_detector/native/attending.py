@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lapwing_detector.native import library
-from lapwing_detector.native.library import Library, address
+from lapwing_detector.native.library import Library, address, floats_for_row
 from lapwing_detector.native.packing import CPU, packed_keys, packed_values, take
 from lapwing_detector.scratch import Scratch
 from lapwing_detector.strips import parts
@@ -233,7 +233,7 @@ def attend_row(
     output = query.new_empty(batch, 1, all_heads, value_width)
     starts = None if starts is None else starts.int()
     counted = None if counted is None else counted.contiguous()
-    each = built.floats_for_row(all_heads // shared, columns, width, value_width)
+    each = floats_for_row(built, all_heads // shared, columns, width, value_width)
     query_strides, key_strides, value_strides = query.stride(), key.stride(), value.stride()
     received_strides = received.stride()
     built.run(

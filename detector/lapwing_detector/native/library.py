@@ -7,7 +7,7 @@ import struct
 import sys
 import warnings
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,7 @@ class Missing(Exception):
     """A library can't be used; the text says why."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Library:
     """A build for the instructions of one kind of CPU."""
 
@@ -82,11 +82,6 @@ class Library:
         each = width + _up(value_width, self.panel) + 2 + tiles * (self.stride + 1)
         return _up(_up(rows, self.rows) * each + 16, 16)
 
-    def floats_for_row(self, group: int, columns: int, width: int, value_width: int) -> int:
-        """That one thread needs for one row of the heads that share their keys."""
-        stride = _up(columns, self.tile) + self.stride - self.tile
-        return _up(_up(group, self.heads) * (_up(width, self.lanes) + _up(value_width, self.panel) + stride), 16)
-
     def run(self, function: Any, **fields: float) -> None:
         """Does a job with the threads that it names, those of torch's other operations.
 
@@ -98,6 +93,13 @@ class Library:
         job = MEMORY()
         LAYOUT.pack_into(job, 0, *map(fields.get, FIELDS, ZEROS))
         self.team(function, job, fields["threads"], 0)
+
+
+@lru_cache(maxsize=16)  # every layer of a step asks
+def floats_for_row(built: Library, group: int, columns: int, width: int, value_width: int) -> int:
+    """That one thread needs for one row of the heads that share their keys."""
+    stride = _up(columns, built.tile) + built.stride - built.tile
+    return _up(_up(group, built.heads) * (_up(width, built.lanes) + _up(value_width, built.panel) + stride), 16)
 
 
 def address(tensor: Tensor | None) -> int:
