@@ -30,6 +30,9 @@ class Sums:
     received: Tensor
     """(batch, heads, capacity) float32."""
 
+    newest: Tensor | None = None
+    """(batch, heads, capacity) float32, room for the row of one token until its forward is over; None in the first."""
+
     @property
     def capacity(self) -> int:
         """Tokens for which there is room."""
@@ -45,6 +48,12 @@ class Sums:
         """
         self.diagonal[:, :, tokens - diagonal.shape[2] : tokens] = diagonal
         self.received[:, :, tokens - received.shape[2] : tokens].add_(received)  # `+=` would copy them as well
+
+    def add_newest(self, columns: int, tokens: int) -> None:
+        """Add the row of one new token: so many columns of `newest`."""
+        assert self.newest is not None
+        row = self.newest[:, :, :columns]
+        self.add(row[:, :, -1:], row, tokens)
 
 
 @dataclass
@@ -81,17 +90,8 @@ class Sequences:
     _selections: dict[int, Tensor | None] = field(default_factory=dict)
     """By layer index, as far as they were asked for; see `_selection`."""
 
-    _rows: list[tuple[AttentionLayer, Tensor]] = field(default_factory=list)
-    """Of a forward of one token that is not over: (batch, kept heads, columns) of each layer."""
-
-    _newest: dict[int, Tensor] = field(default_factory=dict)
-    """By layer index, room for such a row: (batch, kept heads, capacity), views of `_side_by_side`."""
-
-    _side_by_side: list[Tensor] = field(default_factory=list)
-    """(batch, kept heads of all layers, capacity), one for each of `joint`."""
-
     _written: list[tuple[AttentionLayer, int]] = field(default_factory=list)
-    """Of a forward of one token that is not over: layers whose row is in `_newest`, and its columns."""
+    """Of a forward of one token that is not over: layers whose row is in `newest` of their sums, and its columns."""
 
     joint: list[Sums] = field(default_factory=list)
     """All layers that are on one device side by side, in the order of the layers; empty during the first forward."""
@@ -151,13 +151,13 @@ class Sequences:
     def add_kept(self, layer: AttentionLayer, heads: int, diagonal: Tensor, received: Tensor, tokens: int) -> None:
         """The same with (batch, kept heads, ...) of a layer that has so many heads in all."""
         self.heads[layer.index] = heads
-        known = self.room(layer, tokens)
+        known, columns = self.room(layer, tokens), received.shape[2]
         if known is None:
             self.sums[layer.index] = Sums(diagonal, received)
-        elif diagonal.shape[2] == 1:
-            self._rows.append((layer, received))  # whose last column is the diagonal
-        else:
+        elif diagonal.shape[2] > 1:
             known.add(diagonal, received, tokens)
+        elif (row := self.newest(layer, columns, tokens)) is not None:
+            row[:, :, :columns] = received  # whose last column is the diagonal
 
     def close(self, tokens: int) -> None:
         """The forward is over: add the rows of its one token, those of all layers at once where that can be done.
@@ -168,18 +168,10 @@ class Sequences:
         written, self._written = self._written, []
         lengths = {columns for _, columns in written}
         if len(self.joint) == 1 == len(lengths) and tuple(layer for layer, _ in written) == self.layers:
-            row = self._side_by_side[0][:, :, : lengths.pop()]
-            self.joint[0].add(row[:, :, -1:], row, tokens)
+            self.joint[0].add_newest(lengths.pop(), tokens)
             return
-        rows, self._rows = self._rows, []
-        rows += [(layer, self._newest[layer.index][:, :, :length]) for layer, length in written]
-        columns = {received.shape[2] for _, received in rows}
-        if len(self.joint) == 1 == len(columns) and tuple(layer for layer, _ in rows) == self.layers:
-            together = torch.cat([received for _, received in rows], 1)
-            self.joint[0].add(together[:, :, -1:], together, tokens)
-            return
-        for layer, received in rows:
-            self.sums[layer.index].add(received[:, :, -1:], received, tokens)
+        for layer, columns in written:
+            self.sums[layer.index].add_newest(columns, tokens)
 
     def newest(self, layer: AttentionLayer, columns: int, tokens: int) -> Tensor | None:
         """Where the row of the newest token is to be written, until `close` adds it: the forward may still fail.
@@ -192,10 +184,11 @@ class Sequences:
         Returns:
             (batch, kept heads, columns or more), not cleared; None before the layer's first rows.
         """
-        if self.room(layer, tokens) is None:
+        known = self.room(layer, tokens)
+        if known is None:
             return None
         self._written.append((layer, columns))
-        return self._newest[layer.index]
+        return known.newest
 
     def room(self, layer: AttentionLayer, tokens: int) -> Sums | None:
         """The sums of a layer so far, with room for so many tokens; None before its first rows."""
@@ -208,7 +201,6 @@ class Sequences:
     def join(self, capacity: int) -> None:
         """Move the sums of all layers into one memory for each device, with room for so many tokens."""
         devices = dict.fromkeys(self.sums[layer.index].diagonal.device for layer in self.layers)
-        self._side_by_side = []
         self.joint = [self._joined(device, capacity) for device in devices]
 
     def _joined(self, device: torch.device, capacity: int) -> Sums:
@@ -225,11 +217,10 @@ class Sequences:
     def _view(self, joint: Sums, heads: Mapping[int, int]) -> None:
         """Let the sums of some layers, with so many kept heads each, lie in a memory side by side."""
         sizes = list(heads.values())
-        parts = zip(torch.split(joint.diagonal, sizes, 1), torch.split(joint.received, sizes, 1), strict=True)
+        assert joint.newest is not None
+        wholes = (joint.diagonal, joint.received, joint.newest)
+        parts = zip(*(torch.split(whole, sizes, 1) for whole in wholes), strict=True)
         self.sums |= {index: Sums(*of_layer) for index, of_layer in zip(heads, parts, strict=True)}
-        with torch.inference_mode(False):
-            self._side_by_side.append(torch.empty_like(joint.received))
-        self._newest |= zip(heads, torch.split(self._side_by_side[-1], sizes, 1), strict=True)
 
     def summaries(self) -> list[AttentionSummary]:
         """One for each sequence, of its counted tokens only.
@@ -320,7 +311,7 @@ def gathered(parts: list[Part]) -> Sequences:
 
 def _empty(rows: int, heads: int, capacity: int, device: torch.device) -> Sums:
     with torch.inference_mode(False):  # later steps may add to them outside of it
-        return Sums(*(torch.zeros(rows, heads, capacity, dtype=torch.float32, device=device) for _ in range(2)))
+        return Sums(*(torch.zeros(rows, heads, capacity, dtype=torch.float32, device=device) for _ in range(3)))
 
 
 def _arrays(parts: list[Tensor]) -> list[NDArray[np.float32]]:
