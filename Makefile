@@ -31,9 +31,9 @@ soak: $(INSTALLED)  ## the tests that go on for long: kills, swaps, restarts, an
 
 compat: $(INSTALLED)  ## the client with the oldest and the newest libraries that pyproject.toml admits
 	$(PYTHON) -m venv $(VENV)-oldest
-	$(VENV)-oldest/bin/python -m pip install --quiet $(OLDEST)
+	$(VENV)-oldest/bin/python -m pip install --quiet --no-compile $(OLDEST)
 	$(PYTHON) -m venv $(VENV)-newest
-	$(VENV)-newest/bin/python -m pip install --quiet --upgrade $(NEWEST)
+	$(VENV)-newest/bin/python -m pip install --quiet --no-compile --upgrade $(NEWEST)
 	LAPWING_PYTHONS=$(VENV)-oldest/bin/python:$(VENV)-newest/bin/python $(BIN)/python -m pytest tests/client/test_compatibility.py
 
 check: $(INSTALLED)  ## style, types, and whether the generated stubs are those of the .proto files
@@ -73,5 +73,5 @@ $(INSTALLED): pyproject.toml constraints.txt $(BUILT)
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
 		{ echo "lapwing needs Python 3.11 to 3.13, $(PYTHON) is $$($(PYTHON) --version 2>&1); try: make PYTHON=python3.11"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[dev]'
 	@touch $@

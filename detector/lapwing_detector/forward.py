@@ -195,23 +195,26 @@ def require_plain(
     Raises:
         CaptureError: it is not; names the argument.
     """
-    marks = [is_causal]
-    if layer.index not in causal:
-        module: nn.Module = layer.module
-        marks += [getattr(marked, "is_causal", None) for marked in (module, module.config)]
-    if any(mark is not None and not mark for mark in marks):
+    if (is_causal is not None and not is_causal) or (layer.index not in causal and not _marked_causal(layer.module)):
         raise CaptureError(f"{layer.name} is not causal, so its map is not triangular and has other eigenvalues")
     causal.add(layer.index)
     if dropout:
         raise CaptureError(f"{layer.name} drops out attention ({dropout}); call model.eval() first")
     if others.get("output_attentions"):
         raise CaptureError("output_attentions=True, but the maps do not exist while they are summed up; leave it out")
+    if HARMLESS.issuperset(others):
+        return
     for name, value in others.items():
         if value is not None and name not in HARMLESS:
             raise CaptureError(
                 f"{layer.name} gives its attention {name}={type(value).__name__}, which is not known here and could "
                 "change it; leave it out, or use another model family"
             )
+
+
+def _marked_causal(module: nn.Module) -> bool:
+    marks = [getattr(marked, "is_causal", None) for marked in (module, module.config)]
+    return all(mark is None or mark for mark in marks)
 
 
 def dropping(model: nn.Module) -> tuple[tuple[str, nn.Module], ...]:

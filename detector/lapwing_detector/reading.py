@@ -52,10 +52,8 @@ class Reader:
         if place.columns < key.shape[2]:
             key, value = key[:, :, : place.columns], value[:, :, : place.columns]
         counted = None if place.counted is None else place.counted.to(query.device)
-        rows = {"starts": place.starts, "counted": counted, **mechanism}
         by_intervals = place.mask is None or place.starts is not None
-        if by_intervals and kernels.available(query.device) and kernels.supports(query, key, value):
-            return self._by_kernels(sequences, layer, query, key, value, place, rows)
+        # Looked at first: every layer of every step of decoding comes here, and the rest would be 1 % of a small model.
         if by_intervals and _newest_in_c(query, key, value, mechanism):
             row = sequences.newest(layer, key.shape[2], place.tokens)
             if row is not None:
@@ -70,6 +68,9 @@ class Reader:
                     heads=self._heads(sequences, layer, query),
                     scratch=self._scratch,
                 )
+        rows = {"starts": place.starts, "counted": counted, **mechanism}
+        if by_intervals and kernels.available(query.device) and kernels.supports(query, key, value):
+            return self._by_kernels(sequences, layer, query, key, value, place, rows)
         output, diagonal, received = attend(
             query, key, value, mask=place.mask, first=place.first, scratch=self._scratch, **rows
         )
@@ -112,6 +113,6 @@ class Reader:
 
 
 def _newest_in_c(query: Tensor, key: Tensor, value: Tensor, mechanism: dict[str, Any]) -> bool:
-    """Whether this is one row, of attention that `native.attend_row` knows."""
-    plain = mechanism["softcap"] is None and mechanism["sinks"] is None
+    """Whether this is one row, of attention that `native.attend_row` knows and that no kernel is to be tried with."""
+    plain = mechanism["softcap"] is None and mechanism["sinks"] is None and not kernels.INTERPRETED
     return query.shape[2] == 1 and plain and native.supports_row(query, key, value)

@@ -196,7 +196,8 @@ class Sequences:
         if known is not None and tokens > known.capacity:
             # More than one token at a time, or decoding would be quadratic; not many, since they may never come.
             self.join(max(tokens, known.capacity + min(max(known.capacity, LEAST_ROOM), MOST_ROOM)))
-        return self.sums.get(layer.index)
+            known = self.sums[layer.index]
+        return known
 
     def join(self, capacity: int) -> None:
         """Move the sums of all layers into one memory for each device, with room for so many tokens."""

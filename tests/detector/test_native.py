@@ -270,6 +270,36 @@ def test_one_row_equals_the_whole_map(any_build, shape, counts, monkeypatch):
 
 
 @needs_library
+@needs_compiler
+@pytest.mark.parametrize("shape", ROWS)
+def test_one_row_of_bfloat16_rounds_the_output_only(any_build, shape, monkeypatch):
+    monkeypatch.setattr(library, "installed", any_build)
+    of = ROWS[shape]
+    given = made(of).to(torch.bfloat16)
+    output, *sums = attended_row(of, given)
+    exact, *exact_sums = whole_row(of, given)
+    assert output.dtype == torch.bfloat16
+    assert max(errors(tuple(sums), tuple(exact_sums))) < SAME * of.spread**2
+    nearest = torch.finfo(torch.bfloat16).eps / 2 * exact.abs() + SAME * of.spread**2
+    assert ((output.double() - exact).abs() <= nearest).all()
+    cut_off = (exact.float().view(torch.int32) & -65536).view(torch.float32)
+    further = (cut_off.double() - exact).abs() > nearest  # off than what is rounded to the nearest
+    assert of.first == 0 or further.any()
+
+
+@needs_library
+def test_what_is_not_finite_in_bfloat16_stays_so():
+    of = Case(batch=1, rows=1, first=9, width=16, value_width=32)
+    given = made(of).to(torch.bfloat16)
+    given.value[0, 0, 4, 7:10] = torch.tensor([torch.nan, torch.inf, torch.finfo(torch.bfloat16).max])
+    output = attended_row(of, given)[0][0, 0].float()
+    assert output[:2, 7].isnan().all()
+    assert (output[:2, 8] == torch.inf).all()
+    assert output[:2, 9].isfinite().all()
+    assert output[2:].isfinite().all()  # heads of other values
+
+
+@needs_library
 @pytest.mark.parametrize("heads", [[5], [0, 1, 4], [3, 2], list(range(6))])
 def test_some_heads_of_one_row(heads):
     of = Case(rows=1, first=60, width=16, value_width=32)
@@ -300,7 +330,9 @@ def test_one_row_of_few_heads_is_left_to_all_threads():
         assert not native.supports_row(query, key[..., :3], value)
         assert not native.supports_row(query, key, value[..., :7])
         assert not native.supports_row(query, key, value.transpose(2, 3).contiguous().transpose(2, 3))
-        assert not native.supports_row(query.bfloat16(), key.bfloat16(), value.bfloat16())
+        assert native.supports_row(query.bfloat16(), key.bfloat16(), value.bfloat16())
+        assert not native.supports_row(query.bfloat16(), key, value.bfloat16())
+        assert not native.supports_row(query.half(), key.half(), value.half())
         torch.set_num_threads(5)
         assert not native.supports_row(query, key, value)
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lapwing_detector.native import library
-from lapwing_detector.native.attending import attend, attend_row
+from lapwing_detector.native.attending import ROW_DTYPES, attend, attend_row
 from lapwing_detector.native.library import NativeMissing
 from lapwing_detector.native.packing import CPU
 
@@ -43,13 +43,13 @@ def supports(query: Tensor, key: Tensor, value: Tensor) -> bool:
 
 def supports_row(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """Whether `attend_row` takes these tensors, shaped as it says."""
-    if not (query.device == CPU and query.dtype == key.dtype == value.dtype == torch.float32):
-        return False
-    built, (batch, shared, _, width) = library.installed(), key.shape
+    built = library.installed() if query.is_cpu and available() else None
+    batch, shared, _, width = key.shape
     return (
-        available()
-        and built is not None
-        and query.stride()[3] == key.stride()[3] == value.stride()[3] == 1
+        built is not None
+        and query.dtype in ROW_DTYPES
+        and query.dtype == key.dtype == value.dtype
+        and query.stride(3) == key.stride(3) == value.stride(3) == 1
         and width >= built.lanes
         and value.shape[3] >= built.panel
         and 2 * batch * shared >= torch.get_num_threads()  # a head's row is one thread's

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lapwing_detector.native import library
-from lapwing_detector.native.library import Library, address, floats_for_row
+from lapwing_detector.native.library import Library, Row, Rows, address, floats_for_row
 from lapwing_detector.native.packing import CPU, packed_keys, packed_values, take
 from lapwing_detector.scratch import Scratch
 from lapwing_detector.strips import parts
@@ -30,13 +30,16 @@ WEIGHTS_BYTES = 20 * 2**20
 """Most that the weights of all threads take while the denominators of their rows are not known; fewer threads work
 where each has too many columns."""
 
+ROW_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+"""Of numbers, as the source calls those of which it reads one row."""
+
 SUMS_BYTES = 4 * 2**20
 """Most that the sums of columns take before those of all pieces of work are added up, if those of one do."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How a part of a layer is divided; see `struct job`."""
+    """How a part of a layer is divided; see `struct rows`."""
 
     block_rows: int
     threads: int
@@ -160,39 +163,40 @@ def _attend(
     exact = output if output.dtype == torch.float32 else take(scratch, "output", *output.shape)
     received = take(scratch, "received", how.shares, batch, heads, columns).zero_()
     built.run(
-        built.many_rows,
-        query=address(query),
-        query_batch=query.stride(0),
-        query_head=query.stride(1),
-        query_row=query.stride(2),
-        keys=address(keys),
-        panels=keys.shape[2],
-        values=address(values),
-        value_panels=values.shape[2],
-        starts=address(starts),
-        starts_batch=0 if starts is None else starts.stride(0),
-        counted=address(counted),
-        output=address(exact),
-        output_batch=exact.stride(0),
-        output_row=exact.stride(1),
-        diagonal=address(diagonal),
-        diagonal_batch=diagonal.stride(0),
-        diagonal_head=diagonal.stride(1),
-        received=address(received),
-        batch=batch,
-        shared=shared,
-        group=group,
-        rows=rows,
-        first=first,
-        columns=columns,
-        width=width,
-        value_width=value_width,
-        shares=how.shares,
-        block_rows=how.block_rows,
-        threads=how.threads,
-        scratch=address(_room(scratch, how.threads * how.each)),
-        scratch_each=how.each,
-        scale=scaling * log2(e),
+        Rows(
+            query=address(query),
+            keys=address(keys),
+            values=address(values),
+            starts=address(starts),
+            counted=address(counted),
+            output=address(exact),
+            diagonal=address(diagonal),
+            received=address(received),
+            scratch=address(_room(scratch, how.threads * how.each)),
+            query_batch=query.stride(0),
+            query_head=query.stride(1),
+            query_row=query.stride(2),
+            starts_batch=0 if starts is None else starts.stride(0),
+            output_batch=exact.stride(0),
+            output_row=exact.stride(1),
+            diagonal_batch=diagonal.stride(0),
+            diagonal_head=diagonal.stride(1),
+            batch=batch,
+            shared=shared,
+            group=group,
+            rows=rows,
+            first=first,
+            columns=columns,
+            width=width,
+            value_width=value_width,
+            panels=keys.shape[2],
+            value_panels=values.shape[2],
+            shares=how.shares,
+            block_rows=how.block_rows,
+            threads=how.threads,
+            scratch_each=how.each,
+            scale=scaling * log2(e),
+        )
     )
     if exact is not output:
         output.copy_(exact)
@@ -214,7 +218,7 @@ def attend_row(
     """Attention of the newest token, and its row of the map; keys and values are read where they lie.
 
     Args:
-        query: (batch, heads, 1, width), float32, as key and value.
+        query: (batch, heads, 1, width), of a dtype in `ROW_DTYPES`, as key and value.
         key: (batch, key-value heads, columns, width), at least a register wide.
         value: (batch, key-value heads, columns, value width), at least a panel wide.
         received: (batch, heads read, columns or more) float32, whose first columns are written: what `attend` returns
@@ -225,7 +229,7 @@ def attend_row(
         scratch: memory to be used again from call to call.
 
     Returns:
-        output (batch, 1, heads, value width).
+        output (batch, 1, heads, value width) in the same dtype; what is between is float32.
     """
     batch, all_heads, _, width = query.shape
     shared, columns, value_width = value.shape[1:]
@@ -237,38 +241,39 @@ def attend_row(
     query_strides, key_strides, value_strides = query.stride(), key.stride(), value.stride()
     received_strides = received.stride()
     built.run(
-        built.one_row,
-        query=query.data_ptr(),
-        query_batch=query_strides[0],
-        query_head=query_strides[1],
-        keys=key.data_ptr(),
-        key_batch=key_strides[0],
-        key_head=key_strides[1],
-        key_row=key_strides[2],
-        values=value.data_ptr(),
-        value_batch=value_strides[0],
-        value_head=value_strides[1],
-        value_row=value_strides[2],
-        starts=address(starts),
-        starts_batch=0 if starts is None or len(starts) == 1 else starts.stride(0),
-        counted=address(counted),
-        read=address(heads),
-        reads=0 if heads is None else len(heads),
-        output=output.data_ptr(),
-        output_batch=all_heads * value_width,
-        received=received.data_ptr(),
-        received_batch=received_strides[0],
-        received_head=received_strides[1],
-        batch=batch,
-        shared=shared,
-        group=all_heads // shared,
-        columns=columns,
-        width=width,
-        value_width=value_width,
-        threads=threads,
-        scratch=_room(scratch, threads * each).data_ptr(),
-        scratch_each=each,
-        scale=scaling * log2(e),
+        Row(
+            query=query.data_ptr(),
+            keys=key.data_ptr(),
+            values=value.data_ptr(),
+            starts=address(starts),
+            counted=address(counted),
+            read=address(heads),
+            output=output.data_ptr(),
+            received=received.data_ptr(),
+            scratch=_room(scratch, threads * each).data_ptr(),
+            query_batch=query_strides[0],
+            query_head=query_strides[1],
+            key_batch=key_strides[0],
+            key_head=key_strides[1],
+            key_row=key_strides[2],
+            value_batch=value_strides[0],
+            value_head=value_strides[1],
+            value_row=value_strides[2],
+            starts_batch=0 if starts is None or len(starts) == 1 else starts.stride(0),
+            received_batch=received_strides[0],
+            received_head=received_strides[1],
+            batch=batch,
+            shared=shared,
+            group=all_heads // shared,
+            columns=columns,
+            width=width,
+            value_width=value_width,
+            reads=0 if heads is None else len(heads),
+            kind=ROW_DTYPES[query.dtype],
+            threads=threads,
+            scratch_each=each,
+            scale=scaling * log2(e),
+        )
     )
     return output
 

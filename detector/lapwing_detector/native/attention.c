@@ -24,31 +24,53 @@ _Static_assert(HEADS <= ROWS, "their sums fit the registers, too");
 
 typedef float lanes __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef int whole __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef unsigned short shorter __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
 
 const char built_from[] = BUILT_FROM;
 const int sizes[] = {LANES, ROWS, TILE, STRIDE, HEADS};
 
 #define EACH(count) _Pragma("GCC unroll 16") for (int i = 0; i < count; i++)
 #define EACH_ROW EACH(ROWS)
+#define ALWAYS_INLINE inline __attribute__((always_inline))
 
-struct job {
+/* What a tensor's numbers are. A function that takes this is inlined, and compiled once for each. */
+enum kind { FLOAT32, BFLOAT16 };
+
+/* Some rows of the map. What is read is float32. */
+struct rows {
   const float *query;            /* [batch][heads][rows][width], by the three strides */
-  const float *keys;             /* [batch * shared][panels][width][PANEL], the columns laid side by side; for one
-                                    row [batch][shared][columns][width], by three strides */
-  const float *values;           /* [batch * shared][value_panels][columns][PANEL]; for one row as the keys */
+  const float *keys;             /* [batch * shared][panels][width][PANEL], the columns laid side by side */
+  const float *values;           /* [batch * shared][value_panels][columns][PANEL] */
   const int *starts;             /* [batch][rows], by a stride; or none: 0 */
   const unsigned char *counted;  /* [batch][rows]; or none: all */
-  const int *read;               /* [reads] heads whose sums are wanted, of one row only; or none: all */
   float *output;                 /* [batch][rows][heads][value_width], by two strides */
-  float *diagonal;               /* [batch][heads][rows], by two strides; not of one row */
-  float *received;               /* [shares][batch * shared * group][columns], added to; of one row, written,
-                                    [batch][heads read][columns], by two strides */
+  float *diagonal;               /* [batch][heads][rows], by two strides */
+  float *received;               /* [shares][batch * shared * group][columns], added to */
   float *scratch;                /* [threads][scratch_each]; how much that is: library.py */
-  long query_batch, starts_batch, output_batch, diagonal_batch, query_head, query_row, output_row, diagonal_head;
-  long key_batch, key_head, key_row, value_batch, value_head, value_row, received_batch, received_head;
+  long query_batch, query_head, query_row, starts_batch, output_batch, output_row, diagonal_batch, diagonal_head;
   long batch, shared, group, rows, first, columns, width, value_width, panels, value_panels;
-  long reads, shares, block_rows, threads, scratch_each;
+  long shares, block_rows, threads, scratch_each;
   float scale;                   /* of the scores, log2(e) included */
+  atomic_long joined, next;
+};
+
+/* The newest row alone, whose last weight is the diagonal: keys and values are read where they lie. */
+struct row {
+  const void *query;             /* [batch][heads][width], by two strides */
+  const void *keys;              /* [batch][shared][columns][width], by three strides */
+  const void *values;            /* [batch][shared][columns][value_width], by three strides */
+  const int *starts;             /* [batch], by a stride; or none: 0 */
+  const unsigned char *counted;  /* [batch]; or none: all */
+  const int *read;               /* [reads] heads whose rows are wanted; or none: all */
+  void *output;                  /* [batch][heads][value_width] */
+  float *received;               /* [batch][heads read][columns], by two strides */
+  float *scratch;                /* [threads][scratch_each] */
+  long query_batch, query_head, key_batch, key_head, key_row, value_batch, value_head, value_row;
+  long starts_batch, received_batch, received_head;
+  long batch, shared, group, columns, width, value_width, reads;
+  long kind;                     /* of query, keys, values and output */
+  long threads, scratch_each;
+  float scale;
   atomic_long joined, next;
 };
 
@@ -66,6 +88,34 @@ struct block {
 static long least(long a, long b) { return a < b ? a : b; }
 static long most(long a, long b) { return a > b ? a : b; }
 static long up(long size, long unit) { return (size + unit - 1) / unit * unit; }
+
+/* A register of a tensor's numbers, from the one at that place on. */
+static ALWAYS_INLINE lanes load(const void *numbers, long at, const enum kind kind) {
+  if (kind == FLOAT32) return *(const lanes *)((const float *)numbers + at);
+  return (lanes)(__builtin_convertvector(*(const shorter *)((const short *)numbers + at), whole) << 16);
+}
+
+static ALWAYS_INLINE void copy_from(float *copy, const void *numbers, long at, long count, const enum kind kind) {
+  const unsigned short *rounded = (const unsigned short *)numbers + at;
+  if (kind == FLOAT32) memcpy(copy, (const float *)numbers + at, 4 * count);
+  if (kind == BFLOAT16)
+    for (long i = 0; i < count; i++) {
+      unsigned bits = (unsigned)rounded[i] << 16;
+      memcpy(copy + i, &bits, sizeof bits);
+    }
+}
+
+/* Rounds to the nearest, to the even one of two. */
+static ALWAYS_INLINE void copy_to(void *numbers, long at, const float *from, long count, const enum kind kind) {
+  unsigned short *rounded = (unsigned short *)numbers + at;
+  if (kind == FLOAT32) memcpy((float *)numbers + at, from, 4 * count);
+  if (kind == BFLOAT16)
+    for (long i = 0; i < count; i++) {
+      unsigned bits;
+      memcpy(&bits, from + i, sizeof bits);
+      rounded[i] = from[i] == from[i] ? (bits + 0x7fff + (bits >> 16 & 1)) >> 16 : 0x7fc0;
+    }
+}
 
 /* 2^x for x <= 0, to 8e-8 of it; below 2^-126 nothing. NaN stays NaN. The polynomial is the one of its degree that is
  * nowhere further from 2^x, for x from -1/2 to 1/2, than 2e-9 of it. */
@@ -103,13 +153,13 @@ static inline void multiply_keys(const float *query, const float *keys, long wid
 }
 
 /* output[rows][by stride] += weights[rows][by stride] times values[columns][by stride], PANEL of these at a time */
-static inline __attribute__((always_inline)) void multiply_values(
-    const int rows, const float *weights, long weight_stride, const float *values, long value_stride, long columns,
-    float *output, long stride) {
+static ALWAYS_INLINE void multiply_values(
+    const int rows, const float *weights, long weight_stride, const void *values, const enum kind kind, long at,
+    long value_stride, long columns, float *output, long stride) {
   lanes left[ROWS], right[ROWS];
   EACH(rows) left[i] = *(lanes *)(output + i * stride), right[i] = *(lanes *)(output + i * stride + LANES);
-  for (long c = 0; c < columns; c++, weights++, values += value_stride) {
-    lanes a = *(const lanes *)values, b = *(const lanes *)(values + LANES);
+  for (long c = 0; c < columns; c++, weights++, at += value_stride) {
+    lanes a = load(values, at, kind), b = load(values, at + LANES, kind);
     EACH(rows) left[i] += weights[i * weight_stride] * a, right[i] += weights[i * weight_stride] * b;
   }
   EACH(rows) *(lanes *)(output + i * stride) = left[i], *(lanes *)(output + i * stride + LANES) = right[i];
@@ -160,11 +210,11 @@ static void weigh(struct block *b, long row, long tile, float *scores, long begi
   b->worth[tile * b->padded + row] = now;
 }
 
-static long start_of(const struct job *job, long batch, long row) {
+static long start_of(const struct rows *job, long batch, long row) {
   return job->starts ? most(job->starts[batch * job->starts_batch + row], 0) : 0;
 }
 
-static void pack_query(const struct job *job, struct block *b, long batch, long heads) {
+static void pack_query(const struct rows *job, struct block *b, long batch, long heads) {
   for (long r = 0; r < b->padded; r++) {
     float *packed = b->query + r / ROWS * ROWS * job->width + r % ROWS;
     const float *row = job->query + batch * job->query_batch + (heads + r % job->group) * job->query_head +
@@ -174,7 +224,7 @@ static void pack_query(const struct job *job, struct block *b, long batch, long 
 }
 
 /* Weights and output of ROWS rows over one tile. */
-static void attend_tile(const struct job *job, struct block *b, long batch, long group, long tile) {
+static void attend_tile(const struct rows *job, struct block *b, long batch, long group, long tile) {
   const long from = tile * TILE, value_stride = job->value_panels * PANEL;
   float *weights = b->weights + (tile - b->low / TILE) * b->padded * STRIDE + group * STRIDE;
   long low = job->columns, stop = 0;
@@ -201,16 +251,16 @@ static void attend_tile(const struct job *job, struct block *b, long batch, long
           real ? start_of(job, batch, row) - from : end, real ? job->first + row + 1 - from : end, value_stride);
   }
   if (begin < end) {
-    const float *values = job->values + b->pair * job->value_panels * job->columns * PANEL;
     for (long p = 0; p < job->value_panels; p++)
-      multiply_values(ROWS, weights + begin, STRIDE, values + (p * job->columns + from + begin) * PANEL, PANEL,
+      multiply_values(ROWS, weights + begin, STRIDE, job->values, FLOAT32,
+                      ((b->pair * job->value_panels + p) * job->columns + from + begin) * PANEL, PANEL,
                       least(end, job->columns - from) - begin, b->output + group * value_stride + p * PANEL,
                       value_stride);
   }
 }
 
 /* Divides the output by the denominators, and finds what each tile's weights are worth. */
-static void finish_rows(const struct job *job, struct block *b, long batch, long heads) {
+static void finish_rows(const struct rows *job, struct block *b, long batch, long heads) {
   const long tiles = up(b->stop, TILE) / TILE - b->low / TILE, value_stride = job->value_panels * PANEL;
   for (long r = 0; r < b->rows; r++) {
     long row = b->begin + r / job->group, head = heads + r % job->group, own = job->first + row;
@@ -229,7 +279,7 @@ static void finish_rows(const struct job *job, struct block *b, long batch, long
   }
 }
 
-static void sum_columns(const struct job *job, struct block *b, float *received) {
+static void sum_columns(const struct rows *job, struct block *b, float *received) {
   const long first = b->low / TILE, last = up(b->stop, TILE) / TILE;
   for (long tile = first; tile < last; tile++)
     for (long g = 0; g < job->group; g++) {
@@ -252,7 +302,7 @@ static void sum_columns(const struct job *job, struct block *b, float *received)
     }
 }
 
-static void attend_block(const struct job *job, float *memory, long pair, long share, long block) {
+static void attend_block(const struct rows *job, float *memory, long pair, long share, long block) {
   const long batch = pair / job->shared, heads = pair % job->shared * job->group;
   const long value_stride = job->value_panels * PANEL, begin = block * job->block_rows;
   struct block b = {.pair = pair, .begin = begin};
@@ -275,7 +325,7 @@ static void attend_block(const struct job *job, float *memory, long pair, long s
 }
 
 /* Every thread of a team calls this with the same job. */
-void attend(struct job *job) {
+void attend(struct rows *job) {
   long thread = atomic_fetch_add(&job->joined, 1);
   if (thread >= job->threads) return;
   float *memory = job->scratch + thread * job->scratch_each;
@@ -291,12 +341,13 @@ void attend(struct job *job) {
 
 /* scores[HEADS][by stride] of two columns = scale times query[HEADS][padded] times keys[2][by stride]. The last numbers
  * of a key that are no whole register are read with some before them, for which the query holds zeros. */
-static inline void multiply_two_keys(const float *query, long padded, const float *keys, long key_stride, long width,
-                                     float scale, float *scores, long stride) {
+static ALWAYS_INLINE void multiply_two_keys(const float *query, long padded, const void *keys, const enum kind kind,
+                                            long at, long key_stride, long width, float scale, float *scores,
+                                            long stride) {
   lanes left[HEADS] = {0}, right[HEADS] = {0};
   for (long d = 0; d < padded; d += LANES) {
-    const float *key = keys + least(d, width - LANES);
-    lanes a = *(const lanes *)key, b = *(const lanes *)(key + key_stride);
+    long part = at + least(d, width - LANES);
+    lanes a = load(keys, part, kind), b = load(keys, part + key_stride, kind);
     _Pragma("GCC unroll 4") for (int h = 0; h < HEADS; h++) {
       lanes q = *(const lanes *)(query + h * padded + d);
       left[h] += q * a, right[h] += q * b;
@@ -322,7 +373,7 @@ static void weigh_row(float *scores, long columns) {
 }
 
 /* The place of a head among those whose sums are wanted; -1 if it is not among them. */
-static long place_of(const struct job *job, long head) {
+static long place_of(const struct row *job, long head) {
   if (!job->read) return head;
   for (long i = 0; i < job->reads; i++)
     if (job->read[i] == head) return i;
@@ -330,39 +381,41 @@ static long place_of(const struct job *job, long head) {
 }
 
 /* One row of one key-value head's heads. */
-static void attend_newest(const struct job *job, float *memory, long batch, long shared) {
-  const long low = least(start_of(job, batch, 0), job->columns), columns = job->columns - low;
+static ALWAYS_INLINE void attend_newest(const struct row *job, float *memory, long batch, long shared,
+                                        const enum kind kind) {
+  const long low = job->starts ? least(most(job->starts[batch * job->starts_batch], 0), job->columns) : 0;
+  const long columns = job->columns - low;
   const long stride = up(columns, TILE) + SKEW, heads = shared * job->group, rows = up(job->group, HEADS);
   const long width = job->width, padded = up(width, LANES), rest = width % LANES;
   const long value_width = job->value_width, value_stride = up(value_width, PANEL), value_rest = value_width % PANEL;
-  const float *keys = job->keys + batch * job->key_batch + shared * job->key_head + low * job->key_row;
-  const float *values = job->values + batch * job->value_batch + shared * job->value_head + low * job->value_row;
+  const long keys = batch * job->key_batch + shared * job->key_head + low * job->key_row;
+  const long values = batch * job->value_batch + shared * job->value_head + low * job->value_row;
   float *query = memory, *output = query + rows * padded, *scores = output + rows * value_stride;
   memset(query, 0, 4 * rows * (padded + value_stride));
   for (long g = 0; g < job->group; g++) {
-    const float *row = job->query + batch * job->query_batch + (heads + g) * job->query_head;
-    memcpy(query + g * padded, row, 4 * (width - rest));
-    memcpy(query + (g + 1) * padded - rest, row + width - rest, 4 * rest);
+    const long row = batch * job->query_batch + (heads + g) * job->query_head;
+    copy_from(query + g * padded, job->query, row, width - rest, kind);
+    copy_from(query + (g + 1) * padded - rest, job->query, row + width - rest, rest, kind);
   }
   for (long g = 0; g < job->group; g += HEADS)
     for (long c = 0; c < columns; c += 2) {
       long at = most(least(c, columns - 2), 0);
-      multiply_two_keys(query + g * padded, padded, keys + at * job->key_row, columns > 1 ? job->key_row : 0, width,
-                        job->scale, scores + g * stride + at, stride);
+      multiply_two_keys(query + g * padded, padded, job->keys, kind, keys + at * job->key_row,
+                        columns > 1 ? job->key_row : 0, width, job->scale, scores + g * stride + at, stride);
     }
   for (long g = 0; g < job->group; g++)
     if (columns) weigh_row(scores + g * stride, columns);
   for (long g = 0; g < job->group; g += HEADS)
     for (long from = 0; from < columns; from += NEAR)
       for (long d = 0; d < value_width; d += PANEL) /* the last panel reads numbers of the one before again */
-        multiply_values(HEADS, scores + g * stride + from, stride,
+        multiply_values(HEADS, scores + g * stride + from, stride, job->values, kind,
                         values + from * job->value_row + least(d, value_width - PANEL), job->value_row,
                         least(NEAR, columns - from), output + g * value_stride + d, value_stride);
   for (long g = 0; g < job->group; g++) {
     const float *row = output + g * value_stride;
-    float *written = job->output + batch * job->output_batch + (heads + g) * value_width;
-    memcpy(written, row, 4 * (value_width - value_rest));
-    memcpy(written + value_width - value_rest, row + value_stride - value_rest, 4 * value_rest);
+    const long written = (batch * job->shared * job->group + heads + g) * value_width;
+    copy_to(job->output, written, row, value_width - value_rest, kind);
+    copy_to(job->output, written + value_width - value_rest, row + value_stride - value_rest, value_rest, kind);
   }
   for (long g = 0; g < job->group; g++) {
     const float *weights = scores + g * stride;
@@ -375,10 +428,14 @@ static void attend_newest(const struct job *job, float *memory, long batch, long
   }
 }
 
-/* As `attend`, of the newest row alone, whose last weight is the diagonal: keys and values are read where they lie. */
-void attend_row(struct job *job) {
+/* Every thread of a team calls this with the same job. */
+void attend_row(struct row *job) {
   long thread = atomic_fetch_add(&job->joined, 1);
   if (thread >= job->threads) return;
+  float *memory = job->scratch + thread * job->scratch_each;
   for (long pair; (pair = atomic_fetch_add(&job->next, 1)) < job->batch * job->shared;)
-    attend_newest(job, job->scratch + thread * job->scratch_each, pair / job->shared, pair % job->shared);
+    if (job->kind == FLOAT32)
+      attend_newest(job, memory, pair / job->shared, pair % job->shared, FLOAT32);
+    else
+      attend_newest(job, memory, pair / job->shared, pair % job->shared, BFLOAT16);
 }

@@ -7,9 +7,9 @@ import struct
 import sys
 import warnings
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache, cached_property, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,23 +18,87 @@ from lapwing_detector.native.build import KINDS, digest, here, library_path
 
 BUILD = f"{Path(sys.executable).name} -m lapwing_detector.native"
 
-POINTERS = ("query", "keys", "values", "starts", "counted", "read", "output", "diagonal", "received", "scratch")
-STRIDES = (
-    *("query_batch", "starts_batch", "output_batch", "diagonal_batch"),
-    *("query_head", "query_row", "output_row", "diagonal_head"),
-    *("key_batch", "key_head", "key_row", "value_batch", "value_head", "value_row"),
-    *("received_batch", "received_head"),
-)
-SIZES = (
-    *("batch", "shared", "group", "rows", "first", "columns", "width", "value_width", "panels", "value_panels"),
-    *("reads", "shares", "block_rows", "threads", "scratch_each"),
-)
-COUNTERS = ("joined", "next")
-FIELDS = (*POINTERS, *STRIDES, *SIZES, "scale", *COUNTERS)
-ZEROS = (0,) * len(FIELDS)
-LAYOUT = struct.Struct(f"@{len(POINTERS)}P{len(STRIDES + SIZES)}lf{len(COUNTERS)}l")
-"""Of `struct job` in the source, which says what each field is."""
-MEMORY = ctypes.c_char * LAYOUT.size
+Address = int
+"""Of a tensor's first number."""
+
+
+class Rows(NamedTuple):
+    """What the library is told of many rows: `struct rows` in the source, which says what each field is."""
+
+    query: Address
+    keys: Address
+    values: Address
+    starts: Address
+    counted: Address
+    output: Address
+    diagonal: Address
+    received: Address
+    scratch: Address
+    query_batch: int
+    query_head: int
+    query_row: int
+    starts_batch: int
+    output_batch: int
+    output_row: int
+    diagonal_batch: int
+    diagonal_head: int
+    batch: int
+    shared: int
+    group: int
+    rows: int
+    first: int
+    columns: int
+    width: int
+    value_width: int
+    panels: int
+    value_panels: int
+    shares: int
+    block_rows: int
+    threads: int
+    scratch_each: int
+    scale: float
+
+
+class Row(NamedTuple):
+    """What the library is told of one row: `struct row` in the source."""
+
+    query: Address
+    keys: Address
+    values: Address
+    starts: Address
+    counted: Address
+    read: Address
+    output: Address
+    received: Address
+    scratch: Address
+    query_batch: int
+    query_head: int
+    key_batch: int
+    key_head: int
+    key_row: int
+    value_batch: int
+    value_head: int
+    value_row: int
+    starts_batch: int
+    received_batch: int
+    received_head: int
+    batch: int
+    shared: int
+    group: int
+    columns: int
+    width: int
+    value_width: int
+    reads: int
+    kind: int
+    threads: int
+    scratch_each: int
+    scale: float
+
+
+LAYOUTS = {Rows: struct.Struct("@9P22lf2l"), Row: struct.Struct("@9P21lf2l")}
+"""In memory: addresses, whole numbers and the scale; behind them two numbers by which the threads divide the work."""
+
+MEMORY = {job: ctypes.c_char * layout.size for job, layout in LAYOUTS.items()}
 
 
 class NativeMissing(UserWarning):
@@ -71,7 +135,7 @@ class Library:
     team: Any
     """Starts a function in all of torch's threads."""
 
-    @property
+    @cached_property
     def panel(self) -> int:
         """Columns of keys, or of values, that are laid side by side."""
         return 2 * self.lanes
@@ -82,17 +146,13 @@ class Library:
         each = width + _up(value_width, self.panel) + 2 + tiles * (self.stride + 1)
         return _up(_up(rows, self.rows) * each + 16, 16)
 
-    def run(self, function: Any, **fields: float) -> None:
-        """Does a job with the threads that it names, those of torch's other operations.
-
-        Args:
-            function: one of the library's.
-            fields: of `struct job` in the source, which says what each is; those that are left out are 0.
-        """
+    def run(self, job: Rows | Row) -> None:
+        """Does a job with the threads that it names, those of torch's other operations."""
         # A Structure would look each field up in its class: slow for every layer of every step of decoding.
-        job = MEMORY()
-        LAYOUT.pack_into(job, 0, *map(fields.get, FIELDS, ZEROS))
-        self.team(function, job, fields["threads"], 0)
+        kind = type(job)
+        memory = MEMORY[kind]()
+        LAYOUTS[kind].pack_into(memory, 0, *job, 0, 0)
+        self.team(self.one_row if kind is Row else self.many_rows, memory, job.threads, 0)
 
 
 @lru_cache(maxsize=16)  # every layer of a step asks
