@@ -11,6 +11,9 @@ SHIPPED := detector/lapwing_detector/atlas
 OLDEST := 'grpcio==1.76.*' protobuf==6.31.1 googleapis-common-protos==1.70.0 typer==0.16.0 rich==13.8.0
 NEWEST := 'grpcio<2' 'protobuf<8' 'googleapis-common-protos<2' 'typer<1' 'rich<16'
 
+# --no-compile: most of what torch brings is never imported; Python compiles the rest when it is.
+INSTALL := -m pip install --quiet --no-compile
+
 # Nothing here asks the network for models or data.
 export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -31,9 +34,9 @@ soak: $(INSTALLED)  ## the tests that go on for long: kills, swaps, restarts, an
 
 compat: $(INSTALLED)  ## the client with the oldest and the newest libraries that pyproject.toml admits
 	$(PYTHON) -m venv $(VENV)-oldest
-	$(VENV)-oldest/bin/python -m pip install --quiet --no-compile $(OLDEST)
+	$(VENV)-oldest/bin/python $(INSTALL) $(OLDEST)
 	$(PYTHON) -m venv $(VENV)-newest
-	$(VENV)-newest/bin/python -m pip install --quiet --no-compile --upgrade $(NEWEST)
+	$(VENV)-newest/bin/python $(INSTALL) --upgrade $(NEWEST)
 	LAPWING_PYTHONS=$(VENV)-oldest/bin/python:$(VENV)-newest/bin/python $(BIN)/python -m pytest tests/client/test_compatibility.py
 
 check: $(INSTALLED)  ## style, types, and whether the generated stubs are those of the .proto files
@@ -73,5 +76,5 @@ $(INSTALLED): pyproject.toml constraints.txt $(BUILT)
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
 		{ echo "lapwing needs Python 3.11 to 3.13, $(PYTHON) is $$($(PYTHON) --version 2>&1); try: make PYTHON=python3.11"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python $(INSTALL) --constraint constraints.txt --editable '.[dev]'
 	@touch $@

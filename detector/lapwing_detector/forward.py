@@ -195,14 +195,14 @@ def require_plain(
     Raises:
         CaptureError: it is not; names the argument.
     """
-    if (is_causal is not None and not is_causal) or (layer.index not in causal and not _marked_causal(layer.module)):
+    if (is_causal is not None and not is_causal) or (layer.index not in causal and not _may_be_causal(layer.module)):
         raise CaptureError(f"{layer.name} is not causal, so its map is not triangular and has other eigenvalues")
     causal.add(layer.index)
     if dropout:
         raise CaptureError(f"{layer.name} drops out attention ({dropout}); call model.eval() first")
     if others.get("output_attentions"):
         raise CaptureError("output_attentions=True, but the maps do not exist while they are summed up; leave it out")
-    if HARMLESS.issuperset(others):
+    if HARMLESS.issuperset(others):  # nearly always, and faster than to look at each
         return
     for name, value in others.items():
         if value is not None and name not in HARMLESS:
@@ -212,7 +212,7 @@ def require_plain(
             )
 
 
-def _marked_causal(module: nn.Module) -> bool:
+def _may_be_causal(module: nn.Module) -> bool:
     marks = [getattr(marked, "is_causal", None) for marked in (module, module.config)]
     return all(mark is None or mark for mark in marks)
 

@@ -113,6 +113,6 @@ class Reader:
 
 
 def _newest_in_c(query: Tensor, key: Tensor, value: Tensor, mechanism: dict[str, Any]) -> bool:
-    """Whether this is one row, of attention that `native.attend_row` knows and that no kernel is to be tried with."""
+    """Whether this is one row, of attention that `native.attend_row` knows and no test asks for the kernels."""
     plain = mechanism["softcap"] is None and mechanism["sinks"] is None and not kernels.INTERPRETED
     return query.shape[2] == 1 and plain and native.supports_row(query, key, value)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from lapwing_detector import native
 from lapwing_detector.native import build
@@ -166,3 +167,18 @@ def whole_row(of: Case, given: Inputs) -> tuple[Tensor, Tensor, Tensor]:
 def errors(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> list[float]:
     pairs = zip(found, expected, strict=True)
     return [float(((one - other) / other.abs().clamp(min=1)).abs().max()) for one, other in pairs]
+
+
+def wide_model() -> LlamaForCausalLM:
+    """Its heads are as wide as the library takes them for one row."""
+    config = LlamaConfig(
+        vocab_size=97,
+        hidden_size=128,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.3,
+        pad_token_id=0,
+    )
+    return LlamaForCausalLM(config).eval()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import pytest
@@ -13,6 +12,8 @@ from lapwing_detector import native, strips
 from lapwing_detector.attention import attend
 from lapwing_detector.forward import first_seen
 from lapwing_detector.scratch import Scratch
+
+pytestmark = pytest.mark.usefixtures("two_threads")
 
 SAME = 2e-6
 """Float32 sums of at most 90 attentions, each rounded at 6e-8."""
@@ -109,15 +110,6 @@ def error(of: Case, scratch: Scratch | None) -> float:
         (found[2] - expected[2]) / 10,  # a sum of many
     ]
     return max(float(one.abs().max()) for one in differences)
-
-
-@pytest.fixture(autouse=True)
-def _two_threads() -> Iterator[None]:
-    """Where tests run side by side torch has one."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from lapwing_detector import native
 from lapwing_detector.capture import capture_attention
-from lapwing_detector.native import attending, build, library
+from lapwing_detector.native import attending, library
 from lapwing_detector.scratch import Scratch
 from tests.detector.native_cases import (
-    BUILDS,
     SAME,
     SHAPES,
     Case,
@@ -29,25 +25,11 @@ from tests.detector.native_cases import (
     needs_library,
     whole,
     whole_row,
+    wide_model,
 )
 from tests.detector.tiny_models import captured_forward, tiny_model, token_ids
 
-
-@pytest.fixture(autouse=True)
-def _two_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module", params=BUILDS)
-def any_build(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Callable[[], object]:
-    options = BUILDS[request.param]
-    if options is None:
-        return library.installed
-    loaded = library.load(build.build(options, tmp_path_factory.mktemp("built") / "library.so"), options)
-    return lambda: loaded
+pytestmark = pytest.mark.usefixtures("two_threads")
 
 
 @needs_library
@@ -228,115 +210,6 @@ def test_weights_too_small_for_a_number_are_zero():
     assert torch.equal(output[0, 6:, 0], given.value[0, 0, 5].expand(34, 2))
 
 
-ROWS = {
-    "plain": Case(batch=1, heads=16, shared=4, rows=1, first=299, width=64, value_width=64, scaling=0.125),
-    "alone": Case(rows=1, width=16, value_width=32),
-    "two columns": Case(rows=1, first=1, width=16, value_width=32),
-    "an odd number of columns": Case(rows=1, first=126, width=16, value_width=32),
-    "no head shares": Case(heads=3, rows=1, first=50, width=16, value_width=32),
-    "all share one": Case(heads=71, shared=1, rows=1, first=200, width=16, value_width=32),
-    "wide keys": Case(heads=2, shared=1, rows=1, first=140, width=192, value_width=128, scaling=0.07),
-    "odd widths": Case(rows=1, first=77, width=23, value_width=45),
-    "sharp": Case(rows=1, first=200, width=32, value_width=32, scaling=1.0, spread=3.0),
-    "padded": Case(batch=4, rows=1, first=150, width=16, value_width=32, kind="newest"),
-}
-
-
-@needs_library
-@needs_compiler
-@pytest.mark.parametrize("shape", ROWS)
-@pytest.mark.parametrize("counts", [None, True, False])
-def test_one_row_equals_the_whole_map(any_build, shape, counts, monkeypatch):
-    monkeypatch.setattr(library, "installed", any_build)
-    of = ROWS[shape]
-    counted = None if counts is None else torch.tensor([[counts]] * of.batch)
-    given = made(of)
-    given = given if of.kind == "newest" else replace(given, counted=counted)
-    cache = torch.zeros(2, of.batch, of.shared, of.first + 5, max(of.width, of.value_width))  # of a larger one, a part
-    key, value = cache[0, :, :, : of.first + 1, : of.width], cache[1, :, :, : of.first + 1, : of.value_width]
-    key.copy_(given.key)
-    value.copy_(given.value)
-    with torch.no_grad():
-        assert native.supports_row(given.query, key, value) is (of.width >= 16 and of.value_width >= 32)
-    given, exact = replace(given, key=key, value=value), whole_row(of, given)
-    assert max(errors(attended_row(of, given), exact)) < SAME * of.spread**2
-    other = attended_row(of, given, scaling=of.scaling * 1.1)
-    assert of.first == 0 or max(errors(other, exact)) > 100 * SAME
-    if of.kind == "newest":
-        assert max(errors(attended_row(of, given, starts=None), exact)) > 100 * SAME
-        assert max(errors(attended_row(of, given, counted=None), exact)) < SAME  # the only such row sees nothing
-        every = torch.zeros(1, 1, dtype=torch.int32)  # one for all sequences
-        assert max(errors(attended_row(of, given, starts=every), whole_row(of, replace(given, starts=every)))) < SAME
-
-
-@needs_library
-@needs_compiler
-@pytest.mark.parametrize("shape", ROWS)
-def test_one_row_of_bfloat16_rounds_the_output_only(any_build, shape, monkeypatch):
-    monkeypatch.setattr(library, "installed", any_build)
-    of = ROWS[shape]
-    given = made(of).to(torch.bfloat16)
-    output, *sums = attended_row(of, given)
-    exact, *exact_sums = whole_row(of, given)
-    assert output.dtype == torch.bfloat16
-    assert max(errors(tuple(sums), tuple(exact_sums))) < SAME * of.spread**2
-    nearest = torch.finfo(torch.bfloat16).eps / 2 * exact.abs() + SAME * of.spread**2
-    assert ((output.double() - exact).abs() <= nearest).all()
-    cut_off = (exact.float().view(torch.int32) & -65536).view(torch.float32)
-    further = (cut_off.double() - exact).abs() > nearest  # off than what is rounded to the nearest
-    assert of.first == 0 or further.any()
-
-
-@needs_library
-def test_what_is_not_finite_in_bfloat16_stays_so():
-    of = Case(batch=1, rows=1, first=9, width=16, value_width=32)
-    given = made(of).to(torch.bfloat16)
-    given.value[0, 0, 4, 7:10] = torch.tensor([torch.nan, torch.inf, torch.finfo(torch.bfloat16).max])
-    output = attended_row(of, given)[0][0, 0].float()
-    assert output[:2, 7].isnan().all()
-    assert (output[:2, 8] == torch.inf).all()
-    assert output[:2, 9].isfinite().all()
-    assert output[2:].isfinite().all()  # heads of other values
-
-
-@needs_library
-@pytest.mark.parametrize("heads", [[5], [0, 1, 4], [3, 2], list(range(6))])
-def test_some_heads_of_one_row(heads):
-    of = Case(rows=1, first=60, width=16, value_width=32)
-    given = made(of)
-    output, _, received = whole(of, given)
-    row = torch.empty(of.batch, len(heads), of.first + 1)
-    found = native.attend_row(
-        given.query,
-        given.key,
-        given.value,
-        received=row,
-        starts=None,
-        counted=None,
-        scaling=of.scaling,
-        heads=torch.tensor(heads, dtype=torch.int32),
-        scratch=Scratch(),
-    )
-    assert max(errors((found, row), (output, received[:, heads]))) < SAME
-    assert max(errors((row,), (received[:, [(head + 1) % 6 for head in heads]],))) > 100 * SAME
-
-
-@needs_library
-def test_one_row_of_few_heads_is_left_to_all_threads():
-    query, key, value = (torch.randn(1, 2, columns, 32) for columns in (1, 5, 5))
-    with torch.no_grad():
-        torch.set_num_threads(4)
-        assert native.supports_row(query, key, value)
-        assert not native.supports_row(query, key[..., :3], value)
-        assert not native.supports_row(query, key, value[..., :7])
-        assert not native.supports_row(query, key, value.transpose(2, 3).contiguous().transpose(2, 3))
-        assert native.supports_row(query.bfloat16(), key.bfloat16(), value.bfloat16())
-        assert not native.supports_row(query.bfloat16(), key, value.bfloat16())
-        assert not native.supports_row(query.half(), key.half(), value.half())
-        torch.set_num_threads(5)
-        assert not native.supports_row(query, key, value)
-
-
 @needs_library
 def test_what_it_takes(monkeypatch):
     query, key, value = (torch.randn(1, 2, native.LEAST_ROWS, 8) for _ in range(3))
@@ -385,39 +258,3 @@ def test_models_are_read_by_it_where_it_knows_their_attention(monkeypatch):
             wide.generate(ids, attention_mask=mask, max_new_tokens=4, do_sample=False, eos_token_id=None)
         assert captured.summaries()[0].diagonal.shape[-1] == 44
         assert rows == [40, 40] + 2 * 4 * [1]  # the row of the last token is computed when it is asked for
-
-
-def wide_model() -> LlamaForCausalLM:
-    config = LlamaConfig(
-        vocab_size=97,
-        hidden_size=128,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.3,
-        pad_token_id=0,
-    )
-    return LlamaForCausalLM(config).eval()
-
-
-@needs_library
-@pytest.mark.parametrize("heads", [None, {0: [1], 1: [0, 3]}])
-def test_what_a_model_writes_with_padding_equals_the_same_text_read_by_torch(heads, monkeypatch):
-    model, ids = wide_model(), token_ids(2, 30)
-    mask = torch.ones_like(ids)
-    mask[1, :7] = 0
-    with capture_attention(model, heads=heads) as captured:
-        written = model.generate(ids, attention_mask=mask, max_new_tokens=20, do_sample=False, eos_token_id=None)
-    found = captured.summaries()
-    monkeypatch.setattr(native, "available", lambda: False)
-    for place, padding in ((0, 0), (1, 7)):
-        with capture_attention(model, heads=heads) as captured:
-            model(written[place : place + 1, padding:])
-        [expected] = captured.summaries()
-        np.testing.assert_allclose(found[place].diagonal, expected.diagonal, rtol=1e-4, atol=1e-6)
-        np.testing.assert_allclose(found[place].received, expected.received, rtol=1e-4, atol=1e-5)
-    with capture_attention(model, heads=heads) as captured:
-        model(written[1:])  # the control: padding is read as text
-    other = captured.summaries()[0].diagonal[:, :, 7:]
-    assert not np.allclose(found[1].diagonal, other, rtol=1e-2, equal_nan=True)

@@ -47,7 +47,7 @@ def supports_row(query: Tensor, key: Tensor, value: Tensor) -> bool:
     batch, shared, _, width = key.shape
     return (
         built is not None
-        and query.dtype in ROW_DTYPES
+        and query.dtype in ROW_DTYPES  # bfloat16 on every CPU: for one row it is read, not multiplied, that takes long
         and query.dtype == key.dtype == value.dtype
         and query.stride(3) == key.stride(3) == value.stride(3) == 1
         and width >= built.lanes

@@ -24,17 +24,17 @@ PACKED_BYTES = 20 * 2**20
 """Most that keys and values take in the order in which they are read, if those of one key-value head do."""
 
 ROUNDED_BYTES = 4 * 2**20
-"""Most that queries and outputs of half precision take in float32, if those of one row do."""
+"""Most that queries and outputs of many rows in half precision take in float32, if those of one row do."""
 
 WEIGHTS_BYTES = 20 * 2**20
 """Most that the weights of all threads take while the denominators of their rows are not known; fewer threads work
 where each has too many columns."""
 
-ROW_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
-"""Of numbers, as the source calls those of which it reads one row."""
-
 SUMS_BYTES = 4 * 2**20
 """Most that the sums of columns take before those of all pieces of work are added up, if those of one do."""
+
+ROW_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+"""What `attend_row` reads, as `enum dtype` in the source numbers it."""
 
 
 @dataclass(frozen=True)
@@ -269,7 +269,7 @@ def attend_row(
             width=width,
             value_width=value_width,
             reads=0 if heads is None else len(heads),
-            kind=ROW_DTYPES[query.dtype],
+            dtype=ROW_DTYPES[query.dtype],
             threads=threads,
             scratch_each=each,
             scale=scaling * log2(e),

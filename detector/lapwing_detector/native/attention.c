@@ -6,8 +6,8 @@
  * row's denominator is known, and with it what every tile's weights are worth in the sums of the columns.
  *
  * Built once for each instruction set, with LANES (floats of a register), ROWS (rows whose sums fit the registers, two
- * registers each) and BUILT_FROM (a digest of this file and of how it is built). Knows floats and sizes only;
- * attending.py fills them in.
+ * registers each) and BUILT_FROM (a digest of this file and of how it is built). Knows numbers and sizes only;
+ * attending.py fills them in. One file, however long, since the compiler must see all of it at once.
  */
 #include <math.h>
 #include <stdatomic.h>
@@ -34,7 +34,7 @@ const int sizes[] = {LANES, ROWS, TILE, STRIDE, HEADS};
 #define ALWAYS_INLINE inline __attribute__((always_inline))
 
 /* What a tensor's numbers are. A function that takes this is inlined, and compiled once for each. */
-enum kind { FLOAT32, BFLOAT16 };
+enum dtype { FLOAT32, BFLOAT16 };
 
 /* Some rows of the map. What is read is float32. */
 struct rows {
@@ -63,12 +63,12 @@ struct row {
   const unsigned char *counted;  /* [batch]; or none: all */
   const int *read;               /* [reads] heads whose rows are wanted; or none: all */
   void *output;                  /* [batch][heads][value_width] */
-  float *received;               /* [batch][heads read][columns], by two strides */
+  float *received;               /* [batch][heads read][columns], by two strides; written */
   float *scratch;                /* [threads][scratch_each] */
   long query_batch, query_head, key_batch, key_head, key_row, value_batch, value_head, value_row;
   long starts_batch, received_batch, received_head;
   long batch, shared, group, columns, width, value_width, reads;
-  long kind;                     /* of query, keys, values and output */
+  long dtype;                    /* of query, keys, values and output */
   long threads, scratch_each;
   float scale;
   atomic_long joined, next;
@@ -90,31 +90,34 @@ static long most(long a, long b) { return a > b ? a : b; }
 static long up(long size, long unit) { return (size + unit - 1) / unit * unit; }
 
 /* A register of a tensor's numbers, from the one at that place on. */
-static ALWAYS_INLINE lanes load(const void *numbers, long at, const enum kind kind) {
-  if (kind == FLOAT32) return *(const lanes *)((const float *)numbers + at);
-  return (lanes)(__builtin_convertvector(*(const shorter *)((const short *)numbers + at), whole) << 16);
+static ALWAYS_INLINE lanes load(const void *numbers, long at, const enum dtype dtype) {
+  if (dtype == FLOAT32) return *(const lanes *)((const float *)numbers + at);
+  return (lanes)(__builtin_convertvector(*(const shorter *)((const unsigned short *)numbers + at), whole) << 16);
 }
 
-static ALWAYS_INLINE void copy_from(float *copy, const void *numbers, long at, long count, const enum kind kind) {
-  const unsigned short *rounded = (const unsigned short *)numbers + at;
-  if (kind == FLOAT32) memcpy(copy, (const float *)numbers + at, 4 * count);
-  if (kind == BFLOAT16)
-    for (long i = 0; i < count; i++) {
-      unsigned bits = (unsigned)rounded[i] << 16;
-      memcpy(copy + i, &bits, sizeof bits);
-    }
+static ALWAYS_INLINE void copy_from(float *copy, const void *numbers, long at, long count, const enum dtype dtype) {
+  if (dtype == FLOAT32) {
+    memcpy(copy, (const float *)numbers + at, 4 * count);
+    return;
+  }
+  for (long i = 0; i < count; i++) {
+    unsigned bits = (unsigned)((const unsigned short *)numbers)[at + i] << 16;
+    memcpy(copy + i, &bits, sizeof bits);
+  }
 }
 
 /* Rounds to the nearest, to the even one of two. */
-static ALWAYS_INLINE void copy_to(void *numbers, long at, const float *from, long count, const enum kind kind) {
-  unsigned short *rounded = (unsigned short *)numbers + at;
-  if (kind == FLOAT32) memcpy((float *)numbers + at, from, 4 * count);
-  if (kind == BFLOAT16)
-    for (long i = 0; i < count; i++) {
-      unsigned bits;
-      memcpy(&bits, from + i, sizeof bits);
-      rounded[i] = from[i] == from[i] ? (bits + 0x7fff + (bits >> 16 & 1)) >> 16 : 0x7fc0;
-    }
+static ALWAYS_INLINE void copy_to(void *numbers, long at, const float *from, long count, const enum dtype dtype) {
+  if (dtype == FLOAT32) {
+    memcpy((float *)numbers + at, from, 4 * count);
+    return;
+  }
+  for (long i = 0; i < count; i++) {
+    unsigned bits;
+    memcpy(&bits, from + i, sizeof bits);
+    unsigned nearest = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    ((unsigned short *)numbers)[at + i] = from[i] == from[i] ? nearest : 0x7fc0; /* or a NaN could become infinite */
+  }
 }
 
 /* 2^x for x <= 0, to 8e-8 of it; below 2^-126 nothing. NaN stays NaN. The polynomial is the one of its degree that is
@@ -154,12 +157,12 @@ static inline void multiply_keys(const float *query, const float *keys, long wid
 
 /* output[rows][by stride] += weights[rows][by stride] times values[columns][by stride], PANEL of these at a time */
 static ALWAYS_INLINE void multiply_values(
-    const int rows, const float *weights, long weight_stride, const void *values, const enum kind kind, long at,
+    const int rows, const float *weights, long weight_stride, const void *values, const enum dtype dtype, long at,
     long value_stride, long columns, float *output, long stride) {
   lanes left[ROWS], right[ROWS];
   EACH(rows) left[i] = *(lanes *)(output + i * stride), right[i] = *(lanes *)(output + i * stride + LANES);
   for (long c = 0; c < columns; c++, weights++, at += value_stride) {
-    lanes a = load(values, at, kind), b = load(values, at + LANES, kind);
+    lanes a = load(values, at, dtype), b = load(values, at + LANES, dtype);
     EACH(rows) left[i] += weights[i * weight_stride] * a, right[i] += weights[i * weight_stride] * b;
   }
   EACH(rows) *(lanes *)(output + i * stride) = left[i], *(lanes *)(output + i * stride + LANES) = right[i];
@@ -341,13 +344,13 @@ void attend(struct rows *job) {
 
 /* scores[HEADS][by stride] of two columns = scale times query[HEADS][padded] times keys[2][by stride]. The last numbers
  * of a key that are no whole register are read with some before them, for which the query holds zeros. */
-static ALWAYS_INLINE void multiply_two_keys(const float *query, long padded, const void *keys, const enum kind kind,
+static ALWAYS_INLINE void multiply_two_keys(const float *query, long padded, const void *keys, const enum dtype dtype,
                                             long at, long key_stride, long width, float scale, float *scores,
                                             long stride) {
   lanes left[HEADS] = {0}, right[HEADS] = {0};
   for (long d = 0; d < padded; d += LANES) {
     long part = at + least(d, width - LANES);
-    lanes a = load(keys, part, kind), b = load(keys, part + key_stride, kind);
+    lanes a = load(keys, part, dtype), b = load(keys, part + key_stride, dtype);
     _Pragma("GCC unroll 4") for (int h = 0; h < HEADS; h++) {
       lanes q = *(const lanes *)(query + h * padded + d);
       left[h] += q * a, right[h] += q * b;
@@ -382,7 +385,7 @@ static long place_of(const struct row *job, long head) {
 
 /* One row of one key-value head's heads. */
 static ALWAYS_INLINE void attend_newest(const struct row *job, float *memory, long batch, long shared,
-                                        const enum kind kind) {
+                                        const enum dtype dtype) {
   const long low = job->starts ? least(most(job->starts[batch * job->starts_batch], 0), job->columns) : 0;
   const long columns = job->columns - low;
   const long stride = up(columns, TILE) + SKEW, heads = shared * job->group, rows = up(job->group, HEADS);
@@ -394,13 +397,13 @@ static ALWAYS_INLINE void attend_newest(const struct row *job, float *memory, lo
   memset(query, 0, 4 * rows * (padded + value_stride));
   for (long g = 0; g < job->group; g++) {
     const long row = batch * job->query_batch + (heads + g) * job->query_head;
-    copy_from(query + g * padded, job->query, row, width - rest, kind);
-    copy_from(query + (g + 1) * padded - rest, job->query, row + width - rest, rest, kind);
+    copy_from(query + g * padded, job->query, row, width - rest, dtype);
+    copy_from(query + (g + 1) * padded - rest, job->query, row + width - rest, rest, dtype);
   }
   for (long g = 0; g < job->group; g += HEADS)
     for (long c = 0; c < columns; c += 2) {
       long at = most(least(c, columns - 2), 0);
-      multiply_two_keys(query + g * padded, padded, job->keys, kind, keys + at * job->key_row,
+      multiply_two_keys(query + g * padded, padded, job->keys, dtype, keys + at * job->key_row,
                         columns > 1 ? job->key_row : 0, width, job->scale, scores + g * stride + at, stride);
     }
   for (long g = 0; g < job->group; g++)
@@ -408,14 +411,14 @@ static ALWAYS_INLINE void attend_newest(const struct row *job, float *memory, lo
   for (long g = 0; g < job->group; g += HEADS)
     for (long from = 0; from < columns; from += NEAR)
       for (long d = 0; d < value_width; d += PANEL) /* the last panel reads numbers of the one before again */
-        multiply_values(HEADS, scores + g * stride + from, stride, job->values, kind,
+        multiply_values(HEADS, scores + g * stride + from, stride, job->values, dtype,
                         values + from * job->value_row + least(d, value_width - PANEL), job->value_row,
                         least(NEAR, columns - from), output + g * value_stride + d, value_stride);
   for (long g = 0; g < job->group; g++) {
     const float *row = output + g * value_stride;
     const long written = (batch * job->shared * job->group + heads + g) * value_width;
-    copy_to(job->output, written, row, value_width - value_rest, kind);
-    copy_to(job->output, written + value_width - value_rest, row + value_stride - value_rest, value_rest, kind);
+    copy_to(job->output, written, row, value_width - value_rest, dtype);
+    copy_to(job->output, written + value_width - value_rest, row + value_stride - value_rest, value_rest, dtype);
   }
   for (long g = 0; g < job->group; g++) {
     const float *weights = scores + g * stride;
@@ -434,7 +437,7 @@ void attend_row(struct row *job) {
   if (thread >= job->threads) return;
   float *memory = job->scratch + thread * job->scratch_each;
   for (long pair; (pair = atomic_fetch_add(&job->next, 1)) < job->batch * job->shared;)
-    if (job->kind == FLOAT32)
+    if (job->dtype == FLOAT32)
       attend_newest(job, memory, pair / job->shared, pair % job->shared, FLOAT32);
     else
       attend_newest(job, memory, pair / job->shared, pair % job->shared, BFLOAT16);

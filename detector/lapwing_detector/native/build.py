@@ -74,4 +74,4 @@ def _compiler() -> str:
     for name in ("cc", "gcc", "clang"):
         if found := shutil.which(name):
             return found
-    raise CannotBuild("there is no C compiler (install gcc, or set CC)")
+    raise CannotBuild("there is no C compiler (install gcc, 9 or newer, or set CC)")

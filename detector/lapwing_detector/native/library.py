@@ -89,7 +89,7 @@ class Row(NamedTuple):
     width: int
     value_width: int
     reads: int
-    kind: int
+    dtype: int
     threads: int
     scratch_each: int
     scale: float
@@ -149,10 +149,9 @@ class Library:
     def run(self, job: Rows | Row) -> None:
         """Does a job with the threads that it names, those of torch's other operations."""
         # A Structure would look each field up in its class: slow for every layer of every step of decoding.
-        kind = type(job)
-        memory = MEMORY[kind]()
-        LAYOUTS[kind].pack_into(memory, 0, *job, 0, 0)
-        self.team(self.one_row if kind is Row else self.many_rows, memory, job.threads, 0)
+        memory = MEMORY[type(job)]()
+        LAYOUTS[type(job)].pack_into(memory, 0, *job, 0, 0)
+        self.team(self.one_row if type(job) is Row else self.many_rows, memory, job.threads, 0)
 
 
 @lru_cache(maxsize=16)  # every layer of a step asks
@@ -191,7 +190,7 @@ def load(path: Path, options: tuple[str, ...]) -> Library:
         Missing: it was not built, or from another source or otherwise, or it or torch's threads can't be used.
     """
     if not path.is_file():
-        raise Missing(f"attention in C is not built ({BUILD} does so; it needs a C compiler)")
+        raise Missing(f"attention in C is not built ({BUILD} does so; it needs gcc 9 or newer, or clang)")
     try:
         library = ctypes.CDLL(str(path))
         if (ctypes.c_char * 64).in_dll(library, "built_from").value.decode() != digest(options):
