@@ -11,8 +11,9 @@ SHIPPED := detector/lapwing_detector/atlas
 OLDEST := 'grpcio==1.76.*' protobuf==6.31.1 googleapis-common-protos==1.70.0 typer==0.16.0 rich==13.8.0
 NEWEST := 'grpcio<2' 'protobuf<8' 'googleapis-common-protos<2' 'typer<1' 'rich<16'
 
-# --no-compile: most of what torch brings is never imported; Python compiles the rest when it is.
+# --no-compile: most of what torch brings is never imported; Python compiles the rest when it is, and must keep that.
 INSTALL := -m pip install --quiet --no-compile
+unexport PYTHONDONTWRITEBYTECODE
 
 # Nothing here asks the network for models or data.
 export HF_HUB_OFFLINE := 1

@@ -1,13 +1,18 @@
-"""Peak memory of one forward in this process, above the loaded model: a MemoryCase as JSON on standard input.
+"""Peak memory of one forward above the loaded model: MemoryCases as JSON on standard input, a line of JSON for each.
 
-Linux only: the peak is read from /proc, where it can be reset.
+Each is measured in a process of its own, in which nothing ran before. Linux only: the peak is read from /proc, where it
+can be reset.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import resource
 import sys
+import traceback
+
+from cases import MemoryCase
 
 # An allocation of at least this size gets pages of its own, which go back to the system when it is freed. Without
 # the setting glibc raises the threshold up to 32 MB as the program frees larger ones; from then on tensors below it
@@ -50,18 +55,37 @@ def peak_mb() -> float:
 
 
 def main() -> None:
+    import workload  # noqa: F401  takes most of the time, and is no part of a forward: once, before the processes part
+
+    for fields in json.load(sys.stdin):
+        child = os.fork()
+        if child == 0:
+            status = 1
+            try:
+                print(json.dumps({"peak_mb": _peak_of(MemoryCase(**fields), int(sys.argv[1]))}), flush=True)
+                status = 0
+            except Exception:
+                traceback.print_exc()
+            finally:
+                os._exit(status)
+        _, ended = os.waitpid(child, 0)
+        if ended:
+            sys.exit(f"{MemoryCase(**fields).name} ended with {os.waitstatus_to_exitcode(ended)}")
+
+
+def _peak_of(case: MemoryCase, threads: int) -> float:
     import torch
-    from cases import MemoryCase
     from workload import make_inputs, make_model, run
 
-    case = MemoryCase(**json.load(sys.stdin)[0])
-    torch.set_num_threads(int(sys.argv[1]))
+    torch.set_num_threads(threads)
     model, inputs = make_model().to(getattr(torch, case.dtype)), make_inputs("prefill", case.tokens)
-    run(model, case.way, "prefill", make_inputs("prefill", 8))  # lazily loaded code is no part of the forward
+    run(
+        model, case.way, "prefill", make_inputs("prefill", 32)
+    )  # code is loaded when it is first run: no part of the forward
     forget_peak()
     before = resident_mb()
     run(model, case.way, "prefill", inputs)
-    print(json.dumps({"peak_mb": peak_mb() - before}), flush=True)
+    return peak_mb() - before
 
 
 if __name__ == "__main__":
