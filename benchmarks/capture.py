@@ -1,7 +1,7 @@
 """Time and memory of plain SDPA, of the same with attention captured, and of the eager route, side by side.
 
-    python benchmarks/capture.py                        # everything; about three quarters of an hour on 2 cores
-    python benchmarks/capture.py --quick                # under a minute
+    python benchmarks/capture.py                        # everything; an hour on 2 cores, two where bfloat16 is slow
+    python benchmarks/capture.py --quick                # about a minute
     python benchmarks/capture.py --only 'prefill 4096'  # the cases whose names hold these words; --list shows them
     python benchmarks/capture.py --draw RESULTS.json    # table and picture of an earlier run
 
@@ -172,7 +172,9 @@ def _keep(results: Results, arguments: argparse.Namespace) -> None:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="fewer lengths and repetitions; under a minute on 2 cores")
+    parser.add_argument(
+        "--quick", action="store_true", help="fewer lengths and repetitions, no bfloat16; about a minute on 2 cores"
+    )
     parser.add_argument(
         "--only",
         action="append",

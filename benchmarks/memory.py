@@ -79,9 +79,8 @@ def _peak_of(case: MemoryCase, threads: int) -> float:
 
     torch.set_num_threads(threads)
     model, inputs = make_model().to(getattr(torch, case.dtype)), make_inputs("prefill", case.tokens)
-    run(
-        model, case.way, "prefill", make_inputs("prefill", 32)
-    )  # code is loaded when it is first run: no part of the forward
+    # Code is loaded when it is first run: no part of the forward.
+    run(model, case.way, "prefill", make_inputs("prefill", 32))
     forget_peak()
     before = resident_mb()
     run(model, case.way, "prefill", inputs)
