@@ -1,8 +1,9 @@
 """Time and memory of plain SDPA, of the same with attention captured, and of the eager route, side by side.
 
     python benchmarks/capture.py                        # everything; an hour on 2 cores, two where bfloat16 is slow
-    python benchmarks/capture.py --quick                # about a minute
+    python benchmarks/capture.py --quick                # under a minute
     python benchmarks/capture.py --only 'prefill 4096'  # the cases whose names hold these words; --list shows them
+    python benchmarks/capture.py --resume               # go on where the last run was stopped
     python benchmarks/capture.py --draw RESULTS.json    # table and picture of an earlier run
 
 Prints one table. The full and the quick run also write their numbers, with a description of the machine, as JSON, the
@@ -15,12 +16,10 @@ it had at the start and at the end.
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import subprocess
+import multiprocessing
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +31,9 @@ from results import MemoryResult, Results, TimeResult
 from table import table
 from tqdm import tqdm
 
-HERE = Path(__file__).parent
-RESULTS = HERE / "results"
+RESULTS = Path(__file__).parent / "results"
+SAME_MACHINE = ("cpu", "capability", "threads", "torch", "transformers")
+"""What must not differ between the parts of a run that was stopped and resumed."""
 
 
 def main() -> None:
@@ -45,7 +45,9 @@ def main() -> None:
     if arguments.draw:
         results = Results.read(arguments.draw)
     else:
-        results = measure(cases, arguments.threads, arguments.quick, _so_far(_out(arguments)))
+        so_far = _so_far(_out(arguments))
+        results = _begun(arguments, so_far)
+        measure(cases, results, so_far)
     print(table(results))
     _keep(results, arguments)
 
@@ -62,49 +64,46 @@ def chosen(cases: Sequence[Case], only: Sequence[str]) -> list[Case]:
     return found
 
 
-def measure(cases: Sequence[Case], threads: int, quick: bool, so_far: Path | None) -> Results:
-    """Run the cases in processes of their own, the times first: those in one process, model and all.
+def measure(cases: Sequence[Case], results: Results, so_far: Path | None) -> None:
+    """Run the cases that the results lack in processes of their own, the times first: those in one process.
 
     What was measured `so_far` is in that file, if there is to be one, should the rest never come.
     """
-    results = Results(machine.describe(threads), quick)
+    import timing
+    import workload
+
+    workload.prepare()  # code and model take a good part of a quick run: once
     results.left_out = {case.name: reason for case in cases if (reason := _impossible(case))}
-    cases = [case for case in cases if case.name not in results.left_out]
+    done = {one.case for one in (*results.times, *results.memory)}
+    cases = [case for case in cases if case not in done and case.name not in results.left_out]
     # float32 first: the model is rounded to bfloat16 in place.
     timed = sorted((case for case in cases if isinstance(case, TimeCase)), key=lambda case: case.dtype != "float32")
+    threads = results.machine["threads"]
     with tqdm(total=len(cases), unit="case", file=sys.stderr, leave=False) as progress:
-        answers = _child("timing.py", timed, threads) if timed else iter(())
+        answers = _child(timing.send_seconds, timed, threads) if timed else iter(())
         for case in timed:
             progress.set_description(case.name)
-            results.times.append(TimeResult(case, next(answers)["seconds"]))
+            results.times.append(TimeResult(case, next(answers)))
             _write(results, so_far)
             progress.update()
         assert next(answers, None) is None  # and its process has ended, which would count as other work below
-        forwards = [case for case in cases if isinstance(case, MemoryCase)]
-        forwards.sort(key=lambda case: case.heap != "fixed")
-        answers = _peaks(forwards, threads)
-        for forward in forwards:
-            progress.set_description(forward.name)
-            peaks = [next(answers)["peak_mb"] for _ in range(forward.processes)]
-            results.memory.append(MemoryResult(forward, peaks))
-            _write(results, so_far)
-            progress.update()
-        assert next(answers, None) is None
+        for forward in cases:
+            if isinstance(forward, MemoryCase):
+                progress.set_description(forward.name)
+                results.memory.append(MemoryResult(forward, _peaks(forward, threads)))
+                _write(results, so_far)
+                progress.update()
     machine.finish(results.machine)
-    return results
 
 
-def _peaks(forwards: Sequence[MemoryCase], threads: int) -> Iterator[dict[str, Any]]:
-    """Of every process, those with the fixed heap first: these part from one that has loaded all code.
+def _peaks(case: MemoryCase, threads: int) -> list[float]:
+    """Of every process.
 
-    With glibc's own threshold the peak depends on where things lie, which such processes would have in common.
+    With glibc's own threshold the peak depends on where things lie, which processes with this one's code would have in
+    common.
     """
-    alike = [case for case in forwards if case.heap == "fixed"]
-    if alike:
-        yield from _child("memory.py", alike, threads)
-    for case in forwards:
-        for _ in range(case.processes if case.heap == "glibc" else 0):
-            yield from _child("memory.py", [case], threads)
+    fresh = case.heap == "glibc"
+    return [peak for _ in range(case.processes) for peak in _child(memory.send_peak, [case], threads, fresh)]
 
 
 def _impossible(case: Case) -> str:
@@ -118,21 +117,37 @@ def _impossible(case: Case) -> str:
     return ""
 
 
-def _child(script: str, cases: Sequence[Case], threads: int) -> Iterator[dict[str, Any]]:
-    """What the script answers to each case, in a process of its own."""
-    heap = cases[0].heap if isinstance(cases[0], MemoryCase) else "glibc"
-    environment = os.environ | memory.HEAPS[heap] | {"OMP_NUM_THREADS": str(threads)}
-    command = [sys.executable, str(HERE / script), str(threads)]
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, text=True
-    ) as process:
-        assert process.stdin is not None
-        assert process.stdout is not None
-        json.dump([asdict(case) for case in cases], process.stdin)
-        process.stdin.close()
-        yield from map(json.loads, process.stdout)
-    if process.returncode != 0:
-        sys.exit(f"{script} failed with {process.returncode}; what it said is above")
+def _child(
+    work: Callable[[Connection, Sequence[Any], int], None], cases: Sequence[Case], threads: int, fresh: bool = False
+) -> Iterator[Any]:
+    """What the work sends for each case, from a process of its own: a `fresh` one, or one that has this one's code."""
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" and not fresh else "spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=work, args=(sender, cases, threads), daemon=True)
+    process.start()
+    sender.close()
+    try:
+        for _ in cases:
+            yield receiver.recv()
+    except EOFError:
+        process.join()
+        sys.exit(f"the process that measures ended with {process.exitcode}; what it said is above")
+    process.join()
+
+
+def _begun(arguments: argparse.Namespace, so_far: Path | None) -> Results:
+    """Results without numbers, or those of the run that is resumed."""
+    described = machine.describe(arguments.threads)
+    if not arguments.resume:
+        return Results(described, arguments.quick)
+    if so_far is None or not so_far.exists():
+        sys.exit(f"nothing to resume: there is no {so_far or 'file of what was measured; give --out as before'}")
+    results = Results.read(so_far)
+    for name in SAME_MACHINE:
+        if results.machine[name] != described[name]:
+            sys.exit(f"{so_far} is of {name} {results.machine[name]}, here it is {described[name]}; measure anew")
+    results.machine["resumed"] = described["date"]
+    return results
 
 
 def _out(arguments: argparse.Namespace) -> Path | None:
@@ -173,7 +188,7 @@ def _keep(results: Results, arguments: argparse.Namespace) -> None:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--quick", action="store_true", help="fewer lengths and repetitions, no bfloat16; about a minute on 2 cores"
+        "--quick", action="store_true", help="fewer lengths and repetitions, no bfloat16; under a minute on 2 cores"
     )
     parser.add_argument(
         "--only",
@@ -184,6 +199,11 @@ def _arguments() -> argparse.Namespace:
         "repeated; writes no files unless --out or --picture is given",
     )
     parser.add_argument("--list", action="store_true", help="print the names of the cases and measure nothing")
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="measure what a stopped run with the same --quick, --threads and --out has not, and keep what it has",
+    )
     parser.add_argument("--threads", type=int, default=min(2, machine.cores()), help="of torch (default: %(default)s)")
     parser.add_argument(
         "--out",

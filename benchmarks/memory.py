@@ -1,16 +1,12 @@
-"""Peak memory of one forward above the loaded model: MemoryCases as JSON on standard input, a line of JSON for each.
-
-Each is measured in a process of its own, in which nothing ran before. Linux only: the peak is read from /proc, where it
-can be reset.
-"""
+"""Peak memory of one forward above the loaded model. Linux only: the peak is read from /proc, where it can be reset."""
 
 from __future__ import annotations
 
-import json
-import os
+import ctypes
 import resource
 import sys
-import traceback
+from collections.abc import Sequence
+from multiprocessing.connection import Connection
 
 from cases import MemoryCase
 
@@ -19,8 +15,11 @@ from cases import MemoryCase
 # share a heap with holes, and the peak says where the holes happened to be. Seen of one forward of 2,048 tokens on
 # 2 cores, in fresh processes: SDPA 167 to 209 MB and captured 176 to 315 MB so, 139 and 142 MB with the setting, each
 # time within 1 MB. So every way is measured with it, which tells what the way needs; the median of three processes
-# without it is shown beside, which tells what a process may grow to.
-HEAPS: dict[str, dict[str, str]] = {"fixed": {"MALLOC_MMAP_THRESHOLD_": "131072"}, "glibc": {}}
+# without it, which load all code themselves, is shown beside and tells what a process may grow to.
+MMAP_THRESHOLD = 131072
+
+# Of mallopt(3).
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 
 
 def available() -> bool:
@@ -54,38 +53,38 @@ def peak_mb() -> float:
     return int(kilobytes) * 1024 / 1e6
 
 
-def main() -> None:
-    import workload  # noqa: F401  takes most of the time, and is no part of a forward: once, before the processes part
+def fix_heap() -> None:
+    """Give the threshold up that has grown, and what it has left free, which a forward could take unseen.
 
-    for fields in json.load(sys.stdin):
-        child = os.fork()
-        if child == 0:
-            status = 1
-            try:
-                print(json.dumps({"peak_mb": _peak_of(MemoryCase(**fields), int(sys.argv[1]))}), flush=True)
-                status = 0
-            except Exception:
-                traceback.print_exc()
-            finally:
-                os._exit(status)
-        _, ended = os.waitpid(child, 0)
-        if ended:
-            sys.exit(f"{MemoryCase(**fields).name} ended with {os.waitstatus_to_exitcode(ended)}")
+    Raises:
+        SystemExit: the library of C is not glibc.
+    """
+    libc = ctypes.CDLL(None)
+    try:
+        told = [libc.mallopt(M_MMAP_THRESHOLD, MMAP_THRESHOLD), libc.mallopt(M_TRIM_THRESHOLD, MMAP_THRESHOLD)]
+        libc.malloc_trim(0)
+    except AttributeError as error:
+        sys.exit(f"memory is measured with glibc only: {error}")
+    assert told == [1, 1]
 
 
-def _peak_of(case: MemoryCase, threads: int) -> float:
+def send_peak(receiver: Connection, cases: Sequence[MemoryCase], threads: int) -> None:
+    """Send the peak of the only case. For a process of its own, in which nothing ran before."""
+    [case] = cases
+    if case.heap == "fixed":
+        fix_heap()
+    receiver.send(_peak(case, threads))
+
+
+def _peak(case: MemoryCase, threads: int) -> float:
     import torch
-    from workload import make_inputs, make_model, run
+    import workload
 
     torch.set_num_threads(threads)
-    model, inputs = make_model().to(getattr(torch, case.dtype)), make_inputs("prefill", case.tokens)
+    model, inputs = workload.make_model().to(getattr(torch, case.dtype)), workload.make_inputs("prefill", case.tokens)
     # Code is loaded when it is first run: no part of the forward.
-    run(model, case.way, "prefill", make_inputs("prefill", 32))
+    workload.run(model, case.way, "prefill", workload.make_inputs("prefill", 32))
     forget_peak()
     before = resident_mb()
-    run(model, case.way, "prefill", inputs)
+    workload.run(model, case.way, "prefill", inputs)
     return peak_mb() - before
-
-
-if __name__ == "__main__":
-    main()

@@ -1,11 +1,11 @@
-"""Times cases in one process: TimeCases as JSON on standard input, one line of JSON for each on standard output."""
+"""Times cases, all with one model."""
 
 from __future__ import annotations
 
-import json
-import sys
+import gc
 import time
-from typing import Any
+from collections.abc import Sequence
+from multiprocessing.connection import Connection
 
 import torch
 from cases import TimeCase, Way
@@ -17,6 +17,16 @@ from lapwing_detector.doctor.clock import without_collection
 
 WARM_UP_SECONDS = 0.5
 MOST_REPETITIONS = 99
+
+
+def send_seconds(receiver: Connection, cases: Sequence[TimeCase], threads: int) -> None:
+    """Send what `measure` tells of each case. For a process of its own."""
+    torch.set_num_threads(threads)
+    model = make_model()
+    gc.freeze()  # all of it stays, and to look at it would take a third of a second before each forward
+    for case in cases:
+        model.to(getattr(torch, case.dtype))  # float32 comes first, so nothing is rounded that should not be
+        receiver.send(measure(model, case))
 
 
 def measure(model: LlamaForCausalLM, case: TimeCase) -> dict[str, list[float]]:
@@ -73,17 +83,3 @@ def _require_same(first: Sums, second: Sums) -> None:
         for mine, other in zip(ours, theirs, strict=True):
             # Sums of float32 in another order, through as many layers.
             torch.testing.assert_close(mine, other, rtol=1e-3, atol=1e-5)
-
-
-def main() -> None:
-    given: list[dict[str, Any]] = json.load(sys.stdin)
-    torch.set_num_threads(int(sys.argv[1]))
-    model = make_model()
-    for fields in given:
-        case = TimeCase(**{**fields, "ways": tuple(fields["ways"])})
-        model.to(getattr(torch, case.dtype))  # float32 comes first, so nothing is rounded that should not be
-        print(json.dumps({"seconds": measure(model, case)}), flush=True)
-
-
-if __name__ == "__main__":
-    main()

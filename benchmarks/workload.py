@@ -6,6 +6,7 @@ import copy
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from functools import cache
 
 import torch
 from cases import BATCH, HEADS, HIDDEN, INTERMEDIATE, KEY_VALUE_HEADS, LAYERS, VOCABULARY, Way, Work
@@ -41,7 +42,9 @@ class Clock:
         self._start += time.perf_counter() - start
 
 
+@cache
 def make_model() -> LlamaForCausalLM:
+    """The same one in a process, and in those that part from it afterwards."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=VOCABULARY,
@@ -56,6 +59,15 @@ def make_model() -> LlamaForCausalLM:
         attn_implementation="sdpa",
     )
     return LlamaForCausalLM(config).eval()
+
+
+def prepare() -> None:
+    """Make the model for the processes that part from this one.
+
+    With one thread, for a process that has started threads must not part.
+    """
+    torch.set_num_threads(1)
+    make_model()
 
 
 def make_inputs(work: Work, tokens: int) -> dict[str, Tensor]:
