@@ -32,6 +32,7 @@ from table import table
 from tqdm import tqdm
 
 RESULTS = Path(__file__).parent / "results"
+FORKS = sys.platform == "linux"
 SAME_MACHINE = ("cpu", "capability", "threads", "torch", "transformers")
 """What must not differ between the parts of a run that was stopped and resumed."""
 
@@ -46,7 +47,7 @@ def main() -> None:
         results = Results.read(arguments.draw)
     else:
         so_far = _so_far(_out(arguments))
-        results = _begun(arguments, so_far)
+        results = _begun(arguments, cases, so_far)
         measure(cases, results, so_far)
     print(table(results))
     _keep(results, arguments)
@@ -69,17 +70,20 @@ def measure(cases: Sequence[Case], results: Results, so_far: Path | None) -> Non
 
     What was measured `so_far` is in that file, if there is to be one, should the rest never come.
     """
-    import timing
-    import workload
-
-    workload.prepare()  # code and model take a good part of a quick run: once
-    results.left_out = {case.name: reason for case in cases if (reason := _impossible(case))}
     done = {one.case for one in (*results.times, *results.memory)}
-    cases = [case for case in cases if case not in done and case.name not in results.left_out]
+    cases = [case for case in cases if case not in done]
+    results.left_out = {case.name: reason for case in cases if (reason := _impossible(case))}
+    cases = [case for case in cases if case.name not in results.left_out]
     # float32 first: the model is rounded to bfloat16 in place.
     timed = sorted((case for case in cases if isinstance(case, TimeCase)), key=lambda case: case.dtype != "float32")
     threads = results.machine["threads"]
-    with tqdm(total=len(cases), unit="case", file=sys.stderr, leave=False) as progress:
+    tqdm.monitor_interval = 0  # it would start a thread, and processes part from this one
+    with tqdm(total=len(cases), unit="case", file=sys.stderr, leave=False, desc="code and model") as progress:
+        import timing
+        import workload
+
+        if FORKS and any(not _fresh(case) for case in cases):
+            workload.prepare()
         answers = _child(timing.send_seconds, timed, threads) if timed else iter(())
         for case in timed:
             progress.set_description(case.name)
@@ -97,13 +101,16 @@ def measure(cases: Sequence[Case], results: Results, so_far: Path | None) -> Non
 
 
 def _peaks(case: MemoryCase, threads: int) -> list[float]:
-    """Of every process.
+    """Of every process."""
+    return [peak for _ in range(case.processes) for peak in _child(memory.send_peak, [case], threads, _fresh(case))]
 
-    With glibc's own threshold the peak depends on where things lie, which processes with this one's code would have in
-    common.
+
+def _fresh(case: Case) -> bool:
+    """Whether it needs a process that loads all code itself.
+
+    With glibc's own threshold the peak depends on where things lie, which those that part from this one would share.
     """
-    fresh = case.heap == "glibc"
-    return [peak for _ in range(case.processes) for peak in _child(memory.send_peak, [case], threads, fresh)]
+    return isinstance(case, MemoryCase) and case.heap == "glibc"
 
 
 def _impossible(case: Case) -> str:
@@ -120,33 +127,58 @@ def _impossible(case: Case) -> str:
 def _child(
     work: Callable[[Connection, Sequence[Any], int], None], cases: Sequence[Case], threads: int, fresh: bool = False
 ) -> Iterator[Any]:
-    """What the work sends for each case, from a process of its own: a `fresh` one, or one that has this one's code."""
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" and not fresh else "spawn")
+    """What the work sends for each case, from a process of its own.
+
+    Unless that is to be `fresh`, it parts from this one where the system lets it, with the code and the model it has.
+    """
+    context = multiprocessing.get_context("fork" if FORKS and not fresh else "spawn")
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=work, args=(sender, cases, threads), daemon=True)
+    process = context.Process(target=_work, args=(work, receiver, sender, cases, threads), daemon=True)
     process.start()
     sender.close()
+    sent = 0
     try:
-        for _ in cases:
+        while sent < len(cases):
             yield receiver.recv()
+            sent += 1
     except EOFError:
-        process.join()
-        sys.exit(f"the process that measures ended with {process.exitcode}; what it said is above")
+        pass
     process.join()
+    if process.exitcode:
+        case = cases[min(sent, len(cases) - 1)]
+        sys.exit(
+            f"{case.name}: its process ended with {process.exitcode} (what it said is above; -9 may be for want of "
+            "memory); --resume goes on when that is mended"
+        )
 
 
-def _begun(arguments: argparse.Namespace, so_far: Path | None) -> Results:
+def _work(
+    work: Callable[[Connection, Sequence[Any], int], None],
+    receiver: Connection,
+    sender: Connection,
+    cases: Sequence[Case],
+    threads: int,
+) -> None:
+    """In a process of its own, which ends when the one that waits for it is gone."""
+    receiver.close()  # or what is sent would have a reader for ever, this one
+    work(sender, cases, threads)
+
+
+def _begun(arguments: argparse.Namespace, cases: Sequence[Case], so_far: Path | None) -> Results:
     """Results without numbers, or those of the run that is resumed."""
     described = machine.describe(arguments.threads)
     if not arguments.resume:
         return Results(described, arguments.quick)
     if so_far is None or not so_far.exists():
-        sys.exit(f"nothing to resume: there is no {so_far or 'file of what was measured; give --out as before'}")
+        sys.exit(f"nothing to resume: there is no {so_far}")
     results = Results.read(so_far)
+    if foreign := [one.case.name for one in (*results.times, *results.memory) if one.case not in cases]:
+        sys.exit(f"{so_far} is of another kind of run, with {foreign[0]}; give --quick as before, or measure anew")
     for name in SAME_MACHINE:
         if results.machine[name] != described[name]:
             sys.exit(f"{so_far} is of {name} {results.machine[name]}, here it is {described[name]}; measure anew")
-    results.machine["resumed"] = described["date"]
+    resumed = {name: described[name] for name in ("date", "busy_at_start")}
+    results.machine.setdefault("resumed", []).append(resumed)
     return results
 
 
@@ -202,7 +234,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--resume",
         action="store_true",
-        help="measure what a stopped run with the same --quick, --threads and --out has not, and keep what it has",
+        help="measure what a stopped run with the same --quick, --threads and --out has not, and keep what it has; "
+        "not with --only",
     )
     parser.add_argument("--threads", type=int, default=min(2, machine.cores()), help="of torch (default: %(default)s)")
     parser.add_argument(
@@ -213,7 +246,10 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--picture", type=Path, metavar="FILE", help="default: benchmarks/results/capture.png")
     parser.add_argument("--draw", type=Path, metavar="FILE.json", help="measure nothing; show what was measured before")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.resume and (arguments.only or arguments.draw):
+        parser.error("--resume goes on with a full or a quick run; leave --only and --draw out")
+    return arguments
 
 
 if __name__ == "__main__":

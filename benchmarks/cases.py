@@ -51,7 +51,7 @@ class TimeCase:
 
 @dataclass(frozen=True)
 class MemoryCase:
-    """The peak of one forward above the loaded model, each time in a fresh process."""
+    """The peak of one forward above the loaded model, each time in a process of its own."""
 
     way: Way
     tokens: int

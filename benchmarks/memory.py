@@ -23,8 +23,8 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 
 
 def available() -> bool:
-    """Whether this system lets the peak be read and reset."""
-    return sys.platform == "linux"
+    """Whether this system lets the peak be read and reset, and the heap be fixed."""
+    return sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt")
 
 
 def free_mb() -> float:
@@ -54,26 +54,24 @@ def peak_mb() -> float:
 
 
 def fix_heap() -> None:
-    """Give the threshold up that has grown, and what it has left free, which a forward could take unseen.
-
-    Raises:
-        SystemExit: the library of C is not glibc.
-    """
+    """Give up the threshold that has grown."""
     libc = ctypes.CDLL(None)
-    try:
-        told = [libc.mallopt(M_MMAP_THRESHOLD, MMAP_THRESHOLD), libc.mallopt(M_TRIM_THRESHOLD, MMAP_THRESHOLD)]
-        libc.malloc_trim(0)
-    except AttributeError as error:
-        sys.exit(f"memory is measured with glibc only: {error}")
-    assert told == [1, 1]
+    for parameter in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD):
+        if libc.mallopt(parameter, MMAP_THRESHOLD) != 1:
+            raise OSError(f"mallopt refused {MMAP_THRESHOLD} for parameter {parameter}; peaks need glibc's")
 
 
-def send_peak(receiver: Connection, cases: Sequence[MemoryCase], threads: int) -> None:
-    """Send the peak of the only case. For a process of its own, in which nothing ran before."""
+def give_back() -> None:
+    """To the system what was left free within the heap, which a forward could take unseen."""
+    ctypes.CDLL(None).malloc_trim(0)
+
+
+def send_peak(sender: Connection, cases: Sequence[MemoryCase], threads: int) -> None:
+    """Send the peak of the only case. For a process of its own, in which no forward ran before."""
     [case] = cases
     if case.heap == "fixed":
         fix_heap()
-    receiver.send(_peak(case, threads))
+    sender.send(_peak(case, threads))
 
 
 def _peak(case: MemoryCase, threads: int) -> float:
@@ -84,6 +82,8 @@ def _peak(case: MemoryCase, threads: int) -> float:
     model, inputs = workload.make_model().to(getattr(torch, case.dtype)), workload.make_inputs("prefill", case.tokens)
     # Code is loaded when it is first run: no part of the forward.
     workload.run(model, case.way, "prefill", workload.make_inputs("prefill", 32))
+    if case.heap == "fixed":
+        give_back()
     forget_peak()
     before = resident_mb()
     workload.run(model, case.way, "prefill", inputs)

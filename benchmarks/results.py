@@ -136,7 +136,9 @@ class Results:
     def write(self, path: Path) -> None:
         """As JSON. The derived numbers are in it for readers; `read` computes them again."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(self._plain(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        whole = path.with_suffix(".tmp")
+        whole.write_text(json.dumps(self._plain(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        whole.replace(path)  # a run that is stopped leaves none that is cut
 
     @classmethod
     def read(cls, path: Path) -> Results:

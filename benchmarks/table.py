@@ -18,7 +18,7 @@ output_attentions=True and the same sums of its maps. Logits of the last positio
 turns in one process; ratio of medians, beside it the middle half of the ratios within a turn. decode: the steps
 alone, without reading the prompt, in turns step by step; generate: all of it, and the captured way runs one more
 step, for the last row.
-memory: peak of one prefill above the loaded model, each in a fresh process; MB = 10^6 bytes; glibc: see memory.py.
+memory: peak of one prefill above the loaded model, each in a process of its own; MB = 10^6 bytes; glibc: see memory.py.
 Limits: of prefill, decode and batch against SDPA, of the eager route, and of memory; "?" where one lies within the
 middle half.
 Model: Llama with random weights, {LAYERS} layers x {HEADS} heads ({KEY_VALUE_HEADS} for keys), hidden {HIDDEN}, \
@@ -58,8 +58,13 @@ def machine_line(results: Results) -> str:
     return (
         f"{machine['cpu']}, {machine['capability']}, {machine['threads']} of {machine['cores']} cores, "
         f"{machine['memory_gb']} GB, torch {machine['torch']}, transformers {machine['transformers']}, "
-        f"{machine['date']}; {other_work(machine)}"
+        f"{machine['date']}{_resumed(machine)}; {other_work(machine)}"
     )
+
+
+def _resumed(machine: Mapping[str, Any]) -> str:
+    parts = [f"{one['date']} ({one['busy_at_start']} cores busy)" for one in machine.get("resumed", [])]
+    return f", resumed {', '.join(parts)}" if parts else ""
 
 
 def _time_row(one: TimeResult) -> tuple[str, ...]:

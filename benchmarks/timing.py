@@ -19,14 +19,14 @@ WARM_UP_SECONDS = 0.5
 MOST_REPETITIONS = 99
 
 
-def send_seconds(receiver: Connection, cases: Sequence[TimeCase], threads: int) -> None:
+def send_seconds(sender: Connection, cases: Sequence[TimeCase], threads: int) -> None:
     """Send what `measure` tells of each case. For a process of its own."""
     torch.set_num_threads(threads)
     model = make_model()
     gc.freeze()  # all of it stays, and to look at it would take a third of a second before each forward
     for case in cases:
         model.to(getattr(torch, case.dtype))  # float32 comes first, so nothing is rounded that should not be
-        receiver.send(measure(model, case))
+        sender.send(measure(model, case))
 
 
 def measure(model: LlamaForCausalLM, case: TimeCase) -> dict[str, list[float]]:

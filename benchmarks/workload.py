@@ -1,12 +1,12 @@
-"""The model and the ways to run it: plain SDPA, captured, and the eager route. Runs in a process of its own."""
+"""The model and the ways to run it: plain SDPA, captured, and the eager route."""
 
 from __future__ import annotations
 
 import copy
+import functools
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from functools import cache
 
 import torch
 from cases import BATCH, HEADS, HIDDEN, INTERMEDIATE, KEY_VALUE_HEADS, LAYERS, VOCABULARY, Way, Work
@@ -42,9 +42,9 @@ class Clock:
         self._start += time.perf_counter() - start
 
 
-@cache
+@functools.cache
 def make_model() -> LlamaForCausalLM:
-    """The same one in a process, and in those that part from it afterwards."""
+    """The same one in a process, whatever was done to it, and in those that part from it afterwards."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=VOCABULARY,

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -16,6 +20,7 @@ sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))  # scripts that i
 import capture as script
 import machine
 import memory
+import timing
 import workload
 from cases import QUICK, Case, MemoryCase, TimeCase
 from results import MemoryResult, Results, TimeResult
@@ -30,21 +35,27 @@ def measured(case: Case, value: float) -> Any:
 
 
 class Processes:
-    """Stands in for those that measure, and keeps what they were asked for."""
+    """Stands in for those that measure, and keeps what each was asked for."""
 
     def __init__(self) -> None:
-        self.asked: list[Case] = []
+        self.calls: list[tuple[Any, list[Case], int, bool]] = []
+        self.prepared: list[bool] = []
 
     def __call__(self, work: Any, cases: list[Case], threads: int, fresh: bool = False) -> Iterator[Any]:
-        self.asked += cases
+        self.calls.append((work, cases, threads, fresh))
         return iter([measured(case, NOW) for case in cases])
+
+    @property
+    def asked(self) -> list[Case]:
+        """Of all."""
+        return [case for _, cases, _, _ in self.calls for case in cases]
 
 
 @pytest.fixture
 def processes(monkeypatch: pytest.MonkeyPatch) -> Processes:
     found = Processes()
     monkeypatch.setattr(script, "_child", found)
-    monkeypatch.setattr(workload, "prepare", lambda: None)
+    monkeypatch.setattr(workload, "prepare", lambda: found.prepared.append(True))
     monkeypatch.setattr(machine, "SAMPLE_SECONDS", 0.01)
     monkeypatch.setattr(memory, "available", lambda: True)
     monkeypatch.setattr(memory, "free_mb", lambda: 1e6)
@@ -69,8 +80,27 @@ def stopped_after(done: int) -> Results:
     )
 
 
+def test_each_case_is_measured_in_the_process_it_needs(tmp_path: Path, processes: Processes) -> None:
+    half = TimeCase("prefill", 128, dtype="bfloat16")
+    fixed, grown = MemoryCase("ours", 128), MemoryCase("ours", 128, heap="glibc", processes=3)
+    found = Results(machine.describe(1), quick=True)
+    script.measure([half, grown, QUICK[0], fixed], found, None)
+    assert processes.calls == [
+        (timing.send_seconds, [QUICK[0], half], 1, False),  # float32 before the model is rounded
+        *[(memory.send_peak, [grown], 1, True)] * 3,
+        (memory.send_peak, [fixed], 1, False),
+    ]
+    assert [one.case for one in found.times] == [QUICK[0], half]
+    assert [len(one.peaks_mb) for one in found.memory] == [3, 1]
+    assert processes.prepared == [True]
+    script.measure([replace(grown, tokens=64)], found, None)
+    assert processes.prepared == [True]  # a fresh process has nothing of it
+
+
 @pytest.mark.parametrize("done", [0, 1, TIMED, TIMED + 1])
-def test_a_resumed_run_measures_what_the_stopped_one_has_not(tmp_path: Path, processes: Processes, done: int) -> None:
+def test_a_resumed_run_measures_what_the_stopped_one_has_not(
+    tmp_path: Path, processes: Processes, done: int, capsys: pytest.CaptureFixture[str]
+) -> None:
     out, so_far = tmp_path / "one.json", tmp_path / "one.so-far.json"
     stopped_after(done).write(so_far)
     run("--quick", "--resume", "--threads", 2, "--out", out)
@@ -79,22 +109,50 @@ def test_a_resumed_run_measures_what_the_stopped_one_has_not(tmp_path: Path, pro
     assert [one.case for one in (*found.times, *found.memory)] == list(QUICK)
     values = [one.median("ours") for one in found.times] + [one.median_mb for one in found.memory]
     assert values == [BEFORE] * done + [NOW] * (len(QUICK) - done)
-    assert "resumed" in found.machine
+    assert f"resumed {found.machine['resumed'][0]['date']} (" in capsys.readouterr().out
     assert not so_far.exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["one.json"]
 
 
-def test_a_run_that_is_not_resumed_measures_everything(tmp_path: Path, processes: Processes) -> None:
+def test_a_run_that_is_not_resumed_measures_everything(
+    tmp_path: Path, processes: Processes, capsys: pytest.CaptureFixture[str]
+) -> None:
     stopped_after(TIMED).write(tmp_path / "one.so-far.json")
     run("--quick", "--threads", 2, "--out", tmp_path / "one.json")
     assert processes.asked == list(QUICK)
-    assert "resumed" not in Results.read(tmp_path / "one.json").machine
+    assert "resumed" not in capsys.readouterr().out
 
 
-def test_there_must_be_a_run_to_resume(tmp_path: Path, processes: Processes) -> None:
+def test_what_was_measured_is_not_left_out_when_the_room_for_it_is_gone(
+    processes: Processes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = stopped_after(len(QUICK))
+    monkeypatch.setattr(memory, "free_mb", lambda: 0.0)
+    later = MemoryCase("eager", 1024)
+    script.measure([*QUICK, later], found, None)
+    assert list(found.left_out) == [later.name]
+    assert processes.asked == []
+
+
+def test_there_must_be_a_run_to_resume(
+    tmp_path: Path, processes: Processes, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit, match=r"nothing to resume: there is no .*one\.so-far\.json"):
         run("--quick", "--resume", "--out", tmp_path / "one.json")
-    with pytest.raises(SystemExit, match=r"nothing to resume: .* give --out as before"):
-        run("--only", "512", "--resume")
+    for other in ("--only", "--draw"):
+        with pytest.raises(SystemExit, match="2"):
+            run(other, "512", "--resume")
+        assert "leave --only and --draw out" in capsys.readouterr().err
+    assert processes.asked == []
+
+
+def test_a_run_of_another_kind_is_not_resumed(tmp_path: Path, processes: Processes) -> None:
+    so_far = tmp_path / "one.so-far.json"
+    stopped_after(2).write(so_far)
+    before = so_far.read_bytes()
+    with pytest.raises(SystemExit, match=f"another kind of run, with {QUICK[0].name}; give --quick as before"):
+        run("--resume", "--threads", 2, "--out", tmp_path / "one.json")  # the full one
+    assert so_far.read_bytes() == before
     assert processes.asked == []
 
 
@@ -111,53 +169,109 @@ def test_a_run_of_another_machine_is_not_resumed(tmp_path: Path, processes: Proc
     assert processes.asked == []
 
 
-def send_each(receiver: Connection, cases: list[Case], threads: int) -> None:
+def send_each(sender: Connection, cases: list[Case], threads: int) -> None:
     for case in cases:
-        receiver.send((case, threads, os.getpid()))
+        sender.send((case, threads, os.getpid(), "here" in GLOBALS))
 
 
-def send_one_and_die(receiver: Connection, cases: list[Case], threads: int) -> None:
-    receiver.send(cases[0])
+def send_one_and_die(sender: Connection, cases: list[Case], threads: int) -> None:
+    sender.send(cases[0])
     os._exit(3)
 
 
-def test_a_process_of_its_own_sends_for_each_case() -> None:
-    [(first, threads, process), second] = script._child(send_each, QUICK[:2], 1)
+def send_and_die(sender: Connection, cases: list[Case], threads: int) -> None:
+    for case in cases:
+        sender.send(case)
+    os._exit(3)
+
+
+def send_for_ever(sender: Connection, cases: list[Case], threads: int) -> None:
+    sender.send(os.getpid())
+    while True:
+        sender.send(cases[0])
+
+
+GLOBALS: set[str] = set()
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+def test_a_process_of_its_own_sends_for_each_case(fresh: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "GLOBALS", {"here"})
+    [(first, threads, process, shared), second] = script._child(send_each, QUICK[:2], 1, fresh)
     assert (first, threads) == (QUICK[0], 1)
-    assert second == (QUICK[1], 1, process)
+    assert second == (QUICK[1], 1, process, shared)
     assert process != os.getpid()
+    assert shared == (script.FORKS and not fresh)
 
 
-def test_the_end_of_a_process_before_its_last_case_ends_the_run() -> None:
-    answers = script._child(send_one_and_die, QUICK[:2], 1)
-    assert next(answers) == QUICK[0]
-    with pytest.raises(SystemExit, match="ended with 3"):
+@pytest.mark.parametrize(("work", "sent"), [(send_one_and_die, 1), (send_and_die, 2)])
+def test_a_process_that_fails_ends_the_run(work: Any, sent: int) -> None:
+    answers = script._child(work, QUICK[:2], 1)
+    assert [next(answers) for _ in range(sent)] == list(QUICK[:sent])
+    with pytest.raises(SystemExit, match=f"{QUICK[1].name}: its process ended with 3.* --resume goes on"):
         next(answers)
 
 
+@pytest.mark.skipif(not script.FORKS, reason="what a process inherits is seen where it parts from another")
+def test_a_process_ends_when_nobody_waits_for_it() -> None:
+    """As when the run is killed, which then can't end its processes."""
+    answers = script._child(send_for_ever, QUICK[:1], 1)
+    process, until = next(answers), time.monotonic() + 20
+    del answers  # and the end that reads
+    while any(child.pid == process for child in multiprocessing.active_children()):
+        assert time.monotonic() < until
+        time.sleep(0.02)
+
+
 def take(megabytes: int) -> list[bytearray]:
-    """So much, in parts of a size below glibc's threshold once that has grown, and written to."""
     return [bytearray(b"1" * 1_000_000) for _ in range(megabytes)]
 
 
-def send_peak_of(receiver: Connection, megabytes: list[int], threads: int) -> None:
-    take(2)  # and give it back: the threshold is their size now
-    left_free = take(40)
-    above = take(2)
-    del left_free  # stays with the process, for there is something above
-    if threads:
-        memory.fix_heap()
+def grow() -> tuple[list[bytearray], list[bytearray]]:
+    """40 MB of a heap, and what lies above them, so that they stay with the process when they are free."""
+    take(2)  # and give it back: from now on such a size lies in the heap
+    return take(40), take(2)
+
+
+def send_growth(mend: Callable[[], None], sender: Connection, cases: list[Case], threads: int) -> None:
+    """How far 20 MB raise the peak after 40 MB were left free, in MB."""
+    left_free, above = grow()
+    del left_free
+    mend()
     memory.forget_peak()
     before = memory.resident_mb()
-    take(megabytes[0])
-    receiver.send(memory.peak_mb() - before)
+    take(20)
+    sender.send(memory.peak_mb() - before)
     del above
 
 
+def send_rest(mend: Callable[[], None], sender: Connection, cases: list[Case], threads: int) -> None:
+    """How much of 20 MB stays with the process when they are free again, in MB."""
+    below = grow()
+    mend()
+    before = memory.resident_mb()
+    taken, above = take(20), take(2)
+    del taken
+    sender.send(memory.resident_mb() - before)
+    del below, above
+
+
+def nothing() -> None:
+    pass
+
+
 @pytest.mark.skipif(not memory.available(), reason="the peak is read on Linux only")
-@pytest.mark.parametrize("megabytes", [20, 80])
-def test_the_peak_of_a_fixed_heap_holds_all_that_was_taken(megabytes: int) -> None:
-    [fixed] = script._child(send_peak_of, [megabytes], True)
-    assert fixed == pytest.approx(megabytes, abs=3)
-    [grown] = script._child(send_peak_of, [megabytes], False)
-    assert grown < megabytes - 10  # what was left free is taken again unseen
+@pytest.mark.parametrize(
+    ("work", "mend", "megabytes"),
+    [
+        (send_growth, memory.give_back, 20),
+        (send_growth, nothing, 0),
+        (send_rest, memory.fix_heap, 2),
+        (send_rest, nothing, 22),
+    ],
+)
+def test_a_fixed_heap_shows_what_was_taken_and_keeps_none_of_it(
+    work: Any, mend: Callable[[], None], megabytes: int
+) -> None:
+    [found] = script._child(partial(work, mend), QUICK[:1], 1)
+    assert found == pytest.approx(megabytes, abs=3)  # a part more while it is made, and pages of Python's own
