@@ -20,8 +20,6 @@ sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))  # scripts that i
 import capture as script
 import machine
 import memory
-import timing
-import workload
 from cases import QUICK, Case, MemoryCase, TimeCase
 from results import MemoryResult, Results, TimeResult
 
@@ -53,6 +51,8 @@ class Processes:
 
 @pytest.fixture
 def processes(monkeypatch: pytest.MonkeyPatch) -> Processes:
+    import workload  # not above: a fresh process imports this file, and this takes seconds
+
     found = Processes()
     monkeypatch.setattr(script, "_child", found)
     monkeypatch.setattr(workload, "prepare", lambda: found.prepared.append(True))
@@ -81,6 +81,8 @@ def stopped_after(done: int) -> Results:
 
 
 def test_each_case_is_measured_in_the_process_it_needs(tmp_path: Path, processes: Processes) -> None:
+    import timing
+
     half = TimeCase("prefill", 128, dtype="bfloat16")
     fixed, grown = MemoryCase("ours", 128), MemoryCase("ours", 128, heap="glibc", processes=3)
     found = Results(machine.describe(1), quick=True)
@@ -273,5 +275,5 @@ def nothing() -> None:
 def test_a_fixed_heap_shows_what_was_taken_and_keeps_none_of_it(
     work: Any, mend: Callable[[], None], megabytes: int
 ) -> None:
-    [found] = script._child(partial(work, mend), QUICK[:1], 1)
+    [found] = script._child(partial(work, mend), QUICK[:1], 1, fresh=True)  # of this process's heap, nothing is known
     assert found == pytest.approx(megabytes, abs=3)  # a part more while it is made, and pages of Python's own
