@@ -148,7 +148,7 @@ def _child(
         case = cases[min(sent, len(cases) - 1)]
         sys.exit(
             f"{case.name}: its process ended with {process.exitcode} (what it said is above; -9 may be for want of "
-            "memory); --resume goes on when that is mended"
+            "memory); when that is mended, --resume goes on with a full or a quick run"
         )
 
 

@@ -80,7 +80,7 @@ def stopped_after(done: int) -> Results:
     )
 
 
-def test_each_case_is_measured_in_the_process_it_needs(tmp_path: Path, processes: Processes) -> None:
+def test_each_case_is_measured_in_the_process_it_needs(processes: Processes) -> None:
     import timing
 
     half = TimeCase("prefill", 128, dtype="bfloat16")
