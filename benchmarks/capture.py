@@ -33,6 +33,7 @@ from tqdm import tqdm
 
 RESULTS = Path(__file__).parent / "results"
 FORKS = sys.platform == "linux"
+PICTURES = (".png", ".svg", ".pdf")
 SAME_MACHINE = ("cpu", "capability", "threads", "torch", "transformers")
 """What must not differ between the parts of a run that was stopped and resumed."""
 
@@ -44,11 +45,12 @@ def main() -> None:
         print(*(case.name for case in cases), sep="\n")
         return
     if arguments.draw:
-        results = Results.read(arguments.draw)
+        results = _read(arguments.draw)
     else:
         so_far = _so_far(_out(arguments))
         results = _begun(arguments, cases, so_far)
         measure(cases, results, so_far)
+        results.sort(cases)
     print(table(results))
     _keep(results, arguments)
 
@@ -171,7 +173,7 @@ def _begun(arguments: argparse.Namespace, cases: Sequence[Case], so_far: Path | 
         return Results(described, arguments.quick)
     if so_far is None or not so_far.exists():
         sys.exit(f"nothing to resume: there is no {so_far}")
-    results = Results.read(so_far)
+    results = _read(so_far)
     if foreign := [one.case.name for one in (*results.times, *results.memory) if one.case not in cases]:
         sys.exit(f"{so_far} is of another kind of run, with {foreign[0]}; give --quick as before, or measure anew")
     for name in SAME_MACHINE:
@@ -180,6 +182,13 @@ def _begun(arguments: argparse.Namespace, cases: Sequence[Case], so_far: Path | 
     resumed = {name: described[name] for name in ("date", "busy_at_start")}
     results.machine.setdefault("resumed", []).append(resumed)
     return results
+
+
+def _read(path: Path) -> Results:
+    try:
+        return Results.read(path)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        sys.exit(f"{path} can't be read as numbers of this benchmark: {type(error).__name__}: {error}")
 
 
 def _out(arguments: argparse.Namespace) -> Path | None:
@@ -249,6 +258,10 @@ def _arguments() -> argparse.Namespace:
     arguments = parser.parse_args()
     if arguments.resume and (arguments.only or arguments.draw):
         parser.error("--resume goes on with a full or a quick run; leave --only and --draw out")
+    if arguments.threads < 1:
+        parser.error(f"--threads is {arguments.threads}; it must be 1 or more")
+    if arguments.picture and arguments.picture.suffix not in PICTURES:
+        parser.error(f"--picture is {arguments.picture}; its name must end in {', '.join(PICTURES)}")
     return arguments
 
 

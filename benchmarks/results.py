@@ -17,6 +17,7 @@ from cases import (
     KEY_VALUE_HEADS,
     LAYERS,
     VOCABULARY,
+    Case,
     DType,
     Heap,
     MemoryCase,
@@ -118,6 +119,11 @@ class Results:
         """The result of this forward, if there is one."""
         wanted = (way, tokens, dtype, heap)
         return next((one for one in self.memory if _place(one.case) == wanted), None)
+
+    def sort(self, cases: Sequence[Case]) -> None:
+        """In the order of the cases, of which all results are: a run that was resumed may have measured in another."""
+        self.times.sort(key=lambda one: cases.index(one.case))
+        self.memory.sort(key=lambda one: cases.index(one.case))
 
     def comparisons(self) -> list[Comparison]:
         """Of the peaks of the same forward; only those of a fixed heap are held against limits."""

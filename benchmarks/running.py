@@ -147,6 +147,7 @@ def summed(heads: Mapping[int, tuple[int, ...]], diagonal: Tensor, received: Ten
     for layer in sequences.layers:
         maps = [head % MAPS for head in heads[layer.index]]
         sequences.add_kept(layer, HEADS, diagonal[None, maps], received[None, maps], tokens)
+    sequences.close()
     sequences.tokens = tokens
     sequences.counted.add(torch.ones(1, tokens, dtype=torch.bool))
     return sequences
@@ -160,7 +161,7 @@ def feed(sequences: Sequences) -> None:
         row = torch.rand(1, len(sequences.kept[layer.index]), tokens)
         row /= row.sum(-1, keepdim=True)
         sequences.add_kept(layer, HEADS, row[..., -1:], row, tokens)
-    sequences.close(tokens)
+    sequences.close()
     sequences.tokens = tokens
     sequences.counted.add(torch.ones(1, 1, dtype=torch.bool))
 

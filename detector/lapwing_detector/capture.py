@@ -260,7 +260,7 @@ class Captured:
         if missing:
             raise CaptureError(f"{', '.join(missing)} did not report; every layer's attention must be seen, or none")
         assert forward.visible is not None
-        self._sequences.close(forward.tokens)
+        self._sequences.close()
         self._sequences.tokens = forward.tokens
         self._sequences.visible.add(forward.visible)
         self._sequences.counted.add(forward.counted)

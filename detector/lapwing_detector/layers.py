@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import cache
+from numbers import Integral
 from typing import Any
 
 from torch import nn
@@ -22,6 +23,8 @@ WITH_ATTENTION = frozenset(
     {"attention", "full_attention", "sliding_attention", "chunked_attention", "hybrid", "hybrid_sliding"}
 )
 """Kinds of layers in which every token sees itself, and the keys before it by their place alone."""
+
+EXPECTED_HEADS = "give a mapping of layers to their heads, whole numbers, such as {0: [2, 5]} or probe.heads"
 
 
 @dataclass(frozen=True)
@@ -74,16 +77,24 @@ def kept_heads(
     """
     if heads is None:
         return None
+    if not isinstance(heads, Mapping):
+        raise InvalidInput("heads", f"is {heads!r}; {EXPECTED_HEADS}")
     known = [layer.index for layer in layers]
     for index, wanted in heads.items():
+        if not isinstance(index, Integral) or not _are_whole_numbers(wanted):
+            raise InvalidInput("heads", f"holds {index!r}: {wanted!r}; {EXPECTED_HEADS}")
         if index not in known:
             raise InvalidInput("heads", f"names layer {index}; the layers with attention are {known}")
         if any(head < 0 for head in wanted):
             raise InvalidInput("heads", f"names head {min(wanted)} of layer {index}; heads count from 0")
-    kept = {index: tuple(sorted(set(heads[index]))) for index in known if heads.get(index)}
+    kept = {index: tuple(sorted({int(head) for head in heads[index]})) for index in known if len(heads.get(index, ()))}
     if not kept:
         raise InvalidInput("heads", "names no head; leave it out to capture all of them")
     return kept
+
+
+def _are_whole_numbers(wanted: object) -> bool:
+    return isinstance(wanted, Collection) and all(isinstance(head, Integral) for head in wanted)
 
 
 def require_heads(layer: AttentionLayer, kept: Collection[int], heads: int) -> None:

@@ -23,7 +23,7 @@ class Reader:
 
     def __init__(self) -> None:
         self._scratch = Scratch()
-        self._indices: dict[int, Tensor] = {}
+        self._indices: dict[tuple[int, torch.device], Tensor] = {}
 
     def read(
         self,
@@ -55,19 +55,23 @@ class Reader:
         by_intervals = place.mask is None or place.starts is not None
         # Looked at first: every layer of every step of decoding comes here, and the rest would be 1 % of a small model.
         if by_intervals and _newest_in_c(query, key, value, mechanism):
-            row = sequences.newest(layer, key.shape[2], place.tokens)
-            if row is not None:
-                return native.attend_row(
+            sums = sequences.open_row(layer, place.tokens)
+            if sums is not None:
+                output = native.attend_row(
                     query,
                     key,
                     value,
-                    received=row,
+                    diagonal=sums.diagonal,
+                    received=sums.received,
+                    tokens=place.tokens,
                     starts=place.starts,
                     counted=counted,
                     scaling=mechanism["scaling"],
                     heads=self._heads(sequences, layer, query),
                     scratch=self._scratch,
                 )
+                sequences.summed.add(layer.index)
+                return output
         rows = {"starts": place.starts, "counted": counted, **mechanism}
         if by_intervals and kernels.available(query.device) and kernels.supports(query, key, value):
             return self._by_kernels(sequences, layer, query, key, value, place, rows)
@@ -92,11 +96,13 @@ class Reader:
         rows: dict[str, Any],
     ) -> Tensor:
         heads, tokens = self._heads(sequences, layer, query), place.tokens
-        row = sequences.newest(layer, key.shape[2], tokens) if query.shape[2] == 1 else None
-        if row is not None:
-            received = row[:, :, : key.shape[2]].zero_()
-            diagonal = row.new_empty(*row.shape[:2], 1)  # the last column of the row, too
-            return kernels.attend_row(query, key, value, diagonal=diagonal, received=received, heads=heads, **rows)
+        sums = sequences.open_row(layer, tokens) if query.shape[2] == 1 else None
+        if sums is not None:
+            diagonal = sums.diagonal[:, :, tokens - 1 : tokens]
+            received = sums.received[:, :, tokens - key.shape[2] : tokens]
+            output = kernels.attend_row(query, key, value, diagonal=diagonal, received=received, heads=heads, **rows)
+            sequences.summed.add(layer.index)
+            return output
         output, diagonal, received = kernels.attend(query, key, value, first=place.first, heads=heads, **rows)
         if sequences.keeps(layer):
             sequences.add_kept(layer, query.shape[1], diagonal, received, tokens)
@@ -106,10 +112,11 @@ class Reader:
         """(heads read,) int32: heads that are not kept cost nothing; None for all of them."""
         if sequences.kept is None:
             return None
-        if layer.index not in self._indices:
+        place = layer.index, query.device  # to which the model may have been moved since
+        if place not in self._indices:
             kept = sequences.kept_of(layer, query.shape[1]) or [0]  # the kernels read one at least
-            self._indices[layer.index] = torch.tensor(kept, dtype=torch.int32, device=query.device)
-        return self._indices[layer.index]
+            self._indices[place] = torch.tensor(kept, dtype=torch.int32, device=query.device)
+        return self._indices[place]
 
 
 def _newest_in_c(query: Tensor, key: Tensor, value: Tensor, mechanism: dict[str, Any]) -> bool:

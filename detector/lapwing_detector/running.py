@@ -39,9 +39,11 @@ class RunningLogits:
     def __init__(self, probe: Probe, captured: Summed) -> None:
         self._probe = probe
         self._captured = captured
-        self._sequences: Sequences | None = None
+        self._joint: list[Sums] = []
+        """Of the sequences that are read; another list means another batch, or that the sums were moved."""
+
         self._tokens = 0
-        """Of `_sequences`, the columns that were read."""
+        """The columns that were read."""
 
         self._columns: list[list[int]] = []
         """By sequence: the columns of its tokens, without padding and what was fed after its end."""
@@ -62,7 +64,7 @@ class RunningLogits:
             CaptureError: nothing was captured, the last forward failed, or the capture keeps other heads.
         """
         sequences = self._captured.sums
-        if sequences is not self._sequences:
+        if not sequences.joint or sequences.joint is not self._joint:
             self._start(sequences)
         new = self._new_columns(sequences)
         for part, sums in zip(self._parts, sequences.joint, strict=False):
@@ -86,7 +88,7 @@ class RunningLogits:
             _Part(self._probe, weights[[one == _memory(sums) for one in owners]].to(sums.diagonal.device), batch)
             for sums in (sequences.joint if heads else ())
         ]
-        self._sequences, self._tokens = sequences, 0
+        self._joint, self._tokens = sequences.joint, 0
         self._columns = [[] for _ in range(batch)]
 
     def _new_columns(self, sequences: Sequences) -> list[list[int]]:

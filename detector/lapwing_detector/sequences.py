@@ -19,6 +19,10 @@ from lapwing_detector.summary import AttentionSummary
 LEAST_ROOM, MOST_ROOM = 64, 1024
 """Tokens for which room is made at a time."""
 
+PIECE_BYTES = 16 * 2**20
+"""Most of the diagonals, or of the column sums, that lie side by side, unless those of one layer are more: while room
+is made they are there twice."""
+
 
 @dataclass
 class Sums:
@@ -30,13 +34,10 @@ class Sums:
     received: Tensor
     """(batch, heads, capacity) float32."""
 
-    newest: Tensor | None = None
-    """(batch, heads, capacity) float32, room for the row of one token until its forward is over; None in the first."""
-
     @property
     def capacity(self) -> int:
         """Tokens for which there is room."""
-        return self.diagonal.shape[2]
+        return min(self.diagonal.shape[2], self.received.shape[2])
 
     def add(self, diagonal: Tensor, received: Tensor, tokens: int) -> None:
         """Add the rows of new tokens.
@@ -48,12 +49,6 @@ class Sums:
         """
         self.diagonal[:, :, tokens - diagonal.shape[2] : tokens] = diagonal
         self.received[:, :, tokens - received.shape[2] : tokens].add_(received)  # `+=` would copy them as well
-
-    def add_newest(self, columns: int, tokens: int) -> None:
-        """Add the row of one new token: so many columns of `newest`."""
-        assert self.newest is not None
-        row = self.newest[:, :, :columns]
-        self.add(row[:, :, -1:], row, tokens)
 
 
 @dataclass
@@ -85,16 +80,18 @@ class Sequences:
     """By layer index: how many heads it has, kept or not."""
 
     sums: dict[int, Sums] = field(default_factory=dict)
-    """By layer index, of the kept heads; views of `joint` once there is one."""
+    """By layer index, of the kept heads; views of those in `joint` once there are any."""
 
     _selections: dict[int, Tensor | None] = field(default_factory=dict)
     """By layer index, as far as they were asked for; see `_selection`."""
 
-    _written: list[tuple[AttentionLayer, int]] = field(default_factory=list)
-    """Of a forward of one token that is not over: layers whose row is in `newest` of their sums, and its columns."""
+    summed: set[int] = field(default_factory=set)
+    """Of a forward that is not over, or failed: indices of the layers whose sums have its rows. They stay, and are not
+    added again when the same tokens are fed anew."""
 
     joint: list[Sums] = field(default_factory=list)
-    """All layers that are on one device side by side, in the order of the layers; empty during the first forward."""
+    """The sums of layers on one device side by side, in the order of the layers; empty during the first forward. It is
+    another list whenever they were moved."""
 
     @property
     def any_ended(self) -> bool:
@@ -151,44 +148,28 @@ class Sequences:
     def add_kept(self, layer: AttentionLayer, heads: int, diagonal: Tensor, received: Tensor, tokens: int) -> None:
         """The same with (batch, kept heads, ...) of a layer that has so many heads in all."""
         self.heads[layer.index] = heads
-        known, columns = self.room(layer, tokens), received.shape[2]
+        known = self.room(layer, tokens)
         if known is None:
             self.sums[layer.index] = Sums(diagonal, received)
-        elif diagonal.shape[2] > 1:
+        elif layer.index not in self.summed:
             known.add(diagonal, received, tokens)
-        elif (row := self.newest(layer, columns, tokens)) is not None:
-            row[:, :, :columns] = received  # whose last column is the diagonal
+        self.summed.add(layer.index)
 
-    def close(self, tokens: int) -> None:
-        """The forward is over: add the rows of its one token, those of all layers at once where that can be done.
-
-        Args:
-            tokens: sequence length with the new token.
-        """
-        written, self._written = self._written, []
-        lengths = {columns for _, columns in written}
-        if len(self.joint) == 1 == len(lengths) and tuple(layer for layer, _ in written) == self.layers:
-            self.joint[0].add_newest(lengths.pop(), tokens)
-            return
-        for layer, columns in written:
-            self.sums[layer.index].add_newest(columns, tokens)
-
-    def newest(self, layer: AttentionLayer, columns: int, tokens: int) -> Tensor | None:
-        """Where the row of the newest token is to be written, until `close` adds it: the forward may still fail.
+    def open_row(self, layer: AttentionLayer, tokens: int) -> Sums | None:
+        """The sums of a layer that is kept, for whoever adds the row of one new token itself, and then says `summed`.
 
         Args:
-            layer: one that is kept.
-            columns: of the row; its last one is the diagonal.
+            layer: whose row it is.
             tokens: sequence length with the new token.
 
         Returns:
-            (batch, kept heads, columns or more), not cleared; None before the layer's first rows.
+            None before the layer's first rows, and where it has this one already: then `add` it.
         """
-        known = self.room(layer, tokens)
-        if known is None:
-            return None
-        self._written.append((layer, columns))
-        return known.newest
+        return None if layer.index in self.summed else self.room(layer, tokens)
+
+    def close(self) -> None:
+        """The forward is over."""
+        self.summed.clear()
 
     def room(self, layer: AttentionLayer, tokens: int) -> Sums | None:
         """The sums of a layer so far, with room for so many tokens; None before its first rows."""
@@ -196,32 +177,31 @@ class Sequences:
         if known is not None and tokens > known.capacity:
             # More than one token at a time, or decoding would be quadratic; not many, since they may never come.
             self.join(max(tokens, known.capacity + min(max(known.capacity, LEAST_ROOM), MOST_ROOM)))
-            known = self.sums[layer.index]
         return known
 
     def join(self, capacity: int) -> None:
-        """Move the sums of all layers into one memory for each device, with room for so many tokens."""
-        devices = dict.fromkeys(self.sums[layer.index].diagonal.device for layer in self.layers)
-        self.joint = [self._joined(device, capacity) for device in devices]
+        """Move the sums of all layers into few pieces of memory, with room for so many tokens, one after the other.
 
-    def _joined(self, device: torch.device, capacity: int) -> Sums:
-        here = [layer.index for layer in self.layers if self.sums[layer.index].diagonal.device == device]
-        olds = [self.sums[index] for index in here]
-        sizes = [old.diagonal.shape[1] for old in olds]
-        joint = _empty(olds[0].diagonal.shape[0], sum(sizes), capacity, device)
-        self._view(joint, dict(zip(here, sizes, strict=True)))
-        for index, old in zip(here, olds, strict=True):
-            new = self.sums[index]
-            new.diagonal[:, :, : old.capacity], new.received[:, :, : old.capacity] = old.diagonal, old.received
-        return joint
+        Where that fails for want of memory, nothing is lost, and it can be tried again.
+        """
+        capacity = max(capacity, *(sums.capacity for sums in self.sums.values()))
+        self.joint = []
+        self.joint = [_moved([self.sums[index] for index in piece], capacity) for piece in self._pieces(capacity)]
 
-    def _view(self, joint: Sums, heads: Mapping[int, int]) -> None:
-        """Let the sums of some layers, with so many kept heads each, lie in a memory side by side."""
-        sizes = list(heads.values())
-        assert joint.newest is not None
-        wholes = (joint.diagonal, joint.received, joint.newest)
-        parts = zip(*(torch.split(whole, sizes, 1) for whole in wholes), strict=True)
-        self.sums |= {index: Sums(*of_layer) for index, of_layer in zip(heads, parts, strict=True)}
+    def _pieces(self, capacity: int) -> list[list[int]]:
+        """Layers whose sums are to lie side by side, by index."""
+        pieces: list[list[int]] = []
+        before: torch.device | None = None
+        size = 0
+        for layer in self.layers:
+            shape, device = self.sums[layer.index].diagonal.shape, self.sums[layer.index].diagonal.device
+            each = 4 * shape[0] * shape[1] * capacity
+            if device != before or size + each > PIECE_BYTES:
+                pieces.append([])
+                size = 0
+            pieces[-1].append(layer.index)
+            before, size = device, size + each
+        return pieces
 
     def summaries(self) -> list[AttentionSummary]:
         """One for each sequence, of its counted tokens only.
@@ -287,22 +267,22 @@ def gathered(parts: list[Part]) -> Sequences:
         parts: of batches in which all sequences end in the last column, too: padding is on the left only.
     """
     one, tokens = parts[0].of, max(part.of.tokens - part.first for part in parts)
+    if any(part.of.summed != one.summed for part in parts):
+        raise CaptureError("some of the sequences are amid a forward that failed; let these go on by themselves first")
     new = Sequences(one.layers, one.kept, tokens, max(part.of.reach for part in parts), heads=dict(one.heads))
-    for part in parts:
-        if not part.of.joint:
-            part.of.join(part.of.tokens)
+    new.summed = set(one.summed)
+    more = min(len(one.summed), 1)  # the token of the forward that failed
     rows, room = sum(len(part.rows) for part in parts), tokens + min(max(tokens, LEAST_ROOM), MOST_ROOM)
-    for place, old in enumerate(one.joint):
-        joint = _empty(rows, old.diagonal.shape[1], room, old.diagonal.device)
-        here = [layer.index for layer in one.layers if one.sums[layer.index].diagonal.device == old.diagonal.device]
-        new._view(joint, {index: one.sums[index].diagonal.shape[1] for index in here})
-        new.joint.append(joint)
+    for index, old in one.sums.items():
+        new.sums[index] = Sums(*(whole.new_zeros(rows, whole.shape[1], 0) for whole in (old.diagonal, old.received)))
+    new.join(room)
+    for index, joint in new.sums.items():
         start = 0
         for part in parts:
-            mine, theirs = slice(start, start + len(part.rows)), part.of.joint[place]
-            columns = slice(tokens - (part.of.tokens - part.first), tokens)
-            joint.diagonal[mine, :, columns] = theirs.diagonal[part.rows, :, part.first : part.of.tokens]
-            joint.received[mine, :, columns] = theirs.received[part.rows, :, part.first : part.of.tokens]
+            mine, theirs = slice(start, start + len(part.rows)), part.of.sums[index]
+            columns, until = slice(tokens - (part.of.tokens - part.first), tokens + more), part.of.tokens + more
+            joint.diagonal[mine, :, columns] = theirs.diagonal[part.rows, :, part.first : until]
+            joint.received[mine, :, columns] = theirs.received[part.rows, :, part.first : until]
             start = mine.stop
     for name in ("visible", "counted"):
         flags = [getattr(part.of, name).all[part.rows, part.first :] for part in parts]
@@ -310,9 +290,20 @@ def gathered(parts: list[Part]) -> Sequences:
     return new
 
 
-def _empty(rows: int, heads: int, capacity: int, device: torch.device) -> Sums:
+def _moved(sums: list[Sums], capacity: int) -> Sums:
+    """The memory into which they were moved, side by side, and of which they are views now."""
+    return Sums(_beside(sums, "diagonal", capacity), _beside(sums, "received", capacity))
+
+
+def _beside(sums: list[Sums], name: str, capacity: int) -> Tensor:
+    parts = [getattr(one, name) for one in sums]
+    sizes, (rows, _, _) = [part.shape[1] for part in parts], parts[0].shape
     with torch.inference_mode(False):  # later steps may add to them outside of it
-        return Sums(*(torch.zeros(rows, heads, capacity, dtype=torch.float32, device=device) for _ in range(3)))
+        whole = torch.zeros(rows, sum(sizes), capacity, dtype=torch.float32, device=parts[0].device)
+    for one, old, new in zip(sums, parts, torch.split(whole, sizes, 1), strict=True):
+        new[:, :, : old.shape[2]] = old
+        setattr(one, name, new)
+    return whole
 
 
 def _arrays(parts: list[Tensor]) -> list[NDArray[np.float32]]:

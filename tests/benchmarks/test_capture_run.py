@@ -116,6 +116,16 @@ def test_a_resumed_run_measures_what_the_stopped_one_has_not(
     assert [path.name for path in tmp_path.iterdir()] == ["one.json"]
 
 
+def test_a_resumed_run_has_its_cases_in_their_order(tmp_path: Path, processes: Processes) -> None:
+    stopped = stopped_after(len(QUICK))
+    lost = [stopped.times.pop(0).case, stopped.memory.pop(1).case]
+    stopped.write(tmp_path / "one.so-far.json")
+    run("--quick", "--resume", "--threads", 2, "--out", tmp_path / "one.json")
+    assert processes.asked == lost
+    found = Results.read(tmp_path / "one.json")
+    assert [one.case for one in (*found.times, *found.memory)] == list(QUICK)
+
+
 def test_a_run_that_is_not_resumed_measures_everything(
     tmp_path: Path, processes: Processes, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -156,6 +166,31 @@ def test_a_run_of_another_kind_is_not_resumed(tmp_path: Path, processes: Process
         run("--resume", "--threads", 2, "--out", tmp_path / "one.json")  # the full one
     assert so_far.read_bytes() == before
     assert processes.asked == []
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [
+        ("--threads", "0", "--threads is 0; it must be 1 or more"),
+        ("--picture", "one.xyz", "--picture is one.xyz; its name must end in .png, .svg, .pdf"),
+    ],
+)
+def test_misuse_is_told_before_anything_is_measured(
+    option: str, value: str, said: str, processes: Processes, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        run("--quick", option, value)
+    assert said in capsys.readouterr().err
+    assert processes.asked == []
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]", "{}", '{"times": 3}'])
+def test_a_file_without_numbers_cannot_be_drawn(content: str | None, tmp_path: Path) -> None:
+    path = tmp_path / "one.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(SystemExit, match=r"one\.json can't be read as numbers of this benchmark"):
+        run("--draw", path)
 
 
 @pytest.mark.parametrize("differs", script.SAME_MACHINE)
@@ -214,14 +249,14 @@ def test_a_process_that_fails_ends_the_run(work: Any, sent: int) -> None:
         next(answers)
 
 
+@pytest.mark.timeout(20)
 @pytest.mark.skipif(not script.FORKS, reason="what a process inherits is seen where it parts from another")
 def test_a_process_ends_when_nobody_waits_for_it() -> None:
     """As when the run is killed, which then can't end its processes."""
     answers = script._child(send_for_ever, QUICK[:1], 1)
-    process, until = next(answers), time.monotonic() + 20
+    process = next(answers)
     del answers  # and the end that reads
     while any(child.pid == process for child in multiprocessing.active_children()):
-        assert time.monotonic() < until
         time.sleep(0.02)
 
 

@@ -136,8 +136,9 @@ def attended(of: Case, given: Inputs, scratch: Scratch | None = None, **changes:
 def attended_row(
     of: Case, given: Inputs, scratch: Scratch | None = None, **changes: object
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `attended`, of the newest row; nothing is written but the row."""
-    received = torch.full((of.batch, of.heads, of.first + 10), torch.nan)
+    """As `attended`, of the newest row; it is added to what is there, and nothing else is touched."""
+    tokens, columns = of.first + 4, of.first + 1  # as if the first three keys had fallen out of a window
+    diagonal, received = torch.full((2, of.batch, of.heads, tokens + 9), 0.5)
     options: dict[str, object] = {
         "starts": given.starts,
         "counted": given.counted,
@@ -149,19 +150,16 @@ def attended_row(
         given.query,
         given.key,
         given.value,
+        diagonal=diagonal,
         received=received,
+        tokens=tokens,
         scratch=scratch or Scratch(),
         **options,  # type: ignore[arg-type]
     )
-    row, beyond = received.split([of.first + 1, 9], -1)
-    assert beyond.isnan().all()
-    return output, row[..., -1:], row
-
-
-def whole_row(of: Case, given: Inputs) -> tuple[Tensor, Tensor, Tensor]:
-    """The same from the whole map in float64; the diagonal of a row that does not count is 0."""
-    output, _, received = whole(of, given)
-    return output, received[..., -1:], received
+    before, row, beyond = received.split([tokens - columns, columns, 9], -1)
+    earlier, newest, later = diagonal.split([tokens - 1, 1, 9], -1)
+    assert all((part == 0.5).all() for part in (before, beyond, earlier, later))
+    return output, newest, row - 0.5
 
 
 def errors(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> list[float]:

@@ -58,7 +58,7 @@ def growing(probe: Probe, tokens: int, first: int) -> Iterator[Summed]:
         for layer in layers:
             rows = maps[layer.index, list(probe.heads[layer.index]), start:stop, :stop]
             sequences.add_kept(layer, HEADS, rows.diagonal(start, 1, 2)[None].clone(), rows.sum(1)[None], stop)
-        sequences.close(stop)
+        sequences.close()
         sequences.tokens = stop
         sequences.counted.add(torch.ones(1, stop - start, dtype=torch.bool))
         yield Summed(sequences)

@@ -329,6 +329,24 @@ def test_a_model_that_lacks_weights_is_refused_and_not_filled_with_random_ones(d
         LanguageModel.load(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"quantization_config": {"quant_method": "awq", "bits": 4}}, "AWQ"),  # whose package is not here
+        ({"num_hidden_layers": "six"}, "can't be loaded as a causal language model: "),
+        ({"rope_parameters": 3}, "can't be loaded as a causal language model: "),
+    ],
+)
+def test_a_model_that_transformers_cannot_load_is_refused_in_words(detector, tmp_path, change, said):
+    detector.model.save_pretrained(tmp_path)
+    detector.tokenizer.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(InvalidInput, match=said) as caught:
+        LanguageModel.load(tmp_path)
+    assert str(tmp_path) in str(caught.value)
+
+
 def test_a_device_or_dtype_that_is_none_is_refused():
     with pytest.raises(InvalidInput, match="bogus"):
         LanguageModel.load(device="bogus")

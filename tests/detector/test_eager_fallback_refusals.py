@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from transformers import GenerationConfig, PreTrainedModel, StaticCache
@@ -63,6 +64,15 @@ def test_attention_that_is_not_causal() -> None:
     with captured_eagerly(model) as captured, torch.no_grad(), pytest.raises(CaptureError, match="later tokens"):
         model(token_ids(1, 5))
     require_nothing(captured)
+
+
+def test_maps_that_are_not_finite_are_no_attention_to_later_tokens() -> None:
+    model = build("falcon")
+    with torch.no_grad():
+        model.transformer.h[1].self_attention.query_key_value.weight.fill_(torch.nan)
+    (summary,) = read(model, token_ids(1, 9))
+    assert np.isfinite(summary.received[0]).all()
+    assert np.isnan(summary.received[1]).all()
 
 
 def test_a_cache_that_the_model_itself_gets_wrong() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,8 @@ import torch
 from lapwing_detector import reading
 from lapwing_detector.capture import capture_attention
 from lapwing_detector.errors import InvalidInput
+from lapwing_detector.layers import attention_layers
+from lapwing_detector.sequences import Sequences
 from lapwing_detector.summary import AttentionSummary
 from tests.detector.captures import SAME_MAP, STEP_BY_STEP, generated
 from tests.detector.tiny_models import FAMILIES, captured_forward, new_model, tiny_model, token_ids
@@ -68,11 +72,34 @@ def test_layers_that_are_not_kept_are_left_to_sdpa(monkeypatch: pytest.MonkeyPat
         ({0: [-1]}, "head -1 of layer 0"),
         ({0: []}, "names no head"),
         ({}, "names no head"),
+        ([0, 1], r"is \[0, 1\]; give a mapping of layers to their heads"),
+        ({0: 3}, "holds 0: 3; give a mapping"),
+        ({"0": [3]}, r"holds '0': \[3\]; give a mapping"),
+        ({0: [1.5]}, r"holds 0: \[1.5\]; give a mapping"),
+        ({0: "1"}, "holds 0: '1'; give a mapping"),
     ],
 )
-def test_heads_that_cannot_be_kept(heads: dict[int, list[int]], said: str) -> None:
+def test_heads_that_cannot_be_kept(heads: Any, said: str) -> None:
     with pytest.raises(InvalidInput, match=said):
         capture_attention(tiny_model("llama"), heads=heads)
+
+
+def test_heads_are_whole_numbers_of_any_kind() -> None:
+    ids = token_ids(1, 9)
+    with capture_attention(tiny_model("llama"), heads={np.int64(2): np.array([0, 3])}) as captured, torch.no_grad():
+        tiny_model("llama")(ids)
+    [summary], [whole] = captured.summaries(), captured_forward(tiny_model("llama"), ids)
+    np.testing.assert_allclose(summary.received[0, [0, 3]], whole.received[2, [0, 3]], rtol=5 * SAME_MAP)
+
+
+def test_a_model_may_be_moved_between_two_uses_of_a_capture() -> None:
+    layer = attention_layers(tiny_model("llama"))[0]
+    sequences, reader, query = Sequences((layer,), {0: (1, 3)}), reading.Reader(), torch.zeros(1, 4, 1, 8)
+    for device in ("cpu", "meta", "cpu"):
+        heads = reader._heads(sequences, layer, query.to(device))
+        assert heads is not None
+        assert heads.device.type == device
+        assert heads.shape == (2,)
 
 
 def test_a_head_that_the_layer_lacks() -> None:

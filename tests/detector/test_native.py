@@ -24,7 +24,6 @@ from tests.detector.native_cases import (
     needs_compiler,
     needs_library,
     whole,
-    whole_row,
     wide_model,
 )
 from tests.detector.tiny_models import captured_forward, tiny_model, token_ids
@@ -117,7 +116,7 @@ def test_the_same_bits_every_time():
 def test_no_number_is_written_or_read_beside_the_tensors(rows, group):
     of = Case(batch=1, heads=2 * group, shared=2, rows=rows, first=150 - rows, width=17, value_width=33)
     given, scratch = made(of), Scratch()
-    attend, exact = (attended_row, whole_row(of, given)) if rows == 1 else (attended, whole(of, given))
+    attend, exact = attended_row if rows == 1 else attended, whole(of, given)
     attend(of, given, scratch)
     held = scratch._memory
     around = {name: torch.full((tensor.numel() + 2048,), torch.nan) for name, tensor in held.items()}

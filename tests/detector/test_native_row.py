@@ -24,7 +24,6 @@ from tests.detector.native_cases import (
     needs_compiler,
     needs_library,
     whole,
-    whole_row,
     wide_model,
 )
 from tests.detector.tiny_models import token_ids
@@ -61,7 +60,7 @@ def test_one_row_equals_the_whole_map(any_build, shape, counts, monkeypatch):
     value.copy_(given.value)
     with torch.no_grad():
         assert native.supports_row(given.query, key, value) is (of.width >= 16 and of.value_width >= 32)
-    given, exact = replace(given, key=key, value=value), whole_row(of, given)
+    given, exact = replace(given, key=key, value=value), whole(of, given)
     assert max(errors(attended_row(of, given), exact)) < SAME * of.spread**2
     other = attended_row(of, given, scaling=of.scaling * 1.1)
     assert of.first == 0 or max(errors(other, exact)) > 100 * SAME
@@ -69,7 +68,7 @@ def test_one_row_equals_the_whole_map(any_build, shape, counts, monkeypatch):
         assert max(errors(attended_row(of, given, starts=None), exact)) > 100 * SAME
         assert max(errors(attended_row(of, given, counted=None), exact)) < SAME  # the only such row sees nothing
         every = torch.zeros(1, 1, dtype=torch.int32)  # one for all sequences
-        assert max(errors(attended_row(of, given, starts=every), whole_row(of, replace(given, starts=every)))) < SAME
+        assert max(errors(attended_row(of, given, starts=every), whole(of, replace(given, starts=every)))) < SAME
 
 
 @needs_library
@@ -80,7 +79,7 @@ def test_one_row_of_bfloat16_rounds_the_output_only(any_build, shape, monkeypatc
     of = ROWS[shape]
     given = made(of).to(torch.bfloat16)
     output, *sums = attended_row(of, given)
-    exact, *exact_sums = whole_row(of, given)
+    exact, *exact_sums = whole(of, given)
     assert output.dtype == torch.bfloat16
     assert max(errors(tuple(sums), tuple(exact_sums))) < SAME * of.spread**2
     nearest = torch.finfo(torch.bfloat16).eps / 2 * exact.abs() + SAME * of.spread**2
@@ -119,20 +118,22 @@ def test_what_is_not_finite_in_bfloat16_stays_so():
 def test_some_heads_of_one_row(heads):
     of = Case(rows=1, first=60, width=16, value_width=32)
     given = made(of)
-    output, _, received = whole(of, given)
-    row = torch.empty(of.batch, len(heads), of.first + 1)
+    output, diagonal, received = whole(of, given)
+    newest, row = torch.zeros(2, of.batch, len(heads), of.first + 1)
     found = native.attend_row(
         given.query,
         given.key,
         given.value,
+        diagonal=newest,
         received=row,
+        tokens=of.first + 1,
         starts=None,
         counted=None,
         scaling=of.scaling,
         heads=torch.tensor(heads, dtype=torch.int32),
         scratch=Scratch(),
     )
-    assert max(errors((found, row), (output, received[:, heads]))) < SAME
+    assert max(errors((found, newest[..., -1:], row), (output, diagonal[:, heads], received[:, heads]))) < SAME
     assert max(errors((row,), (received[:, [(head + 1) % 6 for head in heads]],))) > 100 * SAME
 
 

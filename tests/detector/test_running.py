@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
+from lapwing_detector import sequences
 from lapwing_detector.capture import Captured, capture_attention
 from lapwing_detector.detector import Detector
 from lapwing_detector.errors import CaptureError
@@ -55,14 +56,20 @@ def test_asking_late_or_twice_changes_nothing() -> None:
             require_same(some.logits(), logits, SAME_SUMS)
 
 
-def test_buffers_grow_while_tokens_come() -> None:
-    model, probe, ids = tiny_model("llama"), a_probe(k=2), token_ids(1, 70)
+@pytest.mark.parametrize(
+    ("piece_bytes", "pieces"), [(sequences.PIECE_BYTES, {1}), (1, {LAYERS}), (3000, {1, 2, LAYERS})]
+)
+def test_buffers_grow_while_tokens_come(piece_bytes: int, pieces: set[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sequences, "PIECE_BYTES", piece_bytes)
+    model, probe, ids = tiny_model("llama"), a_probe(k=2), token_ids(1, 150)
     captured = capture_attention(model, heads=probe.heads)
-    running, capacities = RunningLogits(probe, captured), set()
+    running, capacities, found = RunningLogits(probe, captured), set(), set()
     for _ in stepped(model, captured, ids, first=2):
         require_same(running.logits(), [said(probe, captured.summaries()[0])], SAME_SUMS)
         capacities |= {sums.capacity for sums in captured.sums.joint}
+        found.add(len(captured.sums.joint))
     assert len(capacities) > 2
+    assert found == pieces
 
 
 def test_too_short_is_no_logit_and_never_zero() -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from lapwing_detector import language_model
 from lapwing_detector.detection import Reason
 from lapwing_detector.detector import Detector
 from lapwing_detector.errors import DetectorError, ProbeMismatch
@@ -70,6 +71,25 @@ def test_probes_of_other_layers_share_a_forward(detector: Detector) -> None:
     together = [[one.detection.logit, one.shadows[0].logit] for one in detector.score_ids(jobs)]
     assert together[0] == pytest.approx(alone, abs=1e-5)
     assert together[1] == pytest.approx(alone[::-1], abs=1e-5)
+
+
+def test_only_the_heads_that_its_probes_read_are_captured(detector: Detector, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
+    real = language_model.capture_attention
+    monkeypatch.setattr(
+        language_model,
+        "capture_attention",
+        lambda model, heads=None: asked.append(heads) or real(model, heads=heads),
+    )
+    fresh = Detector.from_pretrained(detector.model, a_shadow(detector, 4, "one"), tokenizer=detector.tokenizer)
+    fresh.score(*ITEMS[0])
+    assert asked == [{4: tuple(range(8))}]
+    asked.clear()
+    jobs = [ScoreJob(fresh.tokens(*ITEMS[0]), detector.probe, shadows=(a_shadow(detector, 4, "two"),))]
+    fresh.score_ids(jobs)
+    heads = detector.probe.heads
+    assert asked == [{**heads, 4: tuple(range(8))}]
+    assert sum(map(len, heads.values())) < 6 * 8 - len(heads.get(4, ()))  # or all would be the same
 
 
 @pytest.mark.parametrize(

@@ -208,21 +208,25 @@ def attend_row(
     key: Tensor,
     value: Tensor,
     *,
+    diagonal: Tensor,
     received: Tensor,
+    tokens: int,
     starts: Tensor | None,
     counted: Tensor | None,
     scaling: float,
     heads: Tensor | None,
     scratch: Scratch,
 ) -> Tensor:
-    """Attention of the newest token, and its row of the map; keys and values are read where they lie.
+    """Attention of the newest token, whose row is added to sums; keys and values are read where they lie.
 
     Args:
         query: (batch, heads, 1, width), of a dtype in `ROW_DTYPES`, as key and value.
         key: (batch, key-value heads, columns, width), at least a register wide.
         value: (batch, key-value heads, columns, value width), at least a panel wide.
-        received: (batch, heads read, columns or more) float32, whose first columns are written: what `attend` returns
-            as such, the last of them being the diagonal; the last stride is 1.
+        diagonal: (batch, heads read, tokens or more) float32, in which the newest token's is written.
+        received: (batch, heads read, tokens or more) float32, to whose columns up to the newest token its row is added;
+            the last stride of both is 1.
+        tokens: sequence length with the newest token, as many as columns or more: the keys are those of the last ones.
         starts: (batch or 1, 1) int32 and counted: (batch, 1) bool, as for `attend`.
         scaling: of the scores.
         heads: (heads read,) int32, those whose rows are wanted; None: all.
@@ -239,7 +243,7 @@ def attend_row(
     counted = None if counted is None else counted.contiguous()
     each = floats_for_row(built, all_heads // shared, columns, width, value_width)
     query_strides, key_strides, value_strides = query.stride(), key.stride(), value.stride()
-    received_strides = received.stride()
+    diagonal_strides, received_strides = diagonal.stride(), received.stride()
     built.run(
         Row(
             query=query.data_ptr(),
@@ -249,7 +253,8 @@ def attend_row(
             counted=address(counted),
             read=address(heads),
             output=output.data_ptr(),
-            received=received.data_ptr(),
+            diagonal=diagonal.data_ptr() + 4 * (tokens - 1),
+            received=received.data_ptr() + 4 * (tokens - columns),
             scratch=_room(scratch, threads * each).data_ptr(),
             query_batch=query_strides[0],
             query_head=query_strides[1],
@@ -260,6 +265,8 @@ def attend_row(
             value_head=value_strides[1],
             value_row=value_strides[2],
             starts_batch=0 if starts is None or len(starts) == 1 else starts.stride(0),
+            diagonal_batch=diagonal_strides[0],
+            diagonal_head=diagonal_strides[1],
             received_batch=received_strides[0],
             received_head=received_strides[1],
             batch=batch,

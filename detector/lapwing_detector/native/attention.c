@@ -54,7 +54,7 @@ struct rows {
   atomic_long joined, next;
 };
 
-/* The newest row alone, whose last weight is the diagonal: keys and values are read where they lie. */
+/* The newest row alone: keys and values are read where they lie. */
 struct row {
   const void *query;             /* [batch][heads][width], by two strides */
   const void *keys;              /* [batch][shared][columns][width], by three strides */
@@ -63,10 +63,11 @@ struct row {
   const unsigned char *counted;  /* [batch]; or none: all */
   const int *read;               /* [reads] heads whose rows are wanted; or none: all */
   void *output;                  /* [batch][heads][value_width] */
-  float *received;               /* [batch][heads read][columns], by two strides; written */
+  float *diagonal;               /* [batch][heads read], by two strides */
+  float *received;               /* [batch][heads read][columns], by two strides; added to */
   float *scratch;                /* [threads][scratch_each] */
   long query_batch, query_head, key_batch, key_head, key_row, value_batch, value_head, value_row;
-  long starts_batch, received_batch, received_head;
+  long starts_batch, diagonal_batch, diagonal_head, received_batch, received_head;
   long batch, shared, group, columns, width, value_width, reads;
   long dtype;                    /* of query, keys, values and output */
   long threads, scratch_each;
@@ -424,10 +425,12 @@ static ALWAYS_INLINE void attend_newest(const struct row *job, float *memory, lo
     const float *weights = scores + g * stride;
     const long place = place_of(job, heads + g);
     if (place < 0) continue;
-    const long begin = job->counted && !job->counted[batch] ? job->columns : low;
-    float *received = job->received + batch * job->received_batch + place * job->received_head;
-    memset(received, 0, 4 * begin);
-    memcpy(received + begin, weights + (begin - low), 4 * (job->columns - begin));
+    job->diagonal[batch * job->diagonal_batch + place * job->diagonal_head] = columns ? weights[columns - 1] : 0;
+    if (job->counted && !job->counted[batch]) continue;
+    float *received = job->received + batch * job->received_batch + place * job->received_head + low;
+    long c = 0;
+    for (; c + LANES <= columns; c += LANES) *(lanes *)(received + c) += *(const lanes *)(weights + c);
+    for (; c < columns; c++) received[c] += weights[c];
   }
 }
 

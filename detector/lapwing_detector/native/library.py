@@ -69,6 +69,7 @@ class Row(NamedTuple):
     counted: Address
     read: Address
     output: Address
+    diagonal: Address
     received: Address
     scratch: Address
     query_batch: int
@@ -80,6 +81,8 @@ class Row(NamedTuple):
     value_head: int
     value_row: int
     starts_batch: int
+    diagonal_batch: int
+    diagonal_head: int
     received_batch: int
     received_head: int
     batch: int
@@ -95,7 +98,7 @@ class Row(NamedTuple):
     scale: float
 
 
-LAYOUTS = {Rows: struct.Struct("@9P22lf2l"), Row: struct.Struct("@9P21lf2l")}
+LAYOUTS = {Rows: struct.Struct("@9P22lf2l"), Row: struct.Struct("@10P23lf2l")}
 """In memory: addresses, whole numbers and the scale; behind them two numbers by which the threads divide the work."""
 
 MEMORY = {job: ctypes.c_char * layout.size for job, layout in LAYOUTS.items()}
