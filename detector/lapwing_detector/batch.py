@@ -102,7 +102,9 @@ class Batch:
         )
 
     def apart(self) -> list[Batch]:
-        """Each row as a batch of its own, as they were before a forward that failed; of a plain cache.
+        """Each row as a batch of its own, to be fed the token again with which a forward failed; of a plain cache.
+
+        The caches are as they were before it; the sums keep what some layers added, which is not added again.
 
         Raises:
             CaptureError: the forward went too far to be undone.

@@ -196,7 +196,7 @@ def reduce_map(layer: AttentionLayer, attention: Tensor, mask: Tensor, place: Pl
         block = attention[:, :, rows].float()
         counts = counted[:, None, None, rows]  # (batch or 1, 1, 1, rows)
         hidden = counts.transpose(-1, -2) & ~mask[..., rows, :]
-        if bool((block.nan_to_num() * hidden).any()):  # what is not finite says nothing of where it comes from
+        if bool((block.nan_to_num() * hidden).any()):  # NaN says nothing of where it comes from
             raise CaptureError(
                 f"{layer.name} attends to later tokens, to padding or to what is no token; only causal attention has "
                 "a triangular map"

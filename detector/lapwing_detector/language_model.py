@@ -80,6 +80,8 @@ class LanguageModel:
             if dtype is None and model.dtype == torch.float16 and target.type == "cpu":
                 model = model.float()
             model = model.to(target).eval()
+        except MemoryError:
+            raise
         except Exception as error:  # the files may hold anything, and packages that they need may not be here
             said = " ".join(str(error).split())[:300] or type(error).__name__
             raise InvalidInput("model", f"{place!r} can't be loaded as a causal language model: {said}") from error

@@ -94,7 +94,11 @@ def kept_heads(
 
 
 def _are_whole_numbers(wanted: object) -> bool:
-    return isinstance(wanted, Collection) and all(isinstance(head, Integral) for head in wanted)
+    return (
+        isinstance(wanted, Collection)
+        and getattr(wanted, "ndim", 1) == 1
+        and all(isinstance(head, Integral) for head in wanted)
+    )
 
 
 def require_heads(layer: AttentionLayer, kept: Collection[int], heads: int) -> None:

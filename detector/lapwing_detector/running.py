@@ -12,7 +12,7 @@ from torch import Tensor
 from lapwing_detector.errors import CaptureError
 from lapwing_detector.probe import Probe
 from lapwing_detector.running_features import STARTS, Workspace
-from lapwing_detector.sequences import Sequences, Sums
+from lapwing_detector.sequences import Sequences, Sums, with_room
 
 
 class Summed(Protocol):
@@ -39,8 +39,9 @@ class RunningLogits:
     def __init__(self, probe: Probe, captured: Summed) -> None:
         self._probe = probe
         self._captured = captured
-        self._joint: list[Sums] = []
-        """Of the sequences that are read; another list means another batch, or that the sums were moved."""
+        self._sequences: Sequences | None = None
+        self._moves = 0
+        """Of their sums, those that the parts below know of; to keep the sums themselves would keep what was moved."""
 
         self._tokens = 0
         """The columns that were read."""
@@ -64,7 +65,7 @@ class RunningLogits:
             CaptureError: nothing was captured, the last forward failed, or the capture keeps other heads.
         """
         sequences = self._captured.sums
-        if not sequences.joint or sequences.joint is not self._joint:
+        if sequences is not self._sequences or sequences.moves != self._moves or not sequences.joint:
             self._start(sequences)
         new = self._new_columns(sequences)
         for part, sums in zip(self._parts, sequences.joint, strict=False):
@@ -81,14 +82,14 @@ class RunningLogits:
                 "make it by capture_attention(model, heads=probe.heads)"
             )
         if not sequences.joint:
-            sequences.join(2 * sequences.tokens)  # with room, as the first token that is added would do it
+            sequences.join(with_room(sequences.tokens))  # as the first token that is added would do it
         owners = [_memory(sequences.sums[layer]) for layer, of_layer in heads.items() for _ in of_layer]
         weights = torch.from_numpy(self._probe.weights[self._probe.selected])  # (heads, width), in the order of `joint`
         self._parts = [
             _Part(self._probe, weights[[one == _memory(sums) for one in owners]].to(sums.diagonal.device), batch)
             for sums in (sequences.joint if heads else ())
         ]
-        self._joint, self._tokens = sequences.joint, 0
+        self._sequences, self._moves, self._tokens = sequences, sequences.moves, 0
         self._columns = [[] for _ in range(batch)]
 
     def _new_columns(self, sequences: Sequences) -> list[list[int]]:
@@ -111,7 +112,7 @@ class RunningLogits:
 
 
 class _Part:
-    """The probe's heads on one device, for all sequences of a batch."""
+    """The probe's heads whose sums lie side by side, for all sequences of a batch."""
 
     def __init__(self, probe: Probe, weights: Tensor, batch: int) -> None:
         workspace, heads = Workspace(weights.device), len(weights)
@@ -141,7 +142,7 @@ class _Part:
 
 
 def _memory(sums: Sums) -> int:
-    """Tells apart the memories of different devices; the same for all views of one."""
+    """Tells apart what lies side by side; the same for all views of one memory."""
     return sums.diagonal.untyped_storage().data_ptr()
 
 

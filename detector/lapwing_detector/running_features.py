@@ -18,7 +18,10 @@ CHUNK = 64
 
 
 class Workspace:
-    """What the features of all sequences on one device share: memory for the numbers that change with every token."""
+    """What the features of all sequences share, of heads whose sums lie side by side.
+
+    It is memory for the numbers that change with every token.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device

@@ -36,7 +36,7 @@ class Sums:
 
     @property
     def capacity(self) -> int:
-        """Tokens for which there is room."""
+        """Tokens for which there is room in both, of which one may have been moved before memory ran out."""
         return min(self.diagonal.shape[2], self.received.shape[2])
 
     def add(self, diagonal: Tensor, received: Tensor, tokens: int) -> None:
@@ -90,8 +90,11 @@ class Sequences:
     added again when the same tokens are fed anew."""
 
     joint: list[Sums] = field(default_factory=list)
-    """The sums of layers on one device side by side, in the order of the layers; empty during the first forward. It is
-    another list whenever they were moved."""
+    """The sums of layers on one device side by side, in the order of the layers; empty during the first forward, and
+    where there was no memory to move them all."""
+
+    moves: int = 0
+    """How often they were moved: then others may lie side by side."""
 
     @property
     def any_ended(self) -> bool:
@@ -156,14 +159,17 @@ class Sequences:
         self.summed.add(layer.index)
 
     def open_row(self, layer: AttentionLayer, tokens: int) -> Sums | None:
-        """The sums of a layer that is kept, for whoever adds the row of one new token itself, and then says `summed`.
+        """The sums of a layer that is kept, for whoever adds the row of one new token to them without `add`.
+
+        When that is done, the layer is to be put into `summed`.
 
         Args:
             layer: whose row it is.
             tokens: sequence length with the new token.
 
         Returns:
-            None before the layer's first rows, and where it has this one already: then `add` it.
+            None before the layer's first rows, and where they have this one already: then it is for `add`, which keeps
+            the former and passes over the latter.
         """
         return None if layer.index in self.summed else self.room(layer, tokens)
 
@@ -175,8 +181,7 @@ class Sequences:
         """The sums of a layer so far, with room for so many tokens; None before its first rows."""
         known = self.sums.get(layer.index)
         if known is not None and tokens > known.capacity:
-            # More than one token at a time, or decoding would be quadratic; not many, since they may never come.
-            self.join(max(tokens, known.capacity + min(max(known.capacity, LEAST_ROOM), MOST_ROOM)))
+            self.join(max(tokens, with_room(known.capacity)))
         return known
 
     def join(self, capacity: int) -> None:
@@ -184,8 +189,9 @@ class Sequences:
 
         Where that fails for want of memory, nothing is lost, and it can be tried again.
         """
-        capacity = max(capacity, *(sums.capacity for sums in self.sums.values()))
+        capacity = max(capacity, *(max(one.diagonal.shape[2], one.received.shape[2]) for one in self.sums.values()))
         self.joint = []
+        self.moves += 1
         self.joint = [_moved([self.sums[index] for index in piece], capacity) for piece in self._pieces(capacity)]
 
     def _pieces(self, capacity: int) -> list[list[int]]:
@@ -272,10 +278,10 @@ def gathered(parts: list[Part]) -> Sequences:
     new = Sequences(one.layers, one.kept, tokens, max(part.of.reach for part in parts), heads=dict(one.heads))
     new.summed = set(one.summed)
     more = min(len(one.summed), 1)  # the token of the forward that failed
-    rows, room = sum(len(part.rows) for part in parts), tokens + min(max(tokens, LEAST_ROOM), MOST_ROOM)
+    rows = sum(len(part.rows) for part in parts)
     for index, old in one.sums.items():
         new.sums[index] = Sums(*(whole.new_zeros(rows, whole.shape[1], 0) for whole in (old.diagonal, old.received)))
-    new.join(room)
+    new.join(with_room(tokens))
     for index, joint in new.sums.items():
         start = 0
         for part in parts:
@@ -288,6 +294,14 @@ def gathered(parts: list[Part]) -> Sequences:
         flags = [getattr(part.of, name).all[part.rows, part.first :] for part in parts]
         getattr(new, name).add(torch.cat([F.pad(one, (tokens - one.shape[1], 0)) for one in flags]))
     return new
+
+
+def with_room(tokens: int) -> int:
+    """Of sums of so many tokens the capacity with which they can grow.
+
+    More than one token at a time, or decoding would be quadratic; not many, since they may never come.
+    """
+    return tokens + min(max(tokens, LEAST_ROOM), MOST_ROOM)
 
 
 def _moved(sums: list[Sums], capacity: int) -> Sums:

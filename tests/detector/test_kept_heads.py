@@ -76,6 +76,7 @@ def test_layers_that_are_not_kept_are_left_to_sdpa(monkeypatch: pytest.MonkeyPat
         ({0: 3}, "holds 0: 3; give a mapping"),
         ({"0": [3]}, r"holds '0': \[3\]; give a mapping"),
         ({0: [1.5]}, r"holds 0: \[1.5\]; give a mapping"),
+        ({0: np.array(3)}, r"holds 0: array\(3\); give a mapping"),
         ({0: "1"}, "holds 0: '1'; give a mapping"),
     ],
 )

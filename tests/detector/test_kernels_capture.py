@@ -8,9 +8,12 @@ import pytest
 import torch
 
 from lapwing_detector import kernels
+from lapwing_detector.batch import Batch
 from lapwing_detector.capture import capture_attention
 from tests.detector.captures import SAME_MAP, STEP_BY_STEP, content, padded
+from tests.detector.stream_schedules import language_model, prompt
 from tests.detector.test_kept_heads import KEPT, require_same
+from tests.detector.test_streams_failures import failing
 from tests.detector.tiny_models import captured_forward, difference, eager_forward, tiny_model, token_ids
 
 EXPERTS = 5 * SAME_MAP
@@ -54,6 +57,26 @@ def test_padded_batches(calls: dict[str, int], side: str) -> None:
     together = captured_forward(tiny_model("llama"), ids, attention_mask=mask, position_ids=positions)
     for summary, text in zip(together, texts, strict=True):
         assert difference(summary, eager_forward(tiny_model("llama"), text[None])) < SAME_MAP
+
+
+def test_rows_of_a_forward_that_failed_are_not_added_again(calls: dict[str, int]) -> None:
+    model, prompts = language_model(), [prompt(9).prompt_ids]
+    batch, _ = Batch.read(model, None, prompts)
+    with failing(model, lambda ids: True) as failures, pytest.raises(MemoryError):
+        batch.feed([5])
+    assert failures == [1]
+    assert calls["attend_row"] == 2  # of three layers
+    [again] = batch.apart()
+    expected, _ = Batch.read(model, None, prompts)
+    for one in (again, expected):
+        for token in (5, 7):
+            one.feed([token])
+    assert difference(again.summary(0), expected.summary(0)) < STEP_BY_STEP
+    [twice] = batch.apart()
+    twice.sums.close()  # the control: as if nothing of it had been added
+    for token in (5, 7):
+        twice.feed([token])
+    assert difference(twice.summary(0), expected.summary(0)) > 0.01
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral"])

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from lapwing_detector import sequences
@@ -70,6 +71,22 @@ def test_buffers_grow_while_tokens_come(piece_bytes: int, pieces: set[int], monk
         found.add(len(captured.sums.joint))
     assert len(capacities) > 2
     assert found == pieces
+
+
+def test_sums_that_were_moved_are_let_go_though_nobody_asks_again() -> None:
+    model, probe, ids = tiny_model("llama"), a_probe(k=2), token_ids(1, 80)
+    captured = capture_attention(model, heads=probe.heads)
+    running, steps = RunningLogits(probe, captured), stepped(model, captured, ids, first=4)
+    next(steps)
+    running.logits()
+    [joint] = captured.sums.joint
+    before = [StorageWeakRef(part.untyped_storage()) for part in (joint.diagonal, joint.received)]
+    capacity = joint.capacity
+    del joint
+    while next(steps) <= capacity:
+        assert not any(storage.expired() for storage in before)
+    assert all(storage.expired() for storage in before)
+    require_same(running.logits(), [said(probe, captured.summaries()[0])], SAME_SUMS)
 
 
 def test_too_short_is_no_logit_and_never_zero() -> None:

@@ -13,8 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lapwing_detector import sequences
+from lapwing_detector.errors import CaptureError
 from lapwing_detector.layers import AttentionLayer
-from lapwing_detector.sequences import Sequences
+from lapwing_detector.sequences import Part, Sequences, gathered
 
 LAYERS = tuple(AttentionLayer(index, str(index), nn.Identity()) for index in range(8))
 HEADS = 4
@@ -78,8 +79,9 @@ def test_two_numbers_for_each_head_and_token_and_little_more(piece_bytes: int, m
     assert (living.most < sums + 3 * each) is (piece_bytes == 1)
 
 
-@pytest.mark.parametrize("fails_at", range(1, 2 * len(LAYERS) + 1, 3))
-def test_what_cannot_grow_is_as_it_was(fails_at: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("room", [PROMPT + 1, 4 * PROMPT])
+@pytest.mark.parametrize("fails_at", [1, 4, 7, 2 * len(LAYERS)])
+def test_what_cannot_grow_is_as_it_was(fails_at: int, room: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sequences, "PIECE_BYTES", 1)
     expected = begun()
     feed(expected)
@@ -93,7 +95,8 @@ def test_what_cannot_grow_is_as_it_was(fails_at: int, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(torch, "zeros", failing)
     with pytest.raises(MemoryError):
-        feed(grown)
+        grown.join(room)
+    assert grown.joint == []
     for _ in range(2):
         feed(grown)
     assert len(calls) > fails_at
@@ -102,6 +105,19 @@ def test_what_cannot_grow_is_as_it_was(fails_at: int, monkeypatch: pytest.Monkey
     np.testing.assert_array_equal(found.received, other.received)
     np.testing.assert_array_equal(found.diagonal, other.diagonal)
     assert found.received.sum() > 0
+
+
+def test_sequences_amid_a_forward_that_failed_are_not_put_together_with_others() -> None:
+    amid, whole = begun(), begun()
+    amid.visible.add(torch.ones(1, PROMPT, dtype=torch.bool))
+    whole.visible.add(torch.ones(1, PROMPT, dtype=torch.bool))
+    amid.add_kept(LAYERS[0], HEADS, *rows_of(LAYERS[0], PROMPT + 1, 1), PROMPT + 1)
+    for parts in ((amid, whole), (whole, amid)):
+        with pytest.raises(CaptureError, match="amid a forward that failed"):
+            gathered([Part(one, [0], 0) for one in parts])
+    for one in (amid, whole):
+        [summary] = gathered([Part(one, [0], 0)]).summaries()
+        assert summary.token_count == PROMPT
 
 
 def test_rows_of_a_forward_that_failed_are_not_added_twice() -> None:
