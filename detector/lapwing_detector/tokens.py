@@ -47,8 +47,8 @@ def build_ids(
 
     Args:
         tokenizer: its chat template is used for messages, and the prompt of the assistant's turn added.
-        prompt: text, chat messages, or ids; ids are left as they are.
-        response: text or ids; None where it is still to be written.
+        prompt: text, chat messages, or ids; ids are left as they are. A special token that is spelt out is one.
+        response: text or ids; None where it is still to be written. A special token that is spelt out is text.
         opening: what `opening_of` this tokenizer is, for whoever has many texts.
 
     Raises:

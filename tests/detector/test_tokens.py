@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
@@ -59,7 +59,12 @@ CHAT_TEXT = "[user]Where is Riga?[assistant]"
 # One BOS.
 
 
-@given(st.text(max_size=40), st.text(max_size=40))
+def names_no_special_token(text: str) -> bool:
+    return not any(name in text for name in SPECIAL)
+
+
+@given(st.text(max_size=40).filter(names_no_special_token), st.text(max_size=40))
+@example("", "<s></s>")
 def test_text_gets_one_bos_and_response_none(prompt: str, response: str) -> None:
     ids = build_ids(TOKENIZER, "p" + prompt, response)
     assert ids.prompt_ids[0] == BOS
@@ -69,6 +74,14 @@ def test_text_gets_one_bos_and_response_none(prompt: str, response: str) -> None
 
 
 TOKENIZER = byte_tokenizer()
+
+
+def test_a_special_token_that_is_spelt_out_is_one_in_a_prompt_and_text_in_an_answer() -> None:
+    ids = build_ids(TOKENIZER, "p<s>q</s>", "<s></s>")
+    letters = TOKENIZER.convert_tokens_to_ids(["p", "q"])
+    assert ids.prompt_ids == (BOS, letters[0], BOS, letters[1], EOS)  # as in a template that was filled in by hand
+    assert len(ids.response_ids) == len("<s></s>")
+    assert text_of(ids.response_ids) == "<s></s>"
 
 
 @pytest.mark.parametrize("template", [CHAT, CHAT_WITH_BOS + CHAT], ids=["template without BOS", "template with BOS"])
